@@ -1,0 +1,43 @@
+# Every target works as the first command in a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check format lint types gpu bench build clean
+
+demo: $(READY)  ## train a small video transformer in one process, then over 2 ranks, and compare
+	$(BIN)/python examples/train_sequence_parallel.py $(ARGS)
+
+test: $(READY)  ## every test that needs no GPU
+	$(BIN)/pytest $(ARGS)
+
+check: lint types test  ## what CI runs
+
+format: $(READY)  ## rewrite the sources to the project's form
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+lint: $(READY)  ## form and faults; rewrites nothing
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+types: $(READY)  ## mypy, strict
+	$(BIN)/mypy
+
+gpu:  ## every test and benchmark that needs a GPU, with the given interpreter; installs nothing
+	PYTHON=$(PYTHON) bash bench/run_gpu.sh
+
+bench: $(READY)  ## every benchmark this machine can run
+	$(BIN)/python bench/run.py $(ARGS)
+
+build: $(READY)  ## sdist and wheel in dist/
+	$(BIN)/python -m build
+
+clean:  ## remove what the targets above made
+	rm -rf $(VENV) build dist demo_output *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# pip 25.1 is the first that reads dependency groups.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "pip==26.3"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group dev -e .
+	touch $@
