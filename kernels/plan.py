@@ -140,9 +140,7 @@ def _plan_elements(dims: list[Dim], element_bytes: int, addresses: int) -> Plan:
     block_rows = min(_next_power_of_2(row_limit), side)
     block_columns = min(_next_power_of_2(columns[0] * vector), tile // block_rows)
     block_rows = min(_next_power_of_2(row_limit), tile // block_columns)
-    return Plan(
-        element_bytes, vector, transposed, rows, columns, outer, block_rows, block_columns
-    )
+    return Plan(element_bytes, vector, transposed, rows, columns, outer, block_rows, block_columns)
 
 
 def _fitting_block(columns: int, limit: int) -> int:

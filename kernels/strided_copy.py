@@ -82,7 +82,9 @@ def _triton_pays(dst: Tensor) -> bool:
 
 def _require_triton(dst: Tensor) -> None:
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("impl must be 'torch' or 'auto' where triton is not installed, got 'triton'")
+        raise ValueError(
+            "impl must be 'torch' or 'auto' where triton is not installed, got 'triton'"
+        )
     if dst.device.type in _TRITON_DEVICES:
         return
     from triton import knobs

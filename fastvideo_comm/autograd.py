@@ -1,0 +1,206 @@
+"""The differentiable ops, as autograd Functions that save and delegate.
+
+Convention: the loss is the sum over ranks of each rank's local loss, so the gradient of a tensor on
+one rank is the derivative of that sum. Every backward is written in these same Functions, which
+makes every derivative of every order right. `requires_grad` must be the same on all ranks: the
+backward is a collective too.
+
+`group` is a `torch.distributed.ProcessGroup`, or a `Channel`, which is one with reused buffers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import collectives, validation
+from .channel import Group
+
+
+class DistributedAutograd:
+    """The differentiable ops, for code that calls `.apply` itself.
+
+    `DistributedAutograd.AllToAll4D.apply(group, x, world_size, 2, 1)` is what
+    `DeviceCommunicatorBase.all_to_all_4D` does once the arguments are resolved, less the reused
+    buffers.
+    """
+
+    class AllReduce(torch.autograd.Function):
+        """`input_ [*]` on every rank -> `[*]`, the same on every rank.
+
+        With x_r the input and g_r the gradient on rank r, y the output, and G = sum_r g_r:
+
+            SUM      y = sum_r x_r        dx_r = G
+            AVG      y = sum_r x_r / P    dx_r = G / P
+            MAX, MIN y = max_r x_r        dx_r = G * [x_r == y] / (number of ranks with x_q == y)
+            PRODUCT  y = prod_r x_r       dx_r = G * prod_{q != r} x_q, without division
+        """
+
+        @staticmethod
+        def forward(
+            ctx: Any, group: Group, input_: Tensor, op: dist.ReduceOp | None = None
+        ) -> Tensor:
+            ctx.group = group
+            ctx.op = validation.all_reduce(input_, op)
+            output = collectives.all_reduce(group, input_, ctx.op)
+            if ctx.op in ("min", "max"):
+                ctx.save_for_backward(input_, output)
+            elif ctx.op == "product":
+                ctx.save_for_backward(input_)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None]:
+            if ctx.op == "avg":
+                return (
+                    None,
+                    DistributedAutograd.AllReduce.apply(ctx.group, grad_output, dist.ReduceOp.AVG),
+                    None,
+                )
+            grad_input = DistributedAutograd.AllReduce.apply(
+                ctx.group, grad_output, dist.ReduceOp.SUM
+            )
+            if ctx.op in ("min", "max"):
+                grad_input = grad_input * _share_of_extreme(ctx.group, *ctx.saved_tensors)
+            elif ctx.op == "product":
+                grad_input = grad_input * _product_of_others(ctx.group, *ctx.saved_tensors)
+            return None, grad_input, None
+
+    class AllGather(torch.autograd.Function):
+        """`input_ [A, c, ..]` on every rank -> `[A, P*c, ..]`, the same on every rank.
+
+            y = concat_r x_r        dx_r = sum_q g_q[part r]        (reduce_scatter)
+
+        `dim` may be negative; `world_size` is the group's.
+        """
+
+        @staticmethod
+        def forward(ctx: Any, group: Group, input_: Tensor, world_size: int, dim: int) -> Tensor:
+            validation.check_world_size(group, world_size)
+            ctx.group, ctx.world_size = group, world_size
+            ctx.dim = validation.all_gather(input_, dim)
+            return collectives.all_gather(group, input_, ctx.dim)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
+            grad_input = DistributedAutograd.ReduceScatter.apply(
+                ctx.group, grad_output, ctx.world_size, ctx.dim
+            )
+            return None, grad_input, None, None
+
+    class ReduceScatter(torch.autograd.Function):
+        """`input_ [A, P*c, ..]` on every rank -> `[A, c, ..]`: the adjoint of AllGather.
+
+        y_r = sum_q x_q[part r]        dx_r = concat_q g_q        (all_gather)
+        """
+
+        @staticmethod
+        def forward(ctx: Any, group: Group, input_: Tensor, world_size: int, dim: int) -> Tensor:
+            validation.check_world_size(group, world_size)
+            ctx.group, ctx.world_size = group, world_size
+            ctx.dim = validation.parts(input_, world_size, dim)
+            return collectives.reduce_scatter(group, input_, ctx.dim)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
+            grad_input = DistributedAutograd.AllGather.apply(
+                ctx.group, grad_output, ctx.world_size, ctx.dim
+            )
+            return None, grad_input, None, None
+
+    class Slice(torch.autograd.Function):
+        """`input_ [A, P*c, ..]`, the same on every rank -> `[A, c, ..]`, this rank's part.
+
+            y_r = x[part r]        dx = concat_r g_r, divided by P if scale_grad        (all_gather)
+
+        `input_` is one tensor that all ranks hold, and `dx` is its whole gradient on every rank.
+        """
+
+        @staticmethod
+        def forward(
+            ctx: Any, group: Group, input_: Tensor, world_size: int, dim: int, scale_grad: bool
+        ) -> Tensor:
+            validation.check_world_size(group, world_size)
+            ctx.group, ctx.world_size, ctx.scale_grad = group, world_size, scale_grad
+            ctx.dim = validation.parts(input_, world_size, dim)
+            return collectives.slice_(group, input_, ctx.dim)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None, None]:
+            grad_input = DistributedAutograd.Unslice.apply(
+                ctx.group, grad_output, ctx.world_size, ctx.dim
+            )
+            if ctx.scale_grad:
+                grad_input = grad_input / ctx.world_size
+            return None, grad_input, None, None, None
+
+    class Unslice(torch.autograd.Function):
+        """`input_ [A, c, ..]` -> `[A, P*c, ..]`, the same on every rank: the adjoint of Slice.
+
+            y = concat_r x_r        dx_r = g[part r]
+
+        An all_gather whose result is one tensor that all ranks hold: its gradient is the same on
+        every rank and is counted once.
+        """
+
+        @staticmethod
+        def forward(ctx: Any, group: Group, input_: Tensor, world_size: int, dim: int) -> Tensor:
+            ctx.group, ctx.world_size, ctx.dim = group, world_size, dim
+            return collectives.all_gather(group, input_, dim)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
+            grad_input = DistributedAutograd.Slice.apply(
+                ctx.group, grad_output, ctx.world_size, ctx.dim, False
+            )
+            return None, grad_input, None, None
+
+    class AllToAll4D(torch.autograd.Function):
+        """Trades the parts of one dim for the parts of another; h = H/P, S = P*s.
+
+            (2, 1): [B, s, H, D] -> [B, S, h, D]        (1, 2): [B, S, h, D] -> [B, s, H, D]
+
+        A permutation of the elements of all ranks, so the gradient is the inverse exchange:
+
+            y = all_to_all_4D(x, scatter_dim, gather_dim)
+            dx = all_to_all_4D(g, gather_dim, scatter_dim)
+        """
+
+        @staticmethod
+        def forward(
+            ctx: Any,
+            group: Group,
+            input_: Tensor,
+            world_size: int,
+            scatter_dim: int,
+            gather_dim: int,
+        ) -> Tensor:
+            validation.check_world_size(group, world_size)
+            ctx.group, ctx.world_size = group, world_size
+            ctx.dims = validation.all_to_all_4D(input_, world_size, scatter_dim, gather_dim)
+            return collectives.all_to_all_4D(group, input_, *ctx.dims)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None, None]:
+            scatter_dim, gather_dim = ctx.dims
+            grad_input = DistributedAutograd.AllToAll4D.apply(
+                ctx.group, grad_output, ctx.world_size, gather_dim, scatter_dim
+            )
+            return None, grad_input, None, None, None
+
+
+def _share_of_extreme(group: Group, input_: Tensor, output: Tensor) -> Tensor:
+    """1 / (number of ranks that hold the extreme) on those ranks, 0 on the others."""
+    holds = (input_ == output) | (input_.isnan() & output.isnan())
+    share = holds.detach().to(input_.dtype)
+    return share / collectives.all_reduce(group, share, "sum")
+
+
+def _product_of_others(group: Group, input_: Tensor) -> Tensor:
+    """The product over the other ranks: multiplied out, so that zeros are exact."""
+    gathered = DistributedAutograd.AllGather.apply(group, input_[None], group.size(), 0)
+    rank = group.rank()
+    return torch.cat((gathered[:rank], gathered[rank + 1 :])).prod(0)

@@ -1,0 +1,208 @@
+"""A process group, its exchanges of contiguous messages, and the buffers that they reuse.
+
+Calls c10d's process group itself: the wrappers in `torch.distributed` and the functional
+collectives cost several times more per call. Assumes what every backend assumes: all ranks of the
+group make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    AllToAllOptions,
+    GatherOptions,
+    ReduceScatterOptions,
+)
+
+from .errors import CollectiveError
+
+# What gloo and NCCL both move; the rest (fp8, int16, complex, ..) travels as bytes.
+_MOVABLE = frozenset(
+    {
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    }
+)
+
+
+class WireBuffers:
+    """Contiguous buffers for messages, reused from call to call.
+
+    On the CPU the page faults of fresh memory cost more than the copy into it, so buffers are kept.
+    On an accelerator torch's caching allocator is that pool already, and one that knows of streams
+    and graph captures. A buffer is taken by one exchange at a time, from any thread, and given back
+    only when the exchange is complete: after a failure the backend may still read it.
+    """
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._free: list[torch.UntypedStorage] = []
+        self._lock = threading.Lock()
+
+    def take(self, like: Tensor) -> Tensor:
+        """A contiguous uninitialised tensor of `like`'s shape, dtype and device."""
+        if like.device.type != "cpu":
+            return torch.empty_like(like, memory_format=torch.contiguous_format)
+        num_bytes = like.numel() * like.element_size()
+        with self._lock:
+            fitting = [storage for storage in self._free if storage.nbytes() >= num_bytes]
+            if fitting:
+                storage = min(fitting, key=torch.UntypedStorage.nbytes)
+                self._free.remove(storage)
+            else:
+                if self._free:  # one that is too small makes room for one that is not
+                    self._free.pop()
+                storage = torch.UntypedStorage(num_bytes)
+        return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape)
+
+    def give_back(self, wire: Tensor) -> None:
+        """Ends the use of a tensor that `take` gave; no exchange may be using it."""
+        if wire.device.type == "cpu":
+            with self._lock:
+                self._free.append(wire.untyped_storage())
+
+    def clear(self) -> None:
+        """Frees what is not in use."""
+        with self._lock:
+            self._free.clear()
+
+
+class Channel:
+    """One group with its buffers, in the place of a `ProcessGroup` throughout this package."""
+
+    def __init__(self, group: dist.ProcessGroup, name: str = "") -> None:
+        """Wraps `group`; `name` is what errors call it."""
+        self.group = group
+        self.name = name or group.group_desc
+        self.buffers = WireBuffers()
+        self._rank = group.rank()
+        self._size = group.size()
+
+    @staticmethod
+    def of(group: Group) -> Channel:
+        """`group` itself where it is a channel, else a channel for this one call."""
+        return group if isinstance(group, Channel) else Channel(group)
+
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self._rank
+
+    def size(self) -> int:
+        """P, the number of ranks in the group."""
+        return self._size
+
+    def all_to_all(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        """Exchanges message r of every input `[P, ..]` for rank r's message to this rank.
+
+        Several pairs are one grouped call on NCCL and travel side by side on gloo.
+        """
+        options = AllToAllOptions()
+        options.asyncOp = len(inputs) > 1
+
+        def start() -> list[dist.Work | None]:
+            return [
+                self.group.alltoall_base(_wire(output), _wire(input_), [], [], options)
+                for output, input_ in zip(outputs, inputs, strict=True)
+            ]
+
+        device = inputs[0].device
+        if len(inputs) > 1 and self._coalesces(device):
+
+            def start_grouped() -> list[dist.Work | None]:
+                self.group._start_coalescing(device)
+                start()
+                return [self.group._end_coalescing(device)]
+
+            self._finish("all_to_all", start_grouped)
+        else:
+            self._finish("all_to_all", start)
+
+    def all_gather(self, output: Tensor, input_: Tensor) -> None:
+        """Every rank's `input_` into `output [P, *input_.shape]`."""
+        options = AllgatherOptions()
+        options.asyncOp = False
+        self._finish(
+            "all_gather",
+            lambda: [self.group._allgather_base(_wire(output), _wire(input_), options)],
+        )
+
+    def reduce_scatter(self, output: Tensor, input_: Tensor) -> None:
+        """The sum over ranks of `input_[this rank]` into `output`; `input_` is `[P, *shape]`."""
+        options = ReduceScatterOptions()
+        options.asyncOp = False
+        output, input_ = _real(output), _real(input_)
+        self._finish(
+            "reduce_scatter",
+            lambda: [self.group._reduce_scatter_base(output, input_, options)],
+        )
+
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp) -> None:
+        """Reduces `tensor` in place."""
+        options = AllreduceOptions()
+        options.asyncOp = False
+        average_here = op == dist.ReduceOp.AVG and not self._averages(tensor.device)
+        options.reduceOp = dist.ReduceOp.SUM if average_here else op
+        self._finish("all_reduce", lambda: [self.group.allreduce([_real(tensor)], options)])
+        if average_here:
+            tensor.div_(self._size)
+
+    def gather(self, outputs: Sequence[Tensor], input_: Tensor, dst: int) -> None:
+        """Every rank's `input_` into `outputs` on rank `dst`; elsewhere `outputs` is empty."""
+        options = GatherOptions()
+        options.rootRank = dst
+        targets = [[_wire(output) for output in outputs]] if outputs else []
+        self._finish("gather", lambda: [self.group.gather(targets, [_wire(input_)], options)])
+
+    def send(self, tensor: Tensor, dst: int) -> None:
+        """Sends a contiguous tensor to rank `dst`; returns when its memory may be reused."""
+        self._finish("send", lambda: [self.group.send([_wire(tensor)], dst, 0)])
+
+    def recv(self, tensor: Tensor, src: int) -> None:
+        """Receives into a contiguous tensor from rank `src`."""
+        self._finish("recv", lambda: [self.group.recv([_wire(tensor)], src, 0)])
+
+    def _coalesces(self, device: torch.device) -> bool:
+        return self.group._get_backend(device).supports_coalescing
+
+    def _averages(self, device: torch.device) -> bool:
+        return self.group._get_backend(device).name() == "nccl"
+
+    def _finish(self, op: str, start: Callable[[], list[dist.Work | None]]) -> None:
+        """Starts, waits, and says which op on which rank it was that failed."""
+        try:
+            for work in start():
+                if work is not None:  # None: the backend is in order with the current stream
+                    work.wait()
+        except RuntimeError as error:
+            raise CollectiveError(
+                f"{op} on rank {self._rank} of {self._size} in group {self.name!r} failed: {error}"
+            ) from error
+
+
+Group: TypeAlias = "dist.ProcessGroup | Channel"
+
+
+def _wire(tensor: Tensor) -> Tensor:
+    """The elements of a contiguous tensor in a row, in a dtype that every backend moves."""
+    flat = tensor.view(-1)
+    return flat if tensor.dtype in _MOVABLE else flat.view(torch.uint8)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """The elements of a contiguous tensor in a row, in a dtype that every backend adds."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).view(-1)

@@ -1,0 +1,154 @@
+"""The collectives: group and tensor in, tensor out, no autograd.
+
+Each is a strided copy into messages, an exchange, a strided copy out of them; a copy is left out
+where `message_view` is contiguous already. Under torch.compile the same is written in functional
+collectives (`traced.py`), so that the compiler sees the copies and fuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import traced
+from .channel import Channel, Group
+from .kernels import strided_copy_
+from .layout import message_view
+from .validation import REDUCE_OPS
+
+
+def all_to_all_4D(group: Group, input_: Tensor, scatter_dim: int, gather_dim: int) -> Tensor:
+    """`[.., P*c, .., g, ..] -> [.., c, .., P*g, ..]` at `scatter_dim`, `gather_dim`.
+
+    Batch entries are exchanged one by one, each straight into its place in the output: one copy
+    per direction at any batch size, before the exchange for (2, 1), after it for (1, 2).
+    """
+    if torch.compiler.is_compiling():
+        return traced.all_to_all_4D(group, input_, scatter_dim, gather_dim)
+    channel = Channel.of(group)
+    shape = list(input_.shape)
+    shape[scatter_dim] //= channel.size()
+    shape[gather_dim] *= channel.size()
+    output = input_.new_empty(shape)
+    if not output.numel():
+        return output
+    sent = message_view(input_, scatter_dim, channel.size(), 1)
+    received = message_view(output, gather_dim, channel.size(), 1)
+    inputs = _packed(channel, sent, contiguous=sent[0].is_contiguous())
+    outputs = received if received[0].is_contiguous() else channel.buffers.take(received)
+    channel.all_to_all(outputs.unbind(0), inputs.unbind(0))
+    _release(channel, inputs, sent)
+    _unpack(channel, received, outputs)
+    return output
+
+
+def all_gather(group: Group, input_: Tensor, dim: int) -> Tensor:
+    """`[A, c, ..] -> [A, P*c, ..]`: every rank's tensor side by side along `dim`."""
+    if torch.compiler.is_compiling():
+        return traced.all_gather(group, input_, dim)
+    channel = Channel.of(group)
+    output = input_.new_empty(_times(input_, dim, channel.size()))
+    if not output.numel():
+        return output
+    received = message_view(output, dim, channel.size(), 0)
+    inputs = _packed(channel, input_, contiguous=input_.is_contiguous())
+    outputs = received if received.is_contiguous() else channel.buffers.take(received)
+    channel.all_gather(outputs, inputs)
+    _release(channel, inputs, input_)
+    _unpack(channel, received, outputs)
+    return output
+
+
+def reduce_scatter(group: Group, input_: Tensor, dim: int) -> Tensor:
+    """`[A, P*c, ..] -> [A, c, ..]`: the sum over ranks of this rank's part along `dim`."""
+    if torch.compiler.is_compiling():
+        return traced.reduce_scatter(group, input_, dim)
+    channel = Channel.of(group)
+    sent = message_view(input_, dim, channel.size(), 0)
+    output = input_.new_empty(sent.shape[1:])
+    if not output.numel():
+        return output
+    inputs = _packed(channel, sent, contiguous=sent.is_contiguous())
+    channel.reduce_scatter(output, inputs)
+    _release(channel, inputs, sent)
+    return output
+
+
+def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
+    """The reduction over ranks, element by element, into a new tensor."""
+    if torch.compiler.is_compiling():
+        return traced.all_reduce(group, input_, op)
+    output = strided_copy_(input_.new_empty(input_.shape), input_)
+    if output.numel():
+        Channel.of(group).all_reduce(output, REDUCE_OPS[op])
+    return output
+
+
+def slice_(group: Group, input_: Tensor, dim: int) -> Tensor:
+    """`[A, P*c, ..] -> [A, c, ..]`: this rank's part along `dim`, in memory of its own."""
+    part = message_view(input_, dim, group.size(), 0)[group.rank()]
+    if torch.compiler.is_compiling():
+        return part.clone(memory_format=torch.contiguous_format)
+    return strided_copy_(part.new_empty(part.shape), part)
+
+
+def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
+    """As `all_gather`, on rank `dst` only; None elsewhere."""
+    channel = Channel.of(group)
+    here = channel.rank() == dst
+    output = input_.new_empty(_times(input_, dim, channel.size())) if here else None
+    if not input_.numel():
+        return output
+    inputs = _packed(channel, input_, contiguous=input_.is_contiguous())
+    if output is None:
+        channel.gather((), inputs, dst)
+    else:
+        received = message_view(output, dim, channel.size(), 0)
+        outputs = received if received.is_contiguous() else channel.buffers.take(received)
+        channel.gather(outputs.unbind(0), inputs, dst)
+        _unpack(channel, received, outputs)
+    _release(channel, inputs, input_)
+    return output
+
+
+def send(group: Group, tensor: Tensor, dst: int) -> None:
+    """`tensor` to rank `dst`."""
+    channel = Channel.of(group)
+    wire = _packed(channel, tensor, contiguous=tensor.is_contiguous())
+    channel.send(wire, dst)
+    _release(channel, wire, tensor)
+
+
+def recv(
+    group: Group, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device
+) -> Tensor:
+    """A tensor of `size` from rank `src`."""
+    tensor = torch.empty(size, dtype=dtype, device=device)
+    Channel.of(group).recv(tensor, src)
+    return tensor
+
+
+def _packed(channel: Channel, view: Tensor, *, contiguous: bool) -> Tensor:
+    """`view` where the exchange can read it as it stands, else its copy in a wire buffer."""
+    return view if contiguous else strided_copy_(channel.buffers.take(view), view)
+
+
+def _unpack(channel: Channel, received: Tensor, wire: Tensor) -> None:
+    """What the exchange did not write into the output itself goes there now."""
+    if wire is not received:
+        strided_copy_(received, wire)
+        channel.buffers.give_back(wire)
+
+
+def _release(channel: Channel, wire: Tensor, view: Tensor) -> None:
+    """The exchange is complete: a wire buffer is free again."""
+    if wire is not view:
+        channel.buffers.give_back(wire)
+
+
+def _times(tensor: Tensor, dim: int, factor: int) -> list[int]:
+    shape = list(tensor.shape)
+    shape[dim] *= factor
+    return shape

@@ -1,0 +1,59 @@
+"""Where the elements of a tensor stand in the messages of a collective: views, nothing moved.
+
+A collective is a strided copy into messages, an exchange of contiguous messages, and a strided copy
+out of them. Both copies are between a buffer `[.., P, ..]` and `message_view` of a tensor, one
+dim of which holds the parts of P ranks side by side:
+
+    all_to_all_4D(x, 2, 1)      sent      message_view(x, 2, P, 1)     b s (P h) d -> b P s h d
+                                received  message_view(out, 1, P, 1)   b (P s) h d -> b P s h d
+    all_to_all_4D(x, 1, 2)      sent      message_view(x, 1, P, 1)     b (P s) h d -> b P s h d
+                                received  message_view(out, 2, P, 1)   b s (P h) d -> b P s h d
+    all_gather(x, dim), gather  received  message_view(out, dim, P, 0)   A (P c) .. -> P A c ..
+    reduce_scatter(x, dim)      sent      message_view(x, dim, P, 0)     A (P c) .. -> P A c ..
+    slice(x, dim)               part r    message_view(x, dim, P, 0)[r]  A (P c) .. -> P A c ..
+    split_tensor_along_last_dim chunks    message_view(x, -1, P, 0)        .. (P c) -> P .. c
+
+The two sides of an exchange have the same shape, and where a view is contiguous the exchange reads
+or writes the tensor itself: a copy that is not needed shows in its strides.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def message_view(tensor: Tensor, dim: int, world_size: int, position: int) -> Tensor:
+    """Splits `dim` into one part for each rank and moves the axis of ranks to `position`.
+
+    Example:
+        >>> import torch
+        >>> x = torch.empty(2, 5, 6, 8)  # [B, s, H, D]
+        >>> message_view(x, 2, 3, 1).shape  # b s (P h) d -> b P s h d
+        torch.Size([2, 3, 5, 2, 8])
+
+    Args:
+        tensor: any shape; the size at `dim` is a multiple of `world_size`.
+        dim: the dim that holds the parts of all ranks, in rank order.
+        world_size: P, the number of parts.
+        position: where the new axis of size P stands in the result.
+
+    Returns:
+        A view of `tensor` with one more dim.
+    """
+    size = tensor.shape[dim] // world_size
+    dim %= tensor.dim()
+    return tensor.unflatten(dim, (world_size, size)).movedim(dim, position)
+
+
+def concatenate_messages(messages: Tensor, dim: int) -> Tensor:
+    """The inverse of `message_view(.., position=0)`: `P A c .. -> A (P c) ..`.
+
+    A view where the strides allow it, else a copy; for compiled code, where the compiler fuses it
+    with what reads it.
+
+    Example:
+        >>> import torch
+        >>> concatenate_messages(torch.tensor([[[1, 2]], [[3, 4]]]), 1)
+        tensor([[1, 2, 3, 4]])
+    """
+    return messages.movedim(0, dim).flatten(dim, dim + 1)

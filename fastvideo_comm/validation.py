@@ -1,0 +1,157 @@
+"""What every op asks of its arguments, checked before anything is sent.
+
+Each function raises the small fact, `<argument> must <rule>, got <value>`, and returns the
+arguments in their normal form; the communicator adds op, group and rank.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .channel import Group
+
+REDUCE_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "avg": dist.ReduceOp.AVG,
+    "product": dist.ReduceOp.PRODUCT,
+    "min": dist.ReduceOp.MIN,
+    "max": dist.ReduceOp.MAX,
+    "band": dist.ReduceOp.BAND,
+    "bor": dist.ReduceOp.BOR,
+    "bxor": dist.ReduceOp.BXOR,
+}
+_BITWISE = ("band", "bor", "bxor")
+# What gloo and NCCL both reduce.
+_REDUCIBLE = frozenset(
+    {
+        torch.uint8,
+        torch.int8,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    }
+)
+
+
+def check_tensor(name: str, value: Tensor) -> None:
+    """A dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    # Traced tensors are dense, and in a traced backward `layout` must not be asked for.
+    if not torch.compiler.is_compiling() and value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    """A tensor on the communicator's device; a device without an index means any of its type."""
+    if value.device.type != device.type or (
+        device.index is not None and value.device.index != device.index
+    ):
+        raise ValueError(f"{name} must be on the communicator's {device}, got {value.device}")
+
+
+def check_world_size(group: Group, world_size: int) -> None:
+    """The caller's world size is the group's."""
+    if group.size() != world_size:
+        raise ValueError(f"world_size must be the group's {group.size()}, got {world_size}")
+
+
+def check_int(name: str, value: int) -> None:
+    """An int, and not a bool."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def normal_dim(input_: Tensor, dim: int) -> int:
+    """`dim` counted from the front."""
+    check_int("dim", dim)
+    if input_.dim() == 0:
+        raise ValueError("input_ must have at least 1 dim, got a 0-d tensor")
+    if not -input_.dim() <= dim < input_.dim():
+        raise ValueError(
+            f"dim must be in [{-input_.dim()}, {input_.dim() - 1}] "
+            f"for input_ of shape {list(input_.shape)}, got {dim}"
+        )
+    return dim % input_.dim()
+
+
+def check_divisible(input_: Tensor, name: str, dim: int, world_size: int) -> None:
+    """World size divides the size at `dim`."""
+    if input_.shape[dim] % world_size:
+        raise ValueError(
+            f"input_ must have a size at {name}={dim} that world_size={world_size} divides, "
+            f"got {input_.shape[dim]} of shape {list(input_.shape)}"
+        )
+
+
+def all_to_all_4D(
+    input_: Tensor, world_size: int, scatter_dim: int, gather_dim: int
+) -> tuple[int, int]:
+    """A 4-d tensor, heads against sequence, and a size that the ranks can share."""
+    check_tensor("input_", input_)
+    check_int("scatter_dim", scatter_dim)
+    check_int("gather_dim", gather_dim)
+    if input_.dim() != 4:
+        raise ValueError(f"input_ must have 4 dims [B, S, H, D], got shape {list(input_.shape)}")
+    dims = tuple(dim + 4 if dim < 0 else dim for dim in (scatter_dim, gather_dim))
+    if dims not in ((2, 1), (1, 2)):
+        raise ValueError(
+            f"(scatter_dim, gather_dim) must be (2, 1) or (1, 2), got {(scatter_dim, gather_dim)}"
+        )
+    check_divisible(input_, "scatter_dim", dims[0], world_size)
+    return dims
+
+
+def all_gather(input_: Tensor, dim: int) -> int:
+    """Any tensor with at least one dim."""
+    check_tensor("input_", input_)
+    return normal_dim(input_, dim)
+
+
+def parts(input_: Tensor, world_size: int, dim: int) -> int:
+    """A tensor whose `dim` holds a part for every rank: reduce_scatter and slice."""
+    dim = all_gather(input_, dim)
+    check_divisible(input_, "dim", dim, world_size)
+    return dim
+
+
+def all_reduce(input_: Tensor, op: dist.ReduceOp | None) -> str:
+    """A dtype that can be reduced by `op`; returns the name of `op`."""
+    check_tensor("input_", input_)
+    op = dist.ReduceOp.SUM if op is None else op
+    name = next((name for name, known in REDUCE_OPS.items() if op == known), None)
+    if name is None:
+        raise ValueError(f"op must be one of ReduceOp.{', '.join(REDUCE_OPS).upper()}, got {op}")
+    if input_.dtype not in _REDUCIBLE:
+        raise TypeError(
+            f"input_ must have a dtype that backends reduce, got {input_.dtype}; "
+            "convert it before and after"
+        )
+    if input_.is_complex() and name not in ("sum", "avg"):
+        raise TypeError(f"op must be SUM or AVG for {input_.dtype}, got {name.upper()}")
+    if name == "avg" and not (input_.is_floating_point() or input_.is_complex()):
+        raise TypeError(f"op must not be AVG for {input_.dtype}, got AVG")
+    if name in _BITWISE and (input_.is_floating_point() or input_.is_complex()):
+        raise TypeError(f"op must not be bitwise for {input_.dtype}, got {name.upper()}")
+    return name
+
+
+def peer(name: str, value: int, rank: int, world_size: int, *, others_only: bool) -> None:
+    """A rank of the group; for send and recv another than this one."""
+    check_int(name, value)
+    if not 0 <= value < world_size:
+        raise ValueError(
+            f"{name} must be a rank of the group in [0, {world_size - 1}], got {value}"
+        )
+    if others_only and value == rank:
+        raise ValueError(f"{name} must be another rank than this one, got {value}")
