@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-_DTYPE_NAMES = (
-    "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64 "
-    "complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz "
-    "float8_e8m0fnu"
-).split()
+_DTYPE_NAMES = """
+    bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64
+    complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz
+    float8_e8m0fnu
+""".split()  # noqa: SIM905 - a list of literals would be one per line
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _DTYPE_NAMES}
 _NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -55,7 +55,7 @@ def tensor_fields(tensor: torch.Tensor) -> tuple[str, list[int], memoryview]:
     if not num_bytes:
         return _NAMES[plain.dtype], list(plain.shape), memoryview(b"")
     data = (ctypes.c_ubyte * num_bytes).from_address(plain.data_ptr())
-    data.owner = plain  # from_address does not keep the memory alive
+    data.owner = plain  # type: ignore[attr-defined] # from_address keeps nothing alive
     return _NAMES[plain.dtype], list(plain.shape), memoryview(data).cast("B")
 
 

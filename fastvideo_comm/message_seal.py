@@ -64,7 +64,7 @@ class MessageSeal:
     b'hello'
     >>> seal.open(address._replace(number=1), sealed)
     Traceback (most recent call last):
-    fastvideo_comm.errors.AuthenticationError: the message does not carry a valid seal for send/0/1/1
+    fastvideo_comm.errors.AuthenticationError: the message must carry the seal of send/0/1/1
 
     Without a secret nothing is added and nothing is checked.
     """
@@ -112,7 +112,7 @@ class MessageSeal:
         tag = bytes(view[:TAG_BYTES])
         if not hmac.compare_digest(tag, self._tag(self._key, address, [body])):
             raise AuthenticationError(
-                f"the message does not carry a valid seal for {address.key}", peers=(address.src,)
+                f"the message must carry the seal of {address.key}", peers=(address.src,)
             )
         return body
 

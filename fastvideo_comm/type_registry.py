@@ -59,7 +59,7 @@ def _describe_dataclass(cls: type, name: str) -> RegisteredType:
     def from_fields(fields: Any) -> Any:
         if type(fields) is not dict or list(fields) != names:
             raise ValueError(f"the fields of {name} must be {names}")
-        obj = object.__new__(cls)
+        obj: Any = object.__new__(cls)
         for key, value in fields.items():
             object.__setattr__(obj, key, value)
         return obj
