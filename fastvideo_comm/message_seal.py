@@ -31,6 +31,7 @@ class Op(IntEnum):
     GATHER = 3
     BARRIER = 4
     VALUE = 5
+    EXPIRY = 6
 
 
 class Address(NamedTuple):

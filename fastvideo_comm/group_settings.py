@@ -1,0 +1,114 @@
+"""The settings of a StatelessProcessGroup, checked."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from datetime import timedelta
+from typing import Any, NamedTuple, Protocol
+
+from fastvideo_comm.object_codec import ObjectCodec
+from fastvideo_comm.pickle_codec import PickleCodec
+
+SECRET_VARIABLE = "FASTVIDEO_COMM_SECRET"
+DEFAULT_TIMEOUT_SECONDS = 300.0
+DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_LONGEST_SECONDS = 10 * 365 * 24 * 3600.0
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+
+
+class Codec(Protocol):
+    """Turns objects into bytes and back: `ObjectCodec`, `PickleCodec`."""
+
+    name: str
+
+    def encode_parts(self, obj: object) -> list[bytes | memoryview]:
+        """Return the encoded object as buffers; TypeError where it cannot be sent."""
+
+    def decode(self, data: bytes | bytearray | memoryview) -> Any:
+        """Return the object; DecodeError where there is none."""
+
+
+class GroupSettings(NamedTuple):
+    """What a group was asked for, after the checks.
+
+    Attributes:
+        timeout: Seconds.
+        secret: None for an unprotected group.
+        codec: The codec object.
+        words: `key=value` for everything that must be equal on all ranks.
+    """
+
+    timeout: float
+    secret: bytes | None
+    codec: Codec
+    words: str
+
+    @classmethod
+    def checked(
+        cls,
+        rank: int,
+        world_size: int,
+        timeout: float | timedelta,
+        secret: bytes | None,
+        codec: Codec | str,
+        max_message_bytes: int,
+        group: str,
+    ) -> GroupSettings:
+        """Check every argument.
+
+        Raises:
+            ValueError: One breaks its rule.
+            TypeError: The secret is not bytes.
+        """
+        if world_size < 1:
+            raise ValueError(f"world_size must be at least 1, got {world_size}")
+        check_rank("rank", rank, world_size)
+        if max_message_bytes < 1:
+            raise ValueError(f"max_message_bytes must be at least 1, got {max_message_bytes}")
+        if not _NAME.fullmatch(group):
+            raise ValueError(f"group must be 1 to 100 of A-Z a-z 0-9 _ . -, got {group!r}")
+        known_secret = _resolve_secret(secret)
+        codec = _resolve_codec(codec, has_secret=known_secret is not None)
+        words = (
+            f"world_size={world_size} group={group} codec={codec.name} "
+            f"max_message_bytes={max_message_bytes}"
+        )
+        return cls(to_seconds("timeout", timeout), known_secret, codec, words)
+
+
+def check_rank(name: str, rank: int, world_size: int) -> None:
+    """ValueError unless `rank` is one of the group's ranks."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world_size:
+        raise ValueError(f"{name} must be a rank from 0 to {world_size - 1}, got {rank!r}")
+
+
+def to_seconds(name: str, timeout: float | timedelta) -> float:
+    """Return a timeout in seconds; ValueError unless it is positive and ends."""
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    if math.isnan(seconds) or not 0 < seconds <= _LONGEST_SECONDS:
+        raise ValueError(f"{name} must be a positive number of seconds, got {timeout!r}")
+    return seconds
+
+
+def _resolve_secret(secret: bytes | None) -> bytes | None:
+    if secret is None:
+        return os.environ.get(SECRET_VARIABLE, "").encode() or None
+    if not isinstance(secret, bytes):
+        raise TypeError(f"secret must be bytes, got {type(secret).__name__}")
+    if not secret:
+        raise ValueError("secret must not be empty, got b''")
+    return secret
+
+
+def _resolve_codec(codec: Codec | str, *, has_secret: bool) -> Codec:
+    if codec == "msgpack":
+        return ObjectCodec()
+    if codec == "pickle" or isinstance(codec, PickleCodec):
+        if not has_secret:
+            raise ValueError("codec must not be 'pickle' without a secret, got 'pickle'")
+        return PickleCodec()
+    if isinstance(codec, str):
+        raise ValueError(f"codec must be 'msgpack', 'pickle' or an object, got {codec!r}")
+    return codec

@@ -1,0 +1,220 @@
+"""The store that `StatelessProcessGroup.create` makes: authenticated, bounded in time, own sockets.
+
+torch's TCPStore cannot be held to a deadline while its server is stopped, does not notice a dead
+rank, and listens on every interface; so rank 0 runs `StoreServer`, and every rank holds an
+`ObjectStore`, which speaks the basic verbs of `torch.distributed.Store` as well.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from multiprocessing import util as process_exit
+from typing import NamedTuple
+
+from fastvideo_comm.errors import CommunicationTimeoutError, JoinError
+from fastvideo_comm.message_seal import TAG_BYTES, Address, MessageSeal, Op
+from fastvideo_comm.store_client import StoreClient
+from fastvideo_comm.store_link import Kind
+from fastvideo_comm.store_messages import TOKEN_BYTES, JoinRequest, pack_number, unpack_number
+from fastvideo_comm.store_server import ServerSettings, StoreServer
+from fastvideo_comm.store_sockets import Heartbeat, is_wildcard, listen
+
+_MAX_KEY_BYTES = 8 * 1024
+
+
+class StoreOptions(NamedTuple):
+    """How a store is joined; `settings`, `world_size` and `secret` must be equal on every rank.
+
+    Attributes:
+        world_size: How many ranks join.
+        settings: `key=value` words.
+        secret: Shared by all ranks, or None.
+        max_message_bytes: The largest encoded message or value.
+        heartbeat: Of the lifelines.
+        timeout: Of the join, and of a verb that is given none; seconds.
+    """
+
+    world_size: int
+    settings: str
+    secret: bytes | None
+    max_message_bytes: int
+    heartbeat: Heartbeat
+    timeout: float
+
+
+class ObjectStore:
+    """A rank's handle on the store: values by key here, messages through a group.
+
+    The verbs are those of `torch.distributed.Store`: `set`, `get`, `wait`, `add`, `check`,
+    `delete_key`, `num_keys`. A `set` is acknowledged. Values are sealed like messages where there
+    is a secret, each under its key; the numbers of `add` carry the tag of the connection only.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        rank: int,
+        options: StoreOptions,
+        listen_socket: socket.socket | None = None,
+    ) -> None:
+        """Join; rank 0 serves as well.
+
+        Args:
+            host: The address of rank 0, the only one that is listened on.
+            port: Its port.
+            rank: Of this process.
+            options: The rest.
+            listen_socket: For rank 0, a socket that listens already, instead of a new one; the
+                store owns it from now on.
+
+        Raises:
+            ValueError: The address is a wildcard and there is no secret.
+            AuthenticationError: The secrets differ.
+            JoinError: Refused, or the port is in other use.
+            JoinTimeoutError: Not every rank came within the timeout.
+        """
+        self.rank = rank
+        self.world_size = options.world_size
+        self.max_message_bytes = options.max_message_bytes
+        self._timeout = options.timeout
+        self._names: set[str] = set()
+        self._names_lock = threading.Lock()
+        self._server: StoreServer | None = None
+        deadline = time.monotonic() + options.timeout
+        max_body_bytes = options.max_message_bytes + TAG_BYTES
+        if rank == 0:
+            listener = listen_socket or listen(host, port)
+            if options.secret is None and is_wildcard(listener):
+                listener.close()
+                raise ValueError(
+                    f"host must be one address while there is no secret, got {host!r}: "
+                    "everybody who reaches this machine could join"
+                )
+            host, port = listener.getsockname()[:2]
+            self._server = StoreServer(
+                listener,
+                ServerSettings(
+                    options.world_size,
+                    options.secret,
+                    options.settings,
+                    max_body_bytes,
+                    options.heartbeat,
+                ),
+            )
+        join = JoinRequest(False, rank, bytes(TOKEN_BYTES), options.settings)
+        try:
+            self.client = StoreClient(
+                host, port, join, options.secret, max_body_bytes, options.heartbeat, deadline
+            )
+        except BaseException:
+            if self._server is not None:
+                self._server.stop()
+            raise
+        self.host, self.port = host, port
+        self._secret = options.secret
+        self._seal = MessageSeal(options.secret, "", self.client.session)
+        # Also where this object is dropped without `close`, and when the process ends.
+        self._leave = process_exit.Finalize(self, self.client.leave, exitpriority=0)
+
+    def seal(self, group: str) -> MessageSeal:
+        """Return the seal of a group on this store."""
+        return MessageSeal(self._secret, group, self.client.session)
+
+    def claim(self, name: str) -> None:
+        """Reserve a group's name for this rank; JoinError if it is in use here."""
+        with self._names_lock:
+            if name in self._names:
+                raise JoinError(f"group {name!r} exists on this store; give each its own name")
+            self._names.add(name)
+
+    def close(self, linger: float | None = None) -> None:
+        """Leave; rank 0 then serves on until all have left, at most `linger` seconds."""
+        if self._leave.still_active():
+            self._leave()
+        if self._server is not None:
+            self._server.stop(self._timeout if linger is None else linger)
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a verb waits that is given no timeout."""
+        return timedelta(seconds=self._timeout)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Change that."""
+        self._timeout = timeout.total_seconds()
+
+    def set(self, key: str, value: str | bytes) -> None:
+        """Set a value; returns when the store has it."""
+        data = value.encode() if isinstance(value, str) else value
+        if len(data) > self.max_message_bytes:
+            raise ValueError(
+                f"value must have at most {self.max_message_bytes} bytes, got {len(data)}"
+            )
+        self._call(Kind.SET, _key(key), self._seal_of(key).seal(_VALUE, [data]))
+
+    def get(self, key: str) -> bytes:
+        """Return a value, waiting for it if need be."""
+        sealed = self._call(Kind.GET, _key(key))[1]
+        return bytes(self._seal_of(key).open(_VALUE, sealed))
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        """Wait until all these keys have values."""
+        seconds = self._timeout if timeout is None else timeout.total_seconds()
+        deadline = time.monotonic() + seconds
+        for key in keys:
+            self._call(Kind.WAIT, _key(key), deadline=deadline)
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to the number under a key, 0 at first, and return the sum."""
+        return int(self._call(Kind.ADD, pack_number(amount, _key(key)))[0])
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all these keys have values."""
+        return all(unpack_number(self._call(Kind.CHECK, _key(key))[0])[0] for key in keys)
+
+    def delete_key(self, key: str) -> bool:
+        """Remove a value; False where there was none."""
+        return bool(unpack_number(self._call(Kind.DELETE, _key(key))[0])[0])
+
+    def num_keys(self) -> int:
+        """Return how many values and unread messages the store holds, of all groups."""
+        return int(self._call(Kind.COUNT, b"")[0])
+
+    def _seal_of(self, key: str) -> MessageSeal:
+        return MessageSeal(self._secret, f"value {key}", self.client.session)
+
+    def _call(
+        self,
+        kind: Kind,
+        meta: bytes,
+        parts: Sequence[bytes | memoryview] = (),
+        deadline: float | None = None,
+    ) -> tuple[bytes, bytes | memoryview]:
+        if deadline is None:
+            deadline = time.monotonic() + self._timeout
+        with self.client.turn(deadline):
+            waits = kind in (Kind.GET, Kind.WAIT)
+            ident = (
+                self.client.ask_once(kind, meta) if waits else self.client.ask(kind, meta, parts)
+            )
+            if self.client.wait([ident], deadline):
+                raise CommunicationTimeoutError(
+                    f"store.{kind.name.lower()} timed out after {self._timeout:g} s"
+                )
+            frame = self.client.take(ident)
+            return frame.meta, memoryview(frame.body)
+
+
+_VALUE = Address(Op.VALUE, 0, 0, 0)
+
+
+def _key(key: str) -> bytes:
+    data = key.encode()
+    if len(data) > _MAX_KEY_BYTES:
+        raise ValueError(f"key must have at most {_MAX_KEY_BYTES} bytes, got {len(data)}")
+    return data

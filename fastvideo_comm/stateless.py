@@ -1,0 +1,508 @@
+"""StatelessProcessGroup: objects between ranks, without `init_process_group`.
+
+For settings, handles and other small objects on the way to a data plane; one thread at a time uses
+a group, others wait for their turn. `docs/object-channel.md` says what is safe and what is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fastvideo_comm.errors import ClosedError, CommunicationError, MessageExpiredError
+from fastvideo_comm.group_settings import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    DEFAULT_TIMEOUT_SECONDS,
+    Codec,
+    GroupSettings,
+    check_rank,
+    to_seconds,
+)
+from fastvideo_comm.message_seal import EVERYONE, Address, Op
+from fastvideo_comm.object_store import ObjectStore, StoreOptions
+from fastvideo_comm.store_sockets import Heartbeat
+from fastvideo_comm.torch_transport import TorchTransport
+from fastvideo_comm.transport import StoreTransport, Transport
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+# Sent messages are noted for `expire_data`; from this many on, those that were read are dropped.
+_PRUNE_FROM = 1024
+
+
+@dataclasses.dataclass
+class StatelessProcessGroup:
+    """A group of ranks that exchange objects, independent of every other group.
+
+    >>> with StatelessProcessGroup.create("127.0.0.1", 0, rank=0, world_size=1) as group:
+    ...     group.send_obj({"shape": (1, 2)}, dst=0)
+    ...     group.recv_obj(src=0)
+    {'shape': (1, 2)}
+
+    What a group from `create` promises:
+
+    1. Order and exactly once. Each (src, dst) pair is a channel of its own, first in, first out,
+       and so are the broadcasts of each rank; groups never mix. A message is removed when its last
+       reader has it. `expire_data` removes only messages that are older than
+       `data_expiration_seconds`; who asks for one gets MessageExpiredError, once, instead of
+       waiting.
+    2. Every wait ends. A call returns or raises within its timeout + 1 s, also when rank 0's
+       process is stopped or another program holds the port; Ctrl-C ends it within 1 s. The error
+       names op, group, rank, the ranks waited for, message number and seconds. A receiving call
+       that timed out may be repeated and finds what came late. A `send_obj` that timed out may
+       still arrive.
+    3. A dead rank is known. The death of any rank is PeerLostError within 5 s in every other rank's
+       present or next call, and in all later ones; a rank that is slow or stopped is not dead, and
+       a rank whose machine is gone is, after `heartbeat_interval` * (`heartbeat_limit` + 1) s.
+       `close` lets rank 0 leave last; a process that ends without it says goodbye all the same, and
+       rank 0's waits up to 30 s for the others. A call that needs a rank which has left is
+       PeerLostError too, but the group goes on.
+    4. No stranger's code runs. Objects travel as msgpack, see `ObjectCodec` for the types; nothing
+       received is unpickled, imported or called, except functions given to `register_type`. What
+       cannot be sent is a TypeError on the sender that gives the path to it. `codec="pickle"` is
+       refused without a secret.
+    5. No stranger's message is accepted, where there is a `secret`: connections begin with a mutual
+       proof, and HMAC-SHA256 covers version, group, op, src, dst, number, length and body of every
+       message. What does not match is AuthenticationError and never decoded. Rank 0 listens on the
+       host's address only. Nothing is encrypted, and who reaches the port can get in the way.
+    6. Limits are said early. An object that encodes to more than `max_message_bytes` is a
+       ValueError on the sender.
+    7. Joining is checked. A wrong or taken rank, different world sizes, settings, secrets or
+       protocol versions, a port in other use: JoinError or AuthenticationError on the ranks
+       concerned, and JoinTimeoutError, which names the missing ranks, on those who wait for them.
+
+    A torch store may be given instead: `StatelessProcessGroup(rank, world_size, store)`. Promises 1
+    (each group needs its own name in a store, for good; a FileStore's file only grows), 4 and 6
+    hold, and so does 5 for messages within the life of one store, but the store itself takes
+    whatever anybody writes. Of 2 what polling can do: a TCPStore whose server is stopped hangs in
+    torch. Of 3 nothing but that a dead TCPStore server is PeerLostError. Of 7 the taken rank and
+    different settings, on the rank that comes later.
+
+    Attributes:
+        rank: This process's place in the group.
+        world_size: How many ranks there are.
+        store: An `ObjectStore` from `create`, or a torch store.
+        data_expiration_seconds: How long an unread message is kept.
+        send_dst_counter: Number of the next message to each rank.
+        recv_src_counter: Number of the next message from each rank.
+        broadcast_send_counter: Number of this rank's next broadcast.
+        broadcast_recv_src_counter: Number of the next broadcast of each rank.
+        entries: Key and `time.perf_counter()` of messages that this rank sent and that may still
+            be unread.
+        timeout: Seconds or timedelta, of every call that is given none.
+        secret: Shared by all ranks; `FASTVIDEO_COMM_SECRET` where it is None.
+        codec: An `ObjectCodec` with registered types, "msgpack" or "pickle".
+        max_message_bytes: The largest encoded object.
+        group: The group's name, in keys, seals and errors.
+    """
+
+    rank: int
+    world_size: int
+    store: Store | ObjectStore
+    data_expiration_seconds: int = 3600
+
+    send_dst_counter: dict[int, int] = dataclasses.field(default_factory=dict)
+    recv_src_counter: dict[int, int] = dataclasses.field(default_factory=dict)
+    broadcast_send_counter: int = 0
+    broadcast_recv_src_counter: dict[int, int] = dataclasses.field(default_factory=dict)
+    entries: deque[tuple[str, float]] = dataclasses.field(default_factory=deque, repr=False)
+
+    timeout: float | timedelta = dataclasses.field(default=DEFAULT_TIMEOUT_SECONDS, kw_only=True)
+    secret: bytes | None = dataclasses.field(default=None, kw_only=True, repr=False)
+    codec: Codec | str = dataclasses.field(default="msgpack", kw_only=True, repr=False)
+    max_message_bytes: int = dataclasses.field(default=DEFAULT_MAX_MESSAGE_BYTES, kw_only=True)
+    group: str = dataclasses.field(default="default", kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the arguments and reserve the group's name on the store."""
+        settings = GroupSettings.checked(
+            self.rank,
+            self.world_size,
+            self.timeout,
+            self.secret,
+            self.codec,
+            self.max_message_bytes,
+            self.group,
+        )
+        self.secret, self.codec = settings.secret, settings.codec
+        self._codec = settings.codec
+        self._transport = self._open_transport(settings)
+        self.send_dst_counter = dict.fromkeys(range(self.world_size), 0)
+        self.recv_src_counter = dict.fromkeys(range(self.world_size), 0)
+        self.broadcast_recv_src_counter = dict.fromkeys(range(self.world_size), 0)
+        self._gather_counter = 0
+        self._gathers_begun = 0
+        self._barrier_counter = 0
+        self._prune_at = _PRUNE_FROM
+        self._owns_store = False
+        self._closed = False
+
+    def _open_transport(self, settings: GroupSettings) -> Transport:
+        if not isinstance(self.store, ObjectStore):
+            return TorchTransport(
+                self.store,
+                self.group,
+                self.rank,
+                self.world_size,
+                settings.secret,
+                settings.words,
+                self.max_message_bytes,
+            )
+        own = (self.store.rank, self.store.world_size)
+        if (self.rank, self.world_size) != own:
+            raise ValueError(
+                f"rank and world_size must be those of the store, {own}, "
+                f"got {(self.rank, self.world_size)}"
+            )
+        if self.max_message_bytes > self.store.max_message_bytes:
+            raise ValueError(
+                f"max_message_bytes must be at most the store's {self.store.max_message_bytes}, "
+                f"got {self.max_message_bytes}"
+            )
+        return StoreTransport(self.store, self.group)
+
+    @staticmethod
+    def create(
+        host: str,
+        port: int,
+        rank: int,
+        world_size: int,
+        data_expiration_seconds: int = 3600,
+        *,
+        timeout: float | timedelta = DEFAULT_TIMEOUT_SECONDS,
+        secret: bytes | None = None,
+        codec: Codec | str = "msgpack",
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        group: str = "default",
+        heartbeat_interval: float = 1.0,
+        heartbeat_limit: int = 3,
+        listen_socket: socket.socket | None = None,
+    ) -> StatelessProcessGroup:
+        """Form a group over TCP, without touching torch's global process group.
+
+        Args:
+            host: The address of rank 0; it listens there and nowhere else. IPv4, IPv6 or a name.
+            port: The port of rank 0.
+            rank: Of this process, from 0.
+            world_size: How many ranks join; the call returns when all have.
+            data_expiration_seconds: How long an unread message is kept.
+            timeout: Of the join, and of every later call that is given none; seconds or timedelta.
+            secret: Shared by all ranks, best `secrets.token_bytes(32)`; the environment variable
+                `FASTVIDEO_COMM_SECRET` where it is None. Without one the group works unprotected.
+            codec: An `ObjectCodec` with registered types, "msgpack" or "pickle".
+            max_message_bytes: The largest encoded object; the same on every rank.
+            group: The group's name; the same on every rank.
+            heartbeat_interval: Whole seconds between two probes of an idle connection.
+            heartbeat_limit: How many unanswered probes mean that the other machine is gone.
+            listen_socket: Rank 0 only: a listening socket to use instead of a new one.
+
+        Raises:
+            ValueError: An argument breaks its rule; pickle or a wildcard host without a secret.
+            TypeError: An argument has the wrong type.
+            AuthenticationError: The ranks hold different secrets.
+            JoinError: This rank is refused, or the port is in other use.
+            JoinTimeoutError: Not every rank came within the timeout.
+        """
+        settings = GroupSettings.checked(
+            rank, world_size, timeout, secret, codec, max_message_bytes, group
+        )
+        options = StoreOptions(
+            world_size,
+            settings.words,
+            settings.secret,
+            max_message_bytes,
+            Heartbeat.checked(heartbeat_interval, heartbeat_limit),
+            settings.timeout,
+        )
+        if not 0 <= port <= 65535 or (port == 0 and world_size > 1 and listen_socket is None):
+            raise ValueError(f"port must be from 1 to 65535, got {port}")
+        if listen_socket is not None and rank != 0:
+            raise ValueError(f"listen_socket must be given to rank 0 only, got rank {rank}")
+        try:
+            store = ObjectStore(host, port, rank, options, listen_socket)
+        except CommunicationError as error:
+            place = f"create of group {group!r} on rank {rank} of {world_size}"
+            text = f"{place}: {error} (timeout {settings.timeout:g} s)"
+            raise type(error)(text, peers=error.peers) from error
+        created = StatelessProcessGroup(
+            rank,
+            world_size,
+            store,
+            data_expiration_seconds,
+            timeout=timeout,
+            secret=settings.secret,
+            codec=settings.codec,
+            max_message_bytes=max_message_bytes,
+            group=group,
+        )
+        created._owns_store = True
+        return created
+
+    def register_type(
+        self,
+        cls: type,
+        *,
+        name: str | None = None,
+        to_fields: Callable[[Any], Any] | None = None,
+        from_fields: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Allow instances of a class in messages, see `ObjectCodec.register_type`.
+
+        Raises:
+            TypeError: The codec is pickle, or the class needs the two functions.
+            ValueError: The class is supported already, or the name is taken.
+        """
+        register = getattr(self._codec, "register_type", None)
+        if register is None:
+            raise TypeError(f"codec must be msgpack to register types, got {self._codec.name!r}")
+        register(cls, name=name, to_fields=to_fields, from_fields=from_fields)
+
+    def send_obj(self, obj: Any, dst: int, *, timeout: float | timedelta | None = None) -> None:
+        """Send an object to one rank; returns when the store has it, not when it is read.
+
+        Args:
+            obj: What to send, of types that the codec supports.
+            dst: The rank that receives it, this one included.
+            timeout: Seconds or timedelta; the group's where it is None.
+
+        Raises:
+            TypeError: Something in `obj` cannot be sent; the message gives the path to it.
+            ValueError: `dst` is no rank, or the object too large.
+            CommunicationTimeoutError: The store did not take it in time; it may still arrive.
+            PeerLostError: `dst` has left, or a rank died.
+        """
+        check_rank("dst", dst, self.world_size)
+        parts = self._encode(obj)
+        with self._call("send_obj", (dst,), timeout) as call:
+            call.number = self.send_dst_counter[dst]
+            self._send(Address(Op.SEND, self.rank, dst, call.number), parts, call.deadline)
+
+    def recv_obj(self, src: int, *, timeout: float | timedelta | None = None) -> Any:
+        """Return the next object from one rank, waiting for it if need be.
+
+        Args:
+            src: The rank that sends it.
+            timeout: Seconds or timedelta; the group's where it is None.
+
+        Raises:
+            ValueError: `src` is no rank.
+            CommunicationTimeoutError: It did not come in time; the next call may still find it.
+            MessageExpiredError: It expired unread; the next call is for the one after it.
+            PeerLostError: `src` has left and sent nothing more, or a rank died.
+            AuthenticationError: What came is not from a holder of the secret.
+            DecodeError: What came is not an object that this rank can build; it is skipped.
+        """
+        check_rank("src", src, self.world_size)
+        with self._call("recv_obj", (src,), timeout) as call:
+            call.number = self.recv_src_counter[src]
+            address = Address(Op.SEND, src, self.rank, call.number)
+            return self._receive(address, self.recv_src_counter, call.deadline)
+
+    def broadcast_obj(
+        self, obj: Any | None, src: int, *, timeout: float | timedelta | None = None
+    ) -> Any:
+        """Return the object of `src` on every rank; `src` does not wait for the others.
+
+        Args:
+            obj: What to send, on `src`; ignored elsewhere.
+            src: The rank that sends.
+            timeout: Seconds or timedelta; the group's where it is None.
+
+        Raises:
+            TypeError: On `src`, see `send_obj`.
+            ValueError: `src` is no rank, or the object too large.
+            CommunicationError: See `send_obj` on `src`, `recv_obj` elsewhere.
+        """
+        check_rank("src", src, self.world_size)
+        if self.rank != src:
+            with self._call("broadcast_obj", (src,), timeout) as call:
+                call.number = self.broadcast_recv_src_counter[src]
+                address = Address(Op.BROADCAST, src, EVERYONE, call.number)
+                return self._receive(address, self.broadcast_recv_src_counter, call.deadline)
+        parts = self._encode(obj)
+        others = tuple(rank for rank in range(self.world_size) if rank != self.rank)
+        with self._call("broadcast_obj", others, timeout) as call:
+            call.number = self.broadcast_send_counter
+            self._send(Address(Op.BROADCAST, src, EVERYONE, call.number), parts, call.deadline)
+        return obj
+
+    def all_gather_obj(self, obj: Any, *, timeout: float | timedelta | None = None) -> list[Any]:
+        """Return the objects of all ranks, in the order of ranks; its own object as it is.
+
+        After a timeout, call it again with the same object to finish the same round: what this
+        rank gave first is what the others get.
+
+        Args:
+            obj: This rank's object.
+            timeout: Seconds or timedelta; the group's where it is None.
+
+        Raises:
+            TypeError: Something in `obj` cannot be sent; the message gives the path to it.
+            ValueError: The object is too large.
+            CommunicationError: See `recv_obj`; `peers` are the ranks whose objects are missing.
+        """
+        parts = self._encode(obj)
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        with self._call("all_gather_obj", tuple(others), timeout) as call:
+            call.number = number = self._gather_counter
+            if self._gathers_begun == number:
+                own = Address(Op.GATHER, self.rank, EVERYONE, number)
+                self._gathers_begun += 1
+                self._send(own, parts, call.deadline)
+            addresses = [Address(Op.GATHER, rank, EVERYONE, number) for rank in others]
+            try:
+                bodies = self._transport.receive(addresses, call.deadline)
+            except MessageExpiredError:
+                self._gather_counter += 1
+                raise
+            self._gather_counter += 1
+            objects = [self._codec.decode(body) for body in bodies]
+        return [*objects[: self.rank], obj, *objects[self.rank :]]
+
+    def barrier(self, *, timeout: float | timedelta | None = None) -> None:
+        """Return when every rank has called it.
+
+        Args:
+            timeout: Seconds or timedelta; the group's where it is None.
+
+        Raises:
+            CommunicationTimeoutError: `peers` are the ranks that did not come; call it again to
+                wait on in the same barrier.
+            PeerLostError: A rank that has not come has left, or a rank died.
+        """
+        others = tuple(rank for rank in range(self.world_size) if rank != self.rank)
+        with self._call("barrier", others, timeout) as call:
+            call.number = self._barrier_counter
+            self._transport.barrier(call.number, call.deadline)
+            self._barrier_counter += 1
+
+    def expire_data(self, *, timeout: float | timedelta | None = None) -> None:
+        """Remove what this rank sent more than `data_expiration_seconds` ago and nobody read.
+
+        Sending calls do this first.
+
+        Args:
+            timeout: Seconds or timedelta; the group's where it is None.
+
+        Raises:
+            CommunicationTimeoutError: The store did not answer in time.
+            PeerLostError: A rank died.
+        """
+        with self._call("expire_data", (), timeout) as call:
+            self._expire(call.deadline)
+
+    def close(self, *, timeout: float | timedelta | None = None) -> None:
+        """Leave the group; idempotent. Rank 0 returns when all have left, or at the timeout.
+
+        Messages that were sent stay readable for as long as rank 0 serves. A store given by the
+        caller is left open.
+
+        Args:
+            timeout: Seconds or timedelta; the group's where it is None.
+        """
+        seconds = to_seconds("timeout", self.timeout if timeout is None else timeout)
+        self._closed = True
+        if self._owns_store and isinstance(self.store, ObjectStore):
+            self.store.close(seconds)
+
+    def __enter__(self) -> StatelessProcessGroup:
+        """Return the group, for `with`."""
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the group."""
+        self.close()
+
+    def _encode(self, obj: Any) -> list[bytes | memoryview]:
+        parts = self._codec.encode_parts(obj)
+        size = sum(len(part) for part in parts)
+        if size > self.max_message_bytes:
+            raise ValueError(
+                f"obj must encode to at most max_message_bytes={self.max_message_bytes} bytes, "
+                f"got {size}"
+            )
+        return parts
+
+    def _send(self, address: Address, parts: list[bytes | memoryview], deadline: float) -> None:
+        self._expire(deadline)
+        # The number is used up before anything can go wrong: no two messages ever share one.
+        if address.op is Op.SEND:
+            self.send_dst_counter[address.dst] += 1
+        elif address.op is Op.BROADCAST:
+            self.broadcast_send_counter += 1
+        self.entries.append((address.key, time.perf_counter()))
+        self._transport.send(address, parts, deadline)
+        if len(self.entries) >= self._prune_at:
+            unread = [e for e in self.entries if not self._transport.is_read(_address(e[0]))]
+            self.entries = deque(unread)
+            self._prune_at = max(_PRUNE_FROM, 2 * len(unread))
+
+    def _receive(self, address: Address, counters: dict[int, int], deadline: float) -> Any:
+        try:
+            (body,) = self._transport.receive([address], deadline)
+        except MessageExpiredError:
+            counters[address.src] += 1
+            raise
+        counters[address.src] += 1
+        return self._codec.decode(body)
+
+    def _expire(self, deadline: float) -> None:
+        oldest = time.perf_counter() - self.data_expiration_seconds
+        last: dict[tuple[Op, int], Address] = {}
+        while self.entries and self.entries[0][1] < oldest:
+            address = _address(self.entries.popleft()[0])
+            last[address.op, address.dst] = address
+        for address in last.values():
+            self._transport.expire(address, deadline)
+
+    @contextlib.contextmanager
+    def _call(
+        self, op: str, peers: tuple[int, ...], timeout: float | timedelta | None
+    ) -> Iterator[_Call]:
+        seconds = to_seconds("timeout", self.timeout if timeout is None else timeout)
+        call = _Call(time.monotonic(), seconds)
+        try:
+            if self._closed:
+                raise ClosedError("the group is closed")
+            with self._transport.turn(call.deadline):
+                yield call
+        except CommunicationError as error:
+            place = f"{op} in group {self.group!r} on rank {self.rank} of {self.world_size}"
+            waited_for = error.peers or peers
+            text = f"{place}: {error}; {call.describe()} for rank(s) {list(waited_for)}"
+            raise type(error)(text, peers=waited_for) from error
+
+
+class _Call:
+    """The time of one call, and the message it is about."""
+
+    __slots__ = ("deadline", "number", "seconds", "started")
+
+    def __init__(self, started: float, seconds: float) -> None:
+        self.started = started
+        self.seconds = seconds
+        self.deadline = started + seconds
+        self.number: int | None = None
+
+    def describe(self) -> str:
+        waited = time.monotonic() - self.started
+        message = "" if self.number is None else f" in message {self.number}"
+        return f"waited {waited:.1f} of {self.seconds:g} s{message}"
+
+
+def _address(key: str) -> Address:
+    op, src, dst, number = key.split("/")
+    return Address(Op[op.upper()], int(src), int(dst), int(number))

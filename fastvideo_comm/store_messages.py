@@ -1,0 +1,89 @@
+"""The short binary forms inside frames: addresses, join requests, rank lists."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from fastvideo_comm.message_seal import Address, Op
+from fastvideo_comm.store_link import FrameError
+
+TOKEN_BYTES = 16
+_ADDRESS = struct.Struct("<BiiQ")
+_JOIN = struct.Struct(f"<?i{TOKEN_BYTES}s")
+_NUMBER = struct.Struct("<q")
+
+Channel = tuple[int, int, int, bytes]
+
+
+class JoinRequest(NamedTuple):
+    """What a rank says after the handshake, on each of its two connections.
+
+    Attributes:
+        is_lifeline: Whether this is the second connection.
+        rank: The rank that it claims.
+        token: On the lifeline, what the store gave on the first connection.
+        settings: `key=value` words that must be the same on every rank.
+    """
+
+    is_lifeline: bool
+    rank: int
+    token: bytes
+    settings: str
+
+
+def pack_address(address: Address, group: bytes) -> bytes:
+    """Return the meta of SEND, RECV and EXPIRE."""
+    return _ADDRESS.pack(*address) + group
+
+
+def unpack_address(meta: bytes) -> tuple[Address, Channel]:
+    """Return address and channel; FrameError for anything else."""
+    if len(meta) < _ADDRESS.size:
+        raise FrameError("an address is too short")
+    op, src, dst, number = _ADDRESS.unpack_from(meta)
+    if op not in (Op.SEND, Op.BROADCAST, Op.GATHER):
+        raise FrameError(f"there is no channel of op {op}")
+    return Address(Op(op), src, dst, number), (op, src, dst, meta[_ADDRESS.size :])
+
+
+def pack_join(request: JoinRequest) -> bytes:
+    """Return the meta of JOIN."""
+    head = _JOIN.pack(request.is_lifeline, request.rank, request.token)
+    return head + request.settings.encode()
+
+
+def unpack_join(meta: bytes) -> JoinRequest:
+    """Return the request; FrameError for anything else."""
+    try:
+        is_lifeline, rank, token = _JOIN.unpack_from(meta)
+        return JoinRequest(is_lifeline, rank, token, meta[_JOIN.size :].decode())
+    except (struct.error, UnicodeDecodeError) as error:
+        raise FrameError("a join request is malformed") from error
+
+
+def pack_number(number: int, rest: bytes = b"") -> bytes:
+    """Return a number followed by other bytes."""
+    return _NUMBER.pack(number) + rest
+
+
+def unpack_number(meta: bytes) -> tuple[int, bytes]:
+    """Return a number and the bytes after it; FrameError for anything else."""
+    if len(meta) < _NUMBER.size:
+        raise FrameError("a number is too short")
+    return _NUMBER.unpack_from(meta)[0], meta[_NUMBER.size :]
+
+
+def pack_text(ranks: list[int], text: str = "") -> bytes:
+    """Return ranks and a text: what LOST, LEFT, REFUSED and MISSING carry."""
+    return struct.pack(f"<H{len(ranks)}i", len(ranks), *ranks) + text.encode()
+
+
+def unpack_text(meta: bytes) -> tuple[tuple[int, ...], str]:
+    """Return ranks and text; FrameError for anything else."""
+    try:
+        (count,) = struct.unpack_from("<H", meta)
+        ranks = struct.unpack_from(f"<{count}i", meta, 2)
+        return ranks, meta[2 + 4 * count :].decode()
+    except (struct.error, UnicodeDecodeError) as error:
+        raise FrameError("a notice is malformed") from error

@@ -1,0 +1,112 @@
+"""What a group needs of a store, and how the two kinds of stores give it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from fastvideo_comm.errors import AuthenticationError, CommunicationTimeoutError
+from fastvideo_comm.message_seal import EVERYONE, Address, Op
+from fastvideo_comm.object_store import ObjectStore
+from fastvideo_comm.store_link import Kind
+from fastvideo_comm.store_messages import pack_address, pack_number, unpack_number
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Transport(Protocol):
+    """Moves sealed messages of one group; every method is called inside `turn`.
+
+    A timeout is CommunicationTimeoutError with the missing ranks as `peers`, and loses nothing:
+    what has arrived is there for the next `receive` of the same addresses.
+    """
+
+    def turn(self, deadline: float) -> AbstractContextManager[None]:
+        """Keep other threads out, and raise what already ended the group."""
+
+    def send(self, address: Address, parts: Sequence[bytes | memoryview], deadline: float) -> None:
+        """Put a message where its readers find it."""
+
+    def receive(self, addresses: Sequence[Address], deadline: float) -> list[Buffer]:
+        """Return the bodies of these messages, once for each reader, or raise."""
+
+    def barrier(self, number: int, deadline: float) -> None:
+        """Wait until every rank is in barrier `number`."""
+
+    def expire(self, address: Address, deadline: float) -> None:
+        """Remove the unread messages of this channel up to this one."""
+
+    def is_read(self, address: Address) -> bool:
+        """Whether all readers are known to have read this message."""
+
+
+class StoreTransport:
+    """A group on an `ObjectStore`."""
+
+    def __init__(self, store: ObjectStore, group: str) -> None:
+        """Reserve the group's name on the store."""
+        store.claim(group)
+        self._client = store.client
+        self._seal = store.seal(group)
+        self._group = group.encode()
+        self._first_unread: dict[tuple[Op, int], int] = {}
+
+    def turn(self, deadline: float) -> AbstractContextManager[None]:
+        """See `Transport`."""
+        return self._client.turn(deadline)
+
+    def send(self, address: Address, parts: Sequence[bytes | memoryview], deadline: float) -> None:
+        """See `Transport`; returns when the store has the message."""
+        sealed = self._seal.seal(address, parts)
+        meta = pack_address(address, self._group)
+        self._acknowledged(address, self._client.ask(Kind.SEND, meta, sealed), deadline)
+
+    def receive(self, addresses: Sequence[Address], deadline: float) -> list[Buffer]:
+        """See `Transport`."""
+        idents = [
+            self._client.ask_once(Kind.RECV, pack_address(address, self._group))
+            for address in addresses
+        ]
+        waiting = self._client.wait(idents, deadline)
+        if waiting:
+            peers = [a.src for a, ident in zip(addresses, idents, strict=True) if ident in waiting]
+            raise CommunicationTimeoutError("timed out", peers=peers)
+        frames = [self._client.take(ident) for ident in idents]
+        try:
+            return [
+                self._seal.open(address, memoryview(frame.body))
+                for address, frame in zip(addresses, frames, strict=True)
+            ]
+        except AuthenticationError as error:
+            self._client.refuse(error)
+            raise
+
+    def barrier(self, number: int, deadline: float) -> None:
+        """See `Transport`; one round trip."""
+        ident = self._client.ask_once(Kind.BARRIER, pack_number(number, self._group))
+        if self._client.wait([ident], deadline):
+            peers, _notes = self._client.missing(self._group)
+            raise CommunicationTimeoutError("timed out", peers=peers)
+        self._client.take(ident)
+
+    def expire(self, address: Address, deadline: float) -> None:
+        """See `Transport`."""
+        meta = pack_address(address, self._group)
+        self._acknowledged(address, self._client.ask(Kind.EXPIRE, meta), deadline)
+
+    def is_read(self, address: Address) -> bool:
+        """See `Transport`; known from the latest acknowledgement in the channel."""
+        return address.number < self._first_unread.get((address.op, address.dst), 0)
+
+    def _acknowledged(self, address: Address, ident: int, deadline: float) -> None:
+        if self._client.wait([ident], deadline):
+            self._client.forget(ident)
+            raise CommunicationTimeoutError("timed out before the store had it", peers=(0,))
+        number, _rest = unpack_number(self._client.take(ident).meta)
+        self._first_unread[address.op, address.dst] = number
+
+
+def readers_of(address: Address, world_size: int) -> int:
+    """Return how many ranks read a message."""
+    return world_size - 1 if address.dst == EVERYONE else 1
