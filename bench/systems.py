@@ -1,0 +1,82 @@
+"""The systems of a whole-call benchmark on one process group: this library, the peers, the bounds.
+
+`bare exchange` is `all_to_all_single` of a contiguous tensor into a fresh one, `contiguous copy`
+one copy of the same bytes into memory that was touched before, and `floor` both. None gives the
+right layout: nobody gets under the first, nor far under the floor where a copy is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from local_group import LocalGroup
+from peers import Bound, one_call_each
+from torch import Tensor
+
+OURS, FLOOR, EXCHANGE, COPY = "fastvideo_comm", "floor", "bare exchange", "contiguous copy"
+BOUNDS = (FLOOR, EXCHANGE, COPY)
+
+
+def ours(group: dist.ProcessGroup, device: torch.device) -> Bound:
+    """This library: four exchanges around the attention, no `cat` before them."""
+    from fastvideo_comm import DeviceCommunicatorBase
+
+    communicator = DeviceCommunicatorBase(
+        group, device=device, device_group=group, unique_name="bench"
+    )
+    return Bound(communicator.all_to_all_4D, one_call_each(communicator.all_to_all_4D))
+
+
+def bounds(group: dist.ProcessGroup) -> dict[str, Bound]:
+    """The three bounds; their backward is the same once more."""
+    wires: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+
+    def copy(x: Tensor) -> Tensor:
+        key = (x.shape, x.dtype)
+        if key not in wires:
+            wires[key] = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return wires[key].copy_(x)
+
+    def exchange(x: Tensor) -> Tensor:
+        output = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(output, x, group=group)
+        return output
+
+    return {
+        FLOOR: _same_shape(lambda x: exchange(copy(x))),
+        EXCHANGE: _same_shape(exchange),
+        COPY: _same_shape(copy),
+    }
+
+
+def _same_shape(move: Callable[[Tensor], Tensor]) -> Bound:
+    class Move(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            del ctx
+            return move(x)
+
+        @staticmethod
+        def backward(ctx: object, *grads: Tensor) -> Tensor:
+            del ctx
+            return move(grads[0])
+
+    def all_to_all(x: Tensor, scatter_dim: int, gather_dim: int) -> Tensor:
+        del scatter_dim, gather_dim
+        return Move.apply(x)
+
+    return Bound(all_to_all, one_call_each(all_to_all))
+
+
+def reference(x: Tensor, scatter_dim: int, gather_dim: int, group: dist.ProcessGroup) -> Tensor:
+    """What an exchange must return: every rank's messages for this rank along `gather_dim`."""
+    size = group.size()
+    if isinstance(group, LocalGroup):
+        messages = x.chunk(size, scatter_dim)
+    else:
+        everything = [torch.empty_like(x) for _ in range(size)]
+        dist.all_gather(everything, x.contiguous(), group=group)
+        messages = [y.chunk(size, scatter_dim)[group.rank()] for y in everything]
+    return torch.cat(messages, gather_dim)
