@@ -16,8 +16,6 @@ ACCESS_BYTES = 16
 # Bytes of one tile: with 4 warps four independent 16-byte accesses in flight per thread. Chosen by
 # reasoning, not yet measured on a GPU; bench/NOTES.md keeps the record.
 TILE_BYTES = 8192
-# Both sides of a transposed tile are full 128-byte lines.
-LINE_BYTES = 128
 # Outer dims that the kernel takes; the launcher loops over what is left.
 MAX_OUTER = 3
 
@@ -84,16 +82,16 @@ def coalesce(
     return merged[::-1], run
 
 
-def plan_copy(dims: list[Dim], run: int, dst_address: int, src_address: int) -> Plan:
+def plan_copy(dims: list[Dim], run: int, address: int) -> Plan:
     """Chooses the element, the tile and the programs for coalesced `dims` of runs of `run` bytes.
 
-    At most `MAX_OUTER + 2` dims, the run counted as one where it is longer than an element.
+    `address` is a number with the alignment that dst and src have in common.
     """
     strides = [stride for _, *pair in dims for stride in pair]
-    granule = math.gcd(run, dst_address, src_address, ACCESS_BYTES, *strides)
+    granule = math.gcd(run, address, ACCESS_BYTES, *strides)
     if run > granule or not dims:
         return _plan_runs(dims, run, granule)
-    return _plan_elements(dims, granule, dst_address | src_address)
+    return _plan_elements(dims, granule, address)
 
 
 def _plan_runs(dims: list[Dim], run: int, granule: int) -> Plan:
@@ -112,7 +110,7 @@ def _plan_runs(dims: list[Dim], run: int, granule: int) -> Plan:
     return Plan(element_bytes, vector, False, rows, columns, outer, block_rows, block_columns)
 
 
-def _plan_elements(dims: list[Dim], element_bytes: int, addresses: int) -> Plan:
+def _plan_elements(dims: list[Dim], element_bytes: int, address: int) -> Plan:
     """No common run: columns are dst's innermost dim, rows src's, staged through shared memory."""
     if element_bytes > 8:  # one granule of 16 bytes is two elements of 8
         return _plan_runs(dims, element_bytes, element_bytes)
@@ -129,12 +127,13 @@ def _plan_elements(dims: list[Dim], element_bytes: int, addresses: int) -> Plan:
     if transposed:
         sizes_and_strides = [rows[0], columns[0], rows[1], columns[2]]
         sizes_and_strides += [stride for _, *pair in outer for stride in pair]
-        aligned = math.gcd(addresses, ACCESS_BYTES) // element_bytes
+        aligned = math.gcd(address, ACCESS_BYTES) // element_bytes
         vector = math.gcd(aligned, *sizes_and_strides)
         rows = (rows[0] // vector, rows[1] // vector, 1)
         columns = (columns[0] // vector, 1, columns[2] // vector)
         outer = [(size, dst // vector, src // vector) for size, dst, src in outer]
-    side = LINE_BYTES // element_bytes
+    # The smallest square of at least TILE_BYTES: both sides are whole 128-byte lines.
+    side = _next_power_of_2(math.isqrt(TILE_BYTES // element_bytes - 1) + 1)
     tile = side * side
     row_limit = rows[0] * vector
     block_rows = min(_next_power_of_2(row_limit), side)

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from .plan import MAX_OUTER, coalesce, plan_copy
+from .overlap import overlap, overlaps_itself
 
 Implementation: TypeAlias = Literal["auto", "triton", "torch"]
 
@@ -20,8 +20,10 @@ IMPLEMENTATION_VARIABLE = "FASTVIDEO_COMM_IMPL"
 # Below this many bytes the host time of Triton's launch is longer than what the kernel saves, and
 # "auto" calls torch. A guess until a GPU has measured it; see bench/NOTES.md.
 SMALL_COPY_BYTES = 1 << 20
+_IMPLEMENTATIONS = get_args(Implementation)
 _TRITON_DEVICES = ("cuda", "xpu")
-_ELEMENT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Found, not imported: importing it takes a second that the CPU path need not pay.
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def strided_copy_(dst: Tensor, src: Tensor, *, impl: Implementation = "auto") -> Tensor:
@@ -55,33 +57,32 @@ def strided_copy_(dst: Tensor, src: Tensor, *, impl: Implementation = "auto") ->
     _validate(dst, src)
     if impl == "auto":
         impl = os.environ.get(IMPLEMENTATION_VARIABLE, "auto")  # type: ignore[assignment]
-    if impl not in get_args(Implementation):
+    if impl not in _IMPLEMENTATIONS:
         raise ValueError(
-            f"impl (or {IMPLEMENTATION_VARIABLE}) must be one of {get_args(Implementation)}, "
-            f"got {impl!r}"
+            f"impl (or {IMPLEMENTATION_VARIABLE}) must be one of {_IMPLEMENTATIONS}, got {impl!r}"
         )
-    # A lazily conjugated or negated source is not the bytes that it shows.
-    src = src.resolve_conj().resolve_neg()
     if impl == "triton" or (impl == "auto" and _triton_pays(dst)):
         _require_triton(dst)
-        _copy_triton(dst, src)
+        from .tile_copy import launch_tile_copy
+
+        # A lazily conjugated or negated source is not the bytes that it shows.
+        launch_tile_copy(dst, src.resolve_conj().resolve_neg())
         torch.autograd.graph.increment_version(dst)
     else:
-        with torch.no_grad():
-            dst.copy_(src)
+        dst.detach().copy_(src.detach())
     return dst
 
 
 def _triton_pays(dst: Tensor) -> bool:
     return (
-        dst.device.type in _TRITON_DEVICES
-        and dst.numel() * dst.element_size() >= SMALL_COPY_BYTES
-        and importlib.util.find_spec("triton") is not None
+        _TRITON_IS_INSTALLED
+        and dst.device.type in _TRITON_DEVICES
+        and dst.nbytes >= SMALL_COPY_BYTES
     )
 
 
 def _require_triton(dst: Tensor) -> None:
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_IS_INSTALLED:
         raise ValueError(
             "impl must be 'torch' or 'auto' where triton is not installed, got 'triton'"
         )
@@ -96,50 +97,11 @@ def _require_triton(dst: Tensor) -> None:
         )
 
 
-def _copy_triton(dst: Tensor, src: Tensor) -> None:
-    """One launch; more only for tensors with more than `MAX_OUTER + 2` dims that do not merge."""
-    if dst.numel() == 0:
-        return
-    dims, run = coalesce(tuple(dst.shape), dst.stride(), src.stride(), dst.element_size())
-    if len(dims) > MAX_OUTER + 1:
-        # The outermost dim that is not merged away: its slices are copied one by one.
-        dim = min(
-            (dim for dim, size in enumerate(dst.shape) if size > 1), key=lambda dim: dst.shape[dim]
-        )
-        for dst_slice, src_slice in zip(dst.unbind(dim), src.unbind(dim), strict=True):
-            _copy_triton(dst_slice, src_slice)
-        return
-    plan = plan_copy(dims, run, dst.data_ptr(), src.data_ptr())
-    import triton
-
-    from .tile_copy import tile_copy
-
-    dtype = _ELEMENT_DTYPES[plan.element_bytes]
-    outer = [*plan.outer, *[(1, 0, 0)] * (MAX_OUTER - len(plan.outer))]
-    with torch.accelerator.device_index(dst.device.index):  # None, on the CPU, changes nothing
-        tile_copy[(plan.num_programs,)](
-            triton.reinterpret(dst, dtype),
-            triton.reinterpret(src, dtype),
-            plan.rows[0],
-            plan.columns[0],
-            plan.rows[1],
-            plan.columns[1],
-            plan.rows[2],
-            plan.columns[2],
-            *[number for dim in outer for number in dim],
-            NUM_OUTER=len(plan.outer),
-            VECTOR=plan.vector,
-            TRANSPOSED=plan.transposed,
-            BLOCK_ROWS=plan.block_rows,
-            BLOCK_COLUMNS=plan.block_columns,
-        )
-
-
 def _validate(dst: Tensor, src: Tensor) -> None:
     for name, tensor in (("dst", dst), ("src", src)):
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             raise TypeError(f"{name} must be a dense tensor, got {_kind(tensor)}")
-    if src.dtype != dst.dtype:
+    if src.dtype is not dst.dtype:
         raise TypeError(f"src must have dst's dtype {dst.dtype}, got {src.dtype}")
     if src.shape != dst.shape:
         raise ValueError(f"src must have dst's shape {list(dst.shape)}, got {list(src.shape)}")
@@ -147,69 +109,14 @@ def _validate(dst: Tensor, src: Tensor) -> None:
         raise ValueError(f"src must be on dst's device {dst.device}, got {src.device}")
     if dst.is_conj() or dst.is_neg():
         raise ValueError("dst must not be a conjugated or negated view, got one")
-    if _overlaps_itself(dst):
+    if overlaps_itself(dst):
         raise ValueError(
             "dst must not overlap itself, got "
             f"shape {list(dst.shape)} with strides {list(dst.stride())}"
         )
-    if _overlap(dst, src):
+    if overlap(dst, src):
         raise ValueError("src must not share memory with dst, got views of the same elements")
 
 
 def _kind(value: object) -> str:
     return str(value.layout) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements share memory. Exact: strides that interleave are enumerated."""
-    if tensor.is_contiguous() or tensor.numel() < 2:
-        return False
-    extent = 0
-    dims = [
-        (stride, size)
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        if size > 1
-    ]
-    for stride, size in sorted(dims):
-        if stride == 0:
-            return True
-        if stride <= extent:
-            offsets = _offsets(tensor)
-            return offsets.unique().numel() != offsets.numel()
-        extent += stride * (size - 1)
-    return False
-
-
-def _overlap(dst: Tensor, src: Tensor) -> bool:
-    """Whether dst and src share an element without being the same view."""
-    if dst.untyped_storage().data_ptr() != src.untyped_storage().data_ptr() or not dst.numel():
-        return False
-    if dst.data_ptr() == src.data_ptr() and dst.stride() == src.stride():
-        return False
-    spans = [
-        (tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * _span(tensor))
-        for tensor in (dst, src)
-    ]
-    if spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]:
-        return False
-    first = min(spans)[0]
-    bytes_of = [
-        (_offsets(tensor) * tensor.element_size() + (tensor.data_ptr() - first)).unique()
-        for tensor in (dst, src)
-    ]
-    return bool(torch.isin(*bytes_of).any())
-
-
-def _span(tensor: Tensor) -> int:
-    """Elements from the first to the last, both counted."""
-    return 1 + sum(
-        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-
-
-def _offsets(tensor: Tensor) -> Tensor:
-    """The offset of every element from the first, in elements, on the CPU."""
-    offsets = torch.zeros(1, dtype=torch.int64)
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        offsets = (offsets[:, None] + torch.arange(size)[None, :] * stride).flatten()
-    return offsets

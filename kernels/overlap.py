@@ -1,0 +1,77 @@
+"""Whether two elements of strided tensors are the same memory: exact, without enumerating them.
+
+Addresses of a strided tensor are sums `stride * index`. Two of them meet where such a sum has a
+given value, which is a bounded search over few dims.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two indices of `tensor` mean one element.
+
+    Example:
+        >>> import torch
+        >>> overlaps_itself(torch.empty(3, 1).expand(3, 2)), overlaps_itself(torch.empty(3, 2).T)
+        (True, False)
+    """
+    if tensor.is_contiguous() or tensor.numel() < 2:
+        return False
+    dims = sorted(
+        (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    reach = 0
+    for stride, size in dims:
+        if size > 1:
+            if stride <= reach or stride == 0:
+                break
+            reach += stride * (size - 1)
+    else:
+        return False  # every stride steps over all that lies within it: the usual case
+    # Differences of two indices, moved to start at 0. One way to difference 0 is index with itself.
+    differences = [(stride, 2 * size - 1) for stride, size in dims]
+    zero = sum(stride * (size - 1) for stride, size in dims)
+    return _count_ways(zero, differences[::-1], 2) > 1
+
+
+def overlap(dst: Tensor, src: Tensor) -> bool:
+    """Whether `dst` and `src` have memory in common without being the same view.
+
+    Example:
+        >>> import torch
+        >>> x = torch.empty(4, 6)
+        >>> overlap(x[:, :3], x[:, 3:]), overlap(x[:, :3], x[:, 2:5]), overlap(x, x)
+        (False, True, False)
+    """
+    if dst.untyped_storage().data_ptr() != src.untyped_storage().data_ptr() or not dst.numel():
+        return False
+    if dst.data_ptr() == src.data_ptr() and dst.stride() == src.stride():
+        return False
+    # Byte i of dst is byte j of src where dst + i == src + j. With j counted from the last byte of
+    # src, both add up; dims of one stride are one dim.
+    itemsize = dst.element_size()
+    sizes = {1: 2 * itemsize - 1}
+    target = src.data_ptr() - dst.data_ptr() + itemsize - 1
+    for size, dst_stride, src_stride in zip(dst.shape, dst.stride(), src.stride(), strict=True):
+        target += src_stride * itemsize * (size - 1)
+        for stride in (dst_stride * itemsize, src_stride * itemsize):
+            sizes[stride] = sizes.get(stride, 1) + size - 1
+    return _count_ways(target, sorted(sizes.items(), reverse=True), 1) > 0
+
+
+def _count_ways(target: int, dims: list[tuple[int, int]], limit: int) -> int:
+    """How often, up to `limit`, `target` is a sum of `stride * index` with `0 <= index < size`."""
+    if not dims:
+        return int(target == 0)
+    (stride, size), *inner = dims
+    if stride == 0:
+        return min(limit, size * _count_ways(target, inner, limit))
+    reach = sum(inner_stride * (inner_size - 1) for inner_stride, inner_size in inner)
+    ways = 0
+    for index in range(max(0, -((reach - target) // stride)), min(size - 1, target // stride) + 1):
+        ways += _count_ways(target - stride * index, inner, limit - ways)
+        if ways >= limit:
+            break
+    return ways

@@ -1,0 +1,116 @@
+"""Random strided layouts, and the comparison of a copy with `copy_`, byte for byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+DTYPES = (
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+)
+_MARGIN = 16
+
+
+class StridedLayout(NamedTuple):
+    """A tensor's place in a buffer, in elements."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def num_elements(self) -> int:
+        """Elements of the buffer, with a margin behind the last that is used."""
+        reach = sum(
+            (size - 1) * stride
+            for size, stride in zip(self.shape, self.strides, strict=True)
+            if size
+        )
+        return self.offset + reach + 1 + _MARGIN
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """The view of `buffer`."""
+        return buffer.as_strided(self.shape, self.strides, self.offset)
+
+
+@st.composite
+def pairs_of_layouts(draw: st.DrawFn) -> tuple[StridedLayout, StridedLayout]:
+    """A dst that does not overlap itself and a src, one shape of 0 to 6 dims, any strides."""
+    num_dims = draw(st.integers(0, 6))
+    # A long dim or two among short ones: many tiles in some examples, many outer dims in others.
+    sizes = st.one_of(st.integers(1, 4), st.sampled_from((8, 16, 32)), st.integers(0, 40))
+    shape: list[int] = []
+    for _ in range(num_dims):
+        shape.append(min(draw(sizes), max(1, 3000 // max(1, math.prod(shape)))))
+    dst = _layout(draw, tuple(shape))
+    # Often the order of dst, so that dims merge and runs are long.
+    src = _layout(draw, tuple(shape), like=dst if draw(st.booleans()) else None)
+    expanded = [draw(st.integers(0, 5)) == 0 for _ in shape]
+    strides = tuple(
+        0 if is_expanded else stride
+        for is_expanded, stride in zip(expanded, src.strides, strict=True)
+    )
+    return dst, src._replace(strides=strides)
+
+
+def _layout(
+    draw: st.DrawFn, shape: tuple[int, ...], like: StridedLayout | None = None
+) -> StridedLayout:
+    """Dims nested in a random order, each with a step and a gap behind it, as views have them."""
+    if like is None:
+        order = draw(st.permutations(range(len(shape))))
+    else:
+        order = sorted(range(len(shape)), key=lambda dim: like.strides[dim])
+    aligned = draw(st.booleans())  # else vectors of 16 bytes would be rare
+    gaps = st.sampled_from((0, 0, 16) if aligned else (0, 0, 0, 1, 3, 8))
+    stride = 1 if aligned else draw(st.sampled_from((1, 1, 2, 3, 8)))
+    offsets = st.sampled_from((0, 16) if aligned else (0, 1, 2, 5, 8))
+    strides = [1] * len(shape)
+    for dim in order:
+        strides[dim] = stride
+        stride = stride * max(1, shape[dim]) + draw(gaps)
+    return StridedLayout(shape, tuple(strides), draw(offsets))
+
+
+def random_buffer(num_elements: int, dtype: torch.dtype, seed: int, device: str) -> Tensor:
+    """A 1-d tensor of random bytes: NaNs, infinities and denormals with all their payloads."""
+    generator = torch.Generator().manual_seed(seed)
+    highest = 2 if dtype == torch.bool else 256
+    size = (num_elements * dtype.itemsize,)
+    data = torch.randint(0, highest, size, dtype=torch.uint8, generator=generator)
+    return data.to(device).view(dtype)
+
+
+def assert_copies_like_torch(
+    copy: Callable[[Tensor, Tensor], Tensor],
+    dst_layout: StridedLayout,
+    src_layout: StridedLayout,
+    dtype: torch.dtype,
+    seed: int,
+    device: str = "cpu",
+) -> None:
+    """`copy(dst, src)` leaves dst's whole buffer, with all around dst, as `copy_` would."""
+    src = src_layout.of(random_buffer(src_layout.num_elements(), dtype, seed, device))
+    buffer = random_buffer(dst_layout.num_elements(), dtype, seed + 1, device)
+    expected = buffer.clone()
+    dst_layout.of(expected).copy_(src)
+    dst = dst_layout.of(buffer)
+    assert copy(dst, src) is dst
+    assert torch.equal(buffer.view(torch.uint8), expected.view(torch.uint8))
