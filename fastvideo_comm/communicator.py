@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import collectives, validation
 from .autograd import DistributedAutograd
 from .channel import Channel
 from .errors import ClosedError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class DeviceCommunicatorBase:
@@ -84,6 +88,56 @@ class DeviceCommunicatorBase:
                 f"got {dist.get_process_group_ranks(self.device_group)}"
             )
         self._channel: Channel | None = Channel(self.device_group, unique_name)
+
+    @classmethod
+    def from_group(
+        cls, group: ProcessGroup, *, device: torch.device | None = None, unique_name: str = ""
+    ) -> Self:
+        """A communicator on one group.
+
+        Args:
+            group: a group that this process is in.
+            device: where the tensors will be; by default the current accelerator where the group's
+                backend serves no other (NCCL, XCCL), else the CPU.
+            unique_name: what errors call this communicator.
+        """
+        if device is None and isinstance(group, ProcessGroup):
+            accelerated = dist.get_backend(group) in ("nccl", "xccl")
+            device = torch.accelerator.current_accelerator() if accelerated else None
+            if device is not None:
+                device = torch.device(device.type, torch.accelerator.current_device_index())
+        return cls(group, device=device, device_group=group, unique_name=unique_name)
+
+    @classmethod
+    def from_mesh(
+        cls, device_mesh: DeviceMesh, mesh_dim: str | int | None = None, *, unique_name: str = ""
+    ) -> Self:
+        """A communicator on one dim of a mesh, such as sequence parallel beside data parallel.
+
+        Example:
+            >>> mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "sp"))
+            ... # doctest: +SKIP
+            >>> communicator = DeviceCommunicatorBase.from_mesh(mesh, "sp")  # doctest: +SKIP
+
+        Args:
+            device_mesh: a mesh that this process is in.
+            mesh_dim: the name or number of the dim; None for a mesh of one dim.
+            unique_name: what errors call this communicator; by default the name of the dim.
+
+        Raises:
+            ValueError: a mesh of several dims and no `mesh_dim`.
+        """
+        if mesh_dim is None and device_mesh.ndim > 1:
+            raise ValueError(
+                f"mesh_dim must be one of {device_mesh.mesh_dim_names or device_mesh.ndim} for a "
+                f"mesh of {device_mesh.ndim} dims, got None"
+            )
+        group = device_mesh.get_group(mesh_dim)
+        device = torch.device(device_mesh.device_type)
+        if device.type != "cpu":
+            device = torch.device(device.type, torch.accelerator.current_device_index())
+        name = unique_name or str(mesh_dim or "")
+        return cls(group, device=device, device_group=group, unique_name=name)
 
     def all_to_all_4D(self, input_: Tensor, scatter_dim: int = 2, gather_dim: int = 1) -> Tensor:
         """Trades this rank's slice of one dim for its slice of another: heads for sequence.

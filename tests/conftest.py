@@ -1,0 +1,30 @@
+"""Profiles and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+from ranks import Ranks
+
+# `ci` is the same examples every time; `thorough` looks for new ones:
+# HYPOTHESIS_PROFILE=thorough make test
+_COMMON = {
+    "deadline": None,  # a busy machine is no failure; pytest-timeout ends what hangs
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+    "print_blob": True,
+    "phases": [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.shrink],
+}
+hypothesis.settings.register_profile("ci", max_examples=40, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("thorough", max_examples=1000, **_COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Gloo ranks in processes; `ranks.run(3, job, argument)` runs a job on three of them."""
+    pool = Ranks()
+    yield pool
+    pool.stop()

@@ -1,0 +1,114 @@
+"""Under torch.compile: one graph, forward and backward, equal to eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastvideo_comm import DeviceCommunicatorBase, split_tensor_along_last_dim
+
+OPS: dict[str, Callable[[DeviceCommunicatorBase, torch.Tensor], torch.Tensor]] = {
+    "all_to_all_4D": lambda c, x: c.all_to_all_4D(torch.relu(c.all_to_all_4D(x)), 1, 2),
+    "all_gather": lambda c, x: c.all_gather(x, 1).square().sum() + c.all_gather(x).sin().sum(),
+    "all_reduce": lambda c, x: c.all_reduce(x) + c.all_reduce(x, dist.ReduceOp.AVG),
+    "extremes": lambda c, x: (
+        c.all_reduce(x, dist.ReduceOp.MAX) * c.all_reduce(x, dist.ReduceOp.MIN)
+    ),
+    "product": lambda c, x: c.all_reduce(x, dist.ReduceOp.PRODUCT),
+    "slice": lambda c, x: c.slice(x, 2) * c.slice(x, 1, scale_grad=True).mean(),
+    "split": lambda c, x: torch.stack(split_tensor_along_last_dim(x, 2, True)),
+}
+
+
+def compiled(communicator: DeviceCommunicatorBase, name: str, backend: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return OPS[name](communicator, x * 2)
+
+    traced = torch.compile(function, backend=counter, fullgraph=True)
+    torch.manual_seed(communicator.rank)
+    size = communicator.world_size
+    for _ in range(2):
+        x = torch.rand(2, 3 * size, 2 * size, 4, dtype=torch.float64, requires_grad=True)
+        grads = []
+        outputs = []
+        for call in (function, traced):
+            output = call(x)
+            (grad,) = torch.autograd.grad(output.square().sum(), x)
+            grads.append(grad)
+            outputs.append(output)
+        # The compiler fuses and reorders arithmetic in fp64.
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grads[1], grads[0], rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_traces_whole_and_its_gradient_is_that_of_eager(ranks: Ranks, name):
+    ranks.run(2, compiled, name, "aot_eager")
+
+
+def test_exchange_compiles_to_code_that_agrees(ranks: Ranks):
+    ranks.run((1, 3), compiled, "all_to_all_4D", "inductor")
+
+
+def growing(communicator: DeviceCommunicatorBase) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    size = communicator.world_size
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = communicator.all_to_all_4D(x)
+        return communicator.all_gather(communicator.all_to_all_4D(y, 1, 2), 1)
+
+    for sequence in (4, 6, 10, 7):
+        x = torch.rand(2, sequence * size, 2 * size, 3, requires_grad=True)
+        output = function(x)
+        assert torch.equal(output, communicator.all_gather(x, 1))
+        (grad,) = torch.autograd.grad(output.sum(), x)
+        assert torch.equal(grad, torch.full_like(x, size))
+    assert counter.frame_count == 1
+
+
+def test_a_sequence_of_another_length_does_not_recompile(ranks: Ranks):
+    ranks.run(2, growing)
+
+
+def second_communicator(communicator: DeviceCommunicatorBase) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return communicator.all_reduce(x)
+
+    x = torch.ones(3)
+    assert torch.equal(function(x), x * communicator.world_size)
+    other = DeviceCommunicatorBase(communicator.cpu_group, unique_name="other")
+    assert torch.equal(other.all_reduce(x), x * communicator.world_size)
+    assert torch.equal(function(x), x * communicator.world_size)
+    assert counter.frame_count == 1
+
+
+def test_a_second_communicator_leaves_the_firsts_graph_alone(ranks: Ranks):
+    ranks.run(2, second_communicator)
+
+
+def mistaken(communicator: DeviceCommunicatorBase) -> None:
+    torch._dynamo.reset()
+    x = torch.rand(1, 3, 5, 2)
+    function = torch.compile(communicator.all_to_all_4D, backend="aot_eager")
+    with pytest.raises(ValueError, match="scatter_dim=2 that world_size=2 divides, got 5"):
+        function(x)
+
+
+def test_a_mistake_has_the_same_error_when_compiled(ranks: Ranks):
+    ranks.run(2, mistaken)
