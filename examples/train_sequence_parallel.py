@@ -1,0 +1,302 @@
+r"""Trains a small video diffusion transformer in one process and over ranks, and compares.
+
+    python examples/train_sequence_parallel.py             # one process, then 2 ranks
+    python examples/train_sequence_parallel.py --nproc 3   # one process, then 3 ranks
+
+The ranks are started by torchrun; gloo joins them on the CPU, NCCL where every rank has a GPU of
+its own. The table shows whether both runs learn the same thing: the losses of both, step by step,
+and their gradients. The exit status is 1 where they differ by more than the tolerance.
+
+Over several nodes, once on each (or the same file under a torchrun of your own):
+
+    python examples/train_sequence_parallel.py --nnodes 2 --node-rank 0 \
+        --master-addr 10.0.0.1 --master-port 29500
+
+There rank 0 runs the one process too, after the ranks, and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+from clip import load_clip
+from metered_communicator import MeteredCommunicator
+from report import Comparison, Run, print_table, save_figure
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from video_transformer import Config, VideoTransformer, patchify, unpatchify
+
+BATCH = 3  # noise levels that the clip is seen at in each step
+LEARNING_RATE = 2e-3
+# The runs add up the same fp32 numbers in different orders. That moves the first gradients by 1e-6;
+# training amplifies it, to 1e-4 in the gradients of the last of 36 steps. A swapped dim, a missing
+# reduction or a factor of P moves them by 0.1 and more.
+TOLERANCE = 1e-3
+# A rank whose peer is gone raises after this long; torchrun then ends the others.
+TIMEOUT = timedelta(seconds=60)
+TORCHRUN_FLAGS = (
+    "--nnodes",
+    "--node-rank",
+    "--master-addr",
+    "--master-port",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--rdzv-id",
+)
+
+
+def backward(
+    model: VideoTransformer,
+    tokens: Tensor,
+    velocity: Tensor,
+    times: Tensor,
+    communicator: MeteredCommunicator | None,
+) -> Tensor:
+    """Returns the mean loss over all tokens of all ranks, and leaves its gradient in the model.
+
+    `tokens` and `velocity` are `[B, S, patch_dim]`, whole on every rank.
+    """
+    num_elements = velocity.numel()
+    if communicator is None:
+        loss = (model(tokens, times) - velocity).square().sum() / num_elements
+        loss.backward()
+        return loss.detach()
+
+    tokens, velocity = (communicator.slice(t, dim=1) for t in (tokens, velocity))
+    # A sum over this rank's tokens; all_reduce makes it the mean over those of all ranks.
+    loss = (model(tokens, times) - velocity).square().sum() / num_elements
+    loss = communicator.all_reduce(loss)
+    # Differentiated is the sum over ranks of what each calls backward on, and every rank holds the
+    # same loss: each calls it on the P-th part, or the gradient would come out P times too large.
+    (loss / communicator.world_size).backward()
+    # Each rank now has the part of the gradient that came through its own tokens.
+    gradients = [parameter.grad for parameter in model.parameters()]
+    vector_to_parameters(communicator.all_reduce(parameters_to_vector(gradients)), gradients)
+    return loss.detach()
+
+
+def train(
+    name: str,
+    options: argparse.Namespace,
+    device: torch.device,
+    communicator: MeteredCommunicator | None = None,
+) -> Run:
+    """Trains a new model; with a communicator, on this rank's tokens of every clip.
+
+    Parameters, noise and times come from the seed: the same on every rank and in every run.
+    """
+    config = Config()
+    torch.manual_seed(options.seed)
+    with device:
+        model = VideoTransformer(config, communicator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    clip = load_clip(config.frames, config.height, config.width)
+    clean = patchify(clip[None], config)
+    generator = torch.Generator().manual_seed(options.seed)  # on the CPU, whatever the device
+
+    def add_noise(times: Tensor) -> tuple[Tensor, Tensor]:
+        """The clip on its way to noise at each time, and its velocity there."""
+        noise = torch.randn(len(times), *clean.shape[1:], generator=generator)
+        noisy = torch.lerp(clean.expand_as(noise), noise, times[:, None, None])
+        return noisy.to(device), (noise - clean).to(device)
+
+    run = Run(name)
+    with progress_bar(hidden=communicator is not None and communicator.rank > 0) as progress:
+        task = progress.add_task(name, total=options.steps, loss=float("nan"))
+        for step in range(options.steps):
+            # One time in each third of 0..1: a smoother loss than with free draws.
+            times = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
+            noisy, velocity = add_noise(times)
+            if communicator is not None:
+                communicator.reset()
+            started = perf_counter()
+            optimizer.zero_grad()
+            loss = backward(model, noisy, velocity, times.to(device), communicator)
+            if step == 0:
+                run.first_gradients = copy_gradients(model)
+            if step == options.steps - 1:
+                run.last_gradients = copy_gradients(model)
+            optimizer.step()
+            run.losses.append(loss.item())
+            run.step_seconds.append(perf_counter() - started)
+            if communicator is not None:
+                run.communication_seconds.append(communicator.seconds)
+                run.sent_bytes = communicator.sent_bytes
+            progress.update(task, advance=1, loss=run.losses[-1])
+
+    time = torch.tensor([0.5])
+    noisy, _ = add_noise(time)
+    velocity = predict(model, noisy, time.to(device), communicator)
+    run.pictures = {
+        "the clip": clip,
+        "half of it noise": unpatchify(noisy, config)[0].cpu(),
+        f"denoised in one step, {name}": unpatchify(noisy - 0.5 * velocity, config)[0].cpu(),
+    }
+    return run
+
+
+@torch.no_grad()
+def predict(
+    model: VideoTransformer, tokens: Tensor, time: Tensor, communicator: MeteredCommunicator | None
+) -> Tensor:
+    """The velocity of all tokens, on every rank."""
+    if communicator is None:
+        return model(tokens, time)
+    return communicator.all_gather(model(communicator.slice(tokens, dim=1), time), dim=1)
+
+
+def copy_gradients(model: VideoTransformer) -> dict[str, Tensor]:
+    return {name: parameter.grad.cpu().clone() for name, parameter in model.named_parameters()}
+
+
+def progress_bar(*, hidden: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>11}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeElapsedColumn(),
+        disable=hidden,
+    )
+
+
+def train_as_rank(options: argparse.Namespace) -> Run:
+    """One rank of a sequence-parallel run; torchrun's environment says which."""
+    device = pick_device(int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+        cpu_group = dist.group.WORLD
+    Config().check_num_ranks(dist.get_world_size())
+    communicator = MeteredCommunicator(
+        cpu_group, device=device, device_group=dist.group.WORLD, unique_name="sp"
+    )
+    run = train(f"{communicator.world_size} ranks", options, device, communicator)
+    communicator.destroy()
+    dist.destroy_process_group()
+    return run
+
+
+def pick_device(num_local_ranks: int, local_rank: int = 0) -> torch.device:
+    """A GPU for each rank of this node, or the CPU with a fair share of its cores."""
+    if torch.cuda.is_available() and torch.cuda.device_count() >= num_local_ranks:
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+def share_cores(num_local_ranks: int) -> None:
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
+
+
+def start_ranks(options: argparse.Namespace, results: Path | None) -> int:
+    """Runs this file under torchrun; returns its exit status."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.nproc}"]
+    # torchrun would set it, with a warning; share_cores has the last word.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    given = [f"{flag}={value}" for flag, value in torchrun_flags(options).items()]
+    if given:
+        torchrun += given
+    else:
+        torchrun += ["--standalone", "--local-addr=127.0.0.1"]
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    script = [__file__, f"--steps={options.steps}", f"--seed={options.seed}"]
+    script += [f"--tolerance={options.tolerance}", f"--output={options.output}"]
+    if results is not None:
+        script += [f"--results={results}"]
+    return subprocess.run([*torchrun, *script], env=environment, check=False).returncode
+
+
+def torchrun_flags(options: argparse.Namespace) -> dict[str, str]:
+    values = {flag: getattr(options, flag[2:].replace("-", "_")) for flag in TORCHRUN_FLAGS}
+    return {flag: value for flag, value in values.items() if value is not None}
+
+
+def report(reference: Run, run: Run, options: argparse.Namespace) -> int:
+    """Shows both runs; returns the exit status: whether they agree."""
+    comparison = Comparison.of(reference, run)
+    print_table(reference, run, comparison)
+    options.output.mkdir(parents=True, exist_ok=True)
+    figure = options.output / "losses.png"
+    save_figure(reference, run, options.tolerance, figure)
+    print(f"Loss curves: {figure}")
+    if comparison.within(options.tolerance):
+        print(f"The runs agree within the tolerance of {options.tolerance:g}.")
+        return 0
+    print(f"The runs differ by more than the tolerance of {options.tolerance:g}.")
+    return 1
+
+
+def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=36, help="of training (default: 36)")
+    parser.add_argument("--nproc", type=int, default=2, help="ranks on this node (default: 2)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="largest relative difference of losses and of gradients (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo_output"), help="folder (default: demo_output)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of parameters and noise (default: 0)")
+    parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)  # rank 0 to its parent
+    group = parser.add_argument_group("several nodes (handed to torchrun as they are)")
+    for flag in TORCHRUN_FLAGS:
+        group.add_argument(flag)
+    return parser, parser.parse_args()
+
+
+def main() -> int:
+    parser, options = parse_arguments()
+    if options.steps < 1 or options.nproc < 1:
+        parser.error("--steps and --nproc must be at least 1")
+    if "RANK" in os.environ:
+        num_local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
+        share_cores(num_local_ranks)
+        run = train_as_rank(options)
+        if os.environ["RANK"] != "0":
+            return 0
+        if options.results is not None:
+            run.save(options.results)
+            return 0
+        share_cores(1)
+        return report(train("one process", options, pick_device(num_local_ranks)), run, options)
+
+    if torchrun_flags(options):
+        return start_ranks(options, results=None)  # which node gets rank 0 is torchrun's to say
+
+    try:
+        Config().check_num_ranks(options.nproc)
+    except ValueError as error:
+        parser.error(str(error))
+    share_cores(1)
+    reference = train("one process", options, pick_device(options.nproc))
+    options.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.output) as folder:
+        results = Path(folder) / "run.pt"
+        status = start_ranks(options, results)
+        if status:
+            print(f"The ranks failed (exit status {status}); see above.", file=sys.stderr)
+            return status
+        run = Run.load(results)
+    return report(reference, run, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

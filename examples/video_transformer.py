@@ -1,0 +1,194 @@
+"""A small video diffusion transformer whose sequence may be split over ranks.
+
+The model is the same in one process and over P ranks. Every rank holds all the parameters and its
+own s = S/P tokens; everything but attention works on single tokens and needs no communication.
+Around attention, which needs all S tokens, `all_to_all_4D` trades the rank's slice of the sequence
+for its slice of the heads, and trades back afterwards.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from fastvideo_comm import DeviceCommunicatorBase
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes; on purpose none that a wrong layout could get right because it is a power of two."""
+
+    frames: int = 5
+    height: int = 48
+    width: int = 72
+    channels: int = 3
+    patch: int = 4
+    num_heads: int = 6
+    head_dim: int = 24  # a third for each of time, height and width, in pairs
+    depth: int = 3
+
+    @property
+    def hidden(self) -> int:
+        """Channels of a token inside the model."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along time, height and width."""
+        return self.frames, self.height // self.patch, self.width // self.patch
+
+    @property
+    def num_tokens(self) -> int:
+        """S, the length of the whole sequence."""
+        return math.prod(self.grid)
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in a patch of pixels."""
+        return self.channels * self.patch**2
+
+    def check_num_ranks(self, num_ranks: int) -> None:
+        """Raises ValueError where the heads or the tokens cannot be shared out evenly."""
+        for name, size in (("heads", self.num_heads), ("tokens", self.num_tokens)):
+            if size % num_ranks:
+                raise ValueError(
+                    f"the number of ranks must divide the model's {size} {name}, got {num_ranks}"
+                )
+
+
+def patchify(video: Tensor, config: Config) -> Tensor:
+    """`b c t (y p) (x q) -> b (t y x) (c p q)`: pixels to tokens."""
+    patches = video.unflatten(4, (-1, config.patch)).unflatten(3, (-1, config.patch))
+    return patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+
+
+def unpatchify(tokens: Tensor, config: Config) -> Tensor:
+    """`b (t y x) (c p q) -> b c t (y p) (x q)`: tokens to pixels."""
+    patches = tokens.unflatten(2, (config.channels, config.patch, config.patch))
+    patches = patches.unflatten(1, config.grid)  # b t y x c p q
+    return patches.permute(0, 4, 1, 2, 5, 3, 6).flatten(5).flatten(3, 4)
+
+
+def rotary_angles(config: Config) -> Tensor:
+    """An angle for each token and pair of head channels, `[S, 1, D / 2]`; a third for each axis."""
+    pairs = config.head_dim // 6
+    frequencies = 100.0 ** (-torch.arange(pairs) / pairs)
+    positions = torch.cartesian_prod(*(torch.arange(float(size)) for size in config.grid))
+    return (positions[:, :, None] * frequencies).flatten(1)[:, None]
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotates the channel pairs of `[B, s, H, D]` by the angles of their token."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Self-attention over all S tokens, of which each rank brings s and takes s away."""
+
+    def __init__(self, config: Config, communicator: DeviceCommunicatorBase | None) -> None:
+        """Without a communicator s = S."""
+        super().__init__()
+        self.communicator = communicator
+        self.heads = (config.num_heads, config.head_dim)
+        self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
+        self.query_norm = nn.RMSNorm(config.head_dim)
+        self.key_norm = nn.RMSNorm(config.head_dim)
+        self.out = nn.Linear(config.hidden, config.hidden)
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        """`x` `[B, s, hidden]`, `angles` `[s, 1, D / 2]`; returns the shape of `x`."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, *self.heads)).unbind(2)
+        # Norms and rotation know single tokens only: before the exchange they cost each rank 1/P.
+        query = rotate(self.query_norm(query), angles)
+        key = rotate(self.key_norm(key), angles)
+        if self.communicator is None:
+            attended = self.attend(query, key, value)
+        else:
+            # [B, s, H, D] -> [B, S, h, D]: all tokens, this rank's heads. `value` is still a view
+            # into the fused projection; the exchange reads it where it is.
+            query, key, value = (
+                self.communicator.all_to_all_4D(t, scatter_dim=2, gather_dim=1)
+                for t in (query, key, value)
+            )
+            attended = self.attend(query, key, value)
+            # [B, S, h, D] -> [B, s, H, D]: this rank's tokens, all heads.
+            attended = self.communicator.all_to_all_4D(attended, scatter_dim=1, gather_dim=2)
+        return self.out(attended.flatten(2))
+
+    @staticmethod
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Each head on its own: `[B, S, h, D]` in and out, for any number of heads."""
+        heads_first = (t.transpose(1, 2) for t in (query, key, value))
+        return scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normed, scaled, shifted and gated by the condition (adaLN)."""
+
+    def __init__(self, config: Config, communicator: DeviceCommunicatorBase | None) -> None:
+        """Only attention needs the communicator."""
+        super().__init__()
+        self.modulation = nn.Linear(config.hidden, 6 * config.hidden)
+        self.attention_norm = nn.LayerNorm(config.hidden, elementwise_affine=False)
+        self.attention = Attention(config, communicator)
+        self.mlp_norm = nn.LayerNorm(config.hidden, elementwise_affine=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.hidden, 3 * config.hidden),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(3 * config.hidden, config.hidden),
+        )
+        # Scales and gates are 1 + modulation and nothing starts at zero, unlike adaLN-Zero: at the
+        # first step every parameter has a gradient that the two runs can be compared by.
+        nn.init.normal_(self.modulation.weight, std=0.02)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor, angles: Tensor) -> Tensor:
+        """`x` `[B, s, hidden]`, `condition` `[B, hidden]`; returns the shape of `x`."""
+        modulation = self.modulation(condition)[:, None].chunk(6, dim=-1)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
+        attended = self.attention(self.attention_norm(x) * (1 + scale) + shift, angles)
+        x = x + (1 + gate) * attended
+        return x + (1 + mlp_gate) * self.mlp(self.mlp_norm(x) * (1 + mlp_scale) + mlp_shift)
+
+
+class VideoTransformer(nn.Module):
+    """Predicts the flow-matching velocity of noisy patches.
+
+    With a communicator it takes and returns this rank's tokens, without one all of them.
+    """
+
+    angles: Tensor
+    time_frequencies: Tensor
+
+    def __init__(self, config: Config, communicator: DeviceCommunicatorBase | None = None) -> None:
+        """The parameters are the same with and without a communicator, given the same seed."""
+        super().__init__()
+        self.embed = nn.Linear(config.patch_dim, config.hidden)
+        self.condition = nn.Sequential(
+            nn.Linear(config.hidden, config.hidden),
+            nn.SiLU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.SiLU(),
+        )
+        self.blocks = nn.ModuleList(Block(config, communicator) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.hidden)
+        self.head = nn.Linear(config.hidden, config.patch_dim)
+        angles = rotary_angles(config)
+        if communicator is not None:
+            angles = communicator.slice(angles, dim=0)
+        self.register_buffer("angles", angles, persistent=False)
+        octaves = torch.linspace(0, 5, config.hidden // 2)
+        self.register_buffer("time_frequencies", math.pi * 2.0**octaves, persistent=False)
+
+    def forward(self, patches: Tensor, time: Tensor) -> Tensor:
+        """`patches` `[B, s, patch_dim]`, `time` `[B]` in 0..1; returns the shape of `patches`."""
+        phase = time[:, None] * self.time_frequencies
+        condition = self.condition(torch.cat((phase.sin(), phase.cos()), dim=-1))
+        x = self.embed(patches)
+        for block in self.blocks:
+            x = block(x, condition, self.angles)
+        return self.head(self.norm(x))
