@@ -41,7 +41,7 @@ class DistributedAutograd:
 
         @staticmethod
         def forward(
-            ctx: Any, group: Group, input_: Tensor, op: dist.ReduceOp | None = None
+            ctx: Any, group: Group, input_: Tensor, op: validation.ReduceOp | None = None
         ) -> Tensor:
             ctx.group = group
             ctx.op = validation.all_reduce(input_, op)

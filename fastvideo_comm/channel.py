@@ -7,14 +7,15 @@ group make the same calls in the same order.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import (
+from torch._C._distributed_c10d import (
     AllgatherOptions,
     AllreduceOptions,
     AllToAllOptions,
@@ -23,6 +24,7 @@ from torch.distributed.distributed_c10d import (
 )
 
 from .errors import CollectiveError
+from .validation import ReduceOp
 
 # What gloo and NCCL both move; the rest (fp8, int16, complex, ..) travels as bytes.
 _MOVABLE = frozenset(
@@ -68,7 +70,9 @@ class WireBuffers:
                 if self._free:  # one that is too small makes room for one that is not
                     self._free.pop()
                 storage = torch.UntypedStorage(num_bytes)
-        return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.shape)
+        wire = torch.empty(0, dtype=like.dtype)
+        wire.set_(storage, 0, like.shape, _contiguous_strides(like.shape))
+        return wire
 
     def give_back(self, wire: Tensor) -> None:
         """Ends the use of a tensor that `take` gave; no exchange may be using it."""
@@ -151,12 +155,13 @@ class Channel:
             lambda: [self.group._reduce_scatter_base(output, input_, options)],
         )
 
-    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp) -> None:
+    def all_reduce(self, tensor: Tensor, op: ReduceOp) -> None:
         """Reduces `tensor` in place."""
         options = AllreduceOptions()
         options.asyncOp = False
-        average_here = op == dist.ReduceOp.AVG and not self._averages(tensor.device)
-        options.reduceOp = dist.ReduceOp.SUM if average_here else op
+        average_here = bool(op == dist.ReduceOp.AVG) and not self._averages(tensor.device)
+        reduce_op: Any = dist.ReduceOp.SUM if average_here else op  # either type is taken
+        options.reduceOp = reduce_op
         self._finish("all_reduce", lambda: [self.group.allreduce([_real(tensor)], options)])
         if average_here:
             tensor.div_(self._size)
@@ -192,6 +197,10 @@ class Channel:
             raise CollectiveError(
                 f"{op} on rank {self._rank} of {self._size} in group {self.name!r} failed: {error}"
             ) from error
+
+
+def _contiguous_strides(shape: Sequence[int]) -> list[int]:
+    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
 
 
 Group: TypeAlias = "dist.ProcessGroup | Channel"

@@ -190,7 +190,7 @@ class DeviceCommunicatorBase:
             validation.all_gather(input_, dim)
             return self._exchange(DistributedAutograd.AllGather, input_, self.world_size, dim)
 
-    def all_reduce(self, input_: Tensor, op: ReduceOp | None = ReduceOp.SUM) -> Tensor:
+    def all_reduce(self, input_: Tensor, op: validation.ReduceOp | None = ReduceOp.SUM) -> Tensor:
         """The reduction over ranks, element by element, as a new tensor on every rank.
 
         With G = sum over ranks of g: dx = G for SUM, G/P for AVG; for MAX and MIN G goes to the

@@ -42,7 +42,8 @@ def message_view(tensor: Tensor, dim: int, world_size: int, position: int) -> Te
     """
     size = tensor.shape[dim] // world_size
     dim %= tensor.dim()
-    return tensor.unflatten(dim, (world_size, size)).movedim(dim, position)
+    view: Tensor = tensor.unflatten(dim, (world_size, size))
+    return view.movedim(dim, position)
 
 
 def concatenate_messages(messages: Tensor, dim: int) -> Tensor:

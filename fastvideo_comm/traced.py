@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .channel import Group
+from .channel import Channel, Group
 from .layout import concatenate_messages, message_view
 
 
@@ -61,5 +61,6 @@ def _wait(tensor: Tensor) -> Tensor:
 
 
 def _name(group: Group) -> str:
-    name: str = group.group_name
+    group_of = group.group if isinstance(group, Channel) else group
+    name: str = group_of.group_name
     return name

@@ -6,7 +6,7 @@ arguments in their normal form; the communicator adds op, group and rank.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .channel import Group
 
-REDUCE_OPS = {
+# c10d's constants are of the inner type, and compare equal to the outer.
+ReduceOp: TypeAlias = dist.ReduceOp | dist.ReduceOp.RedOpType
+
+REDUCE_OPS: dict[str, ReduceOp] = {
     "sum": dist.ReduceOp.SUM,
     "avg": dist.ReduceOp.AVG,
     "product": dist.ReduceOp.PRODUCT,
@@ -103,7 +106,10 @@ def all_to_all_4D(
     check_int("gather_dim", gather_dim)
     if input_.dim() != 4:
         raise ValueError(f"input_ must have 4 dims [B, S, H, D], got shape {list(input_.shape)}")
-    dims = tuple(dim + 4 if dim < 0 else dim for dim in (scatter_dim, gather_dim))
+    dims = (
+        scatter_dim + 4 if scatter_dim < 0 else scatter_dim,
+        gather_dim + 4 if gather_dim < 0 else gather_dim,
+    )
     if dims not in ((2, 1), (1, 2)):
         raise ValueError(
             f"(scatter_dim, gather_dim) must be (2, 1) or (1, 2), got {(scatter_dim, gather_dim)}"
@@ -125,7 +131,7 @@ def parts(input_: Tensor, world_size: int, dim: int) -> int:
     return dim
 
 
-def all_reduce(input_: Tensor, op: dist.ReduceOp | None) -> str:
+def all_reduce(input_: Tensor, op: ReduceOp | None) -> str:
     """A dtype that can be reduced by `op`; returns the name of `op`."""
     check_tensor("input_", input_)
     op = dist.ReduceOp.SUM if op is None else op
