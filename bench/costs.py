@@ -26,7 +26,9 @@ def extra_bytes(call: Callable[[], torch.Tensor], device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
         # The CPU allocator keeps no statistics; the profiler sees each of its calls.
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as session:
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as session:
             result = call()
         events = [e for e in session.profiler.kineto_results.events() if e.name() == "[memory]"]
         peak = now = 0
@@ -40,7 +42,9 @@ def launches(call: Callable[[], object]) -> int:
     """Kernels, memory copies and fills that one call puts on the GPU."""
     call()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as session:
+    with profile(
+        activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True
+    ) as session:
         call()
         torch.cuda.synchronize()
     cuda = torch.autograd.DeviceType.CUDA

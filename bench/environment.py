@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = ("torch", "triton", "numpy", "fastvideo-comm")
+LIBRARIES = ("triton", "numpy")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Machine, GPU, driver, versions and commit, for the head of a JSON report."""
     import peers
+
+    import fastvideo_comm
 
     present, missing = peers.load_all()
     load = os.getloadavg()[0]
@@ -37,6 +39,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
+            "torch": torch.__version__,
+            "fastvideo_comm": fastvideo_comm.__version__,
             **{name: version for name in LIBRARIES if (version := _version(name))},
         },
         "peers": {name: peer.version for name, peer in present.items()},

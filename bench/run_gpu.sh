@@ -11,8 +11,6 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 # The checkout is the package.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-# CUDA is not touched by asking whether it is there, so children may still be forked.
-export PYTORCH_NVML_BASED_CUDA_CHECK=1
 
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "make gpu: $PYTHON has no torch that sees a GPU" >&2
