@@ -14,6 +14,8 @@ from fastvideo_comm.pickle_codec import PickleCodec
 SECRET_VARIABLE = "FASTVIDEO_COMM_SECRET"
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+# What an object's description may take beside its data: a tensor of just the limit can be sent.
+DESCRIPTION_BYTES = 4096
 _LONGEST_SECONDS = 10 * 365 * 24 * 3600.0
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 
@@ -34,16 +36,35 @@ class GroupSettings(NamedTuple):
     """What a group was asked for, after the checks.
 
     Attributes:
+        rank: This process's place in the group.
+        world_size: How many ranks there are.
         timeout: Seconds.
         secret: None for an unprotected group.
         codec: The codec object.
-        words: `key=value` for everything that must be equal on all ranks.
+        max_message_bytes: The largest encoded object.
+        group: The group's name.
     """
 
+    rank: int
+    world_size: int
     timeout: float
     secret: bytes | None
     codec: Codec
-    words: str
+    max_message_bytes: int
+    group: str
+
+    @property
+    def words(self) -> str:
+        """`key=value` for everything that must be equal on all ranks."""
+        return (
+            f"world_size={self.world_size} group={self.group} codec={self.codec.name} "
+            f"max_message_bytes={self.max_message_bytes}"
+        )
+
+    @property
+    def place(self) -> str:
+        """Group and rank, for error messages."""
+        return f"group {self.group!r} on rank {self.rank} of {self.world_size}"
 
     @classmethod
     def checked(
@@ -71,11 +92,8 @@ class GroupSettings(NamedTuple):
             raise ValueError(f"group must be 1 to 100 of A-Z a-z 0-9 _ . -, got {group!r}")
         known_secret = _resolve_secret(secret)
         codec = _resolve_codec(codec, has_secret=known_secret is not None)
-        words = (
-            f"world_size={world_size} group={group} codec={codec.name} "
-            f"max_message_bytes={max_message_bytes}"
-        )
-        return cls(to_seconds("timeout", timeout), known_secret, codec, words)
+        seconds = to_seconds("timeout", timeout)
+        return cls(rank, world_size, seconds, known_secret, codec, max_message_bytes, group)
 
 
 def check_rank(name: str, rank: int, world_size: int) -> None:

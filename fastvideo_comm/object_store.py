@@ -16,6 +16,7 @@ from multiprocessing import util as process_exit
 from typing import NamedTuple
 
 from fastvideo_comm.errors import CommunicationTimeoutError, JoinError
+from fastvideo_comm.group_settings import DESCRIPTION_BYTES
 from fastvideo_comm.message_seal import TAG_BYTES, Address, MessageSeal, Op
 from fastvideo_comm.store_client import StoreClient
 from fastvideo_comm.store_link import Kind
@@ -86,7 +87,7 @@ class ObjectStore:
         self._names_lock = threading.Lock()
         self._server: StoreServer | None = None
         deadline = time.monotonic() + options.timeout
-        max_body_bytes = options.max_message_bytes + TAG_BYTES
+        max_body_bytes = options.max_message_bytes + DESCRIPTION_BYTES + TAG_BYTES
         if rank == 0:
             listener = listen_socket or listen(host, port)
             if options.secret is None and is_wildcard(listener):

@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import socket
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fastvideo_comm.errors import ClosedError, CommunicationError, MessageExpiredError
+from fastvideo_comm.errors import ClosedError, MessageExpiredError
+from fastvideo_comm.group_call import GroupCall
+from fastvideo_comm.group_outbox import Outbox
 from fastvideo_comm.group_settings import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_SECONDS,
+    DESCRIPTION_BYTES,
     Codec,
     GroupSettings,
     check_rank,
@@ -33,9 +35,6 @@ from fastvideo_comm.transport import StoreTransport, Transport
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
-
-# Sent messages are noted for `expire_data`; from this many on, those that were read are dropped.
-_PRUNE_FROM = 1024
 
 
 @dataclasses.dataclass
@@ -133,41 +132,22 @@ class StatelessProcessGroup:
             self.group,
         )
         self.secret, self.codec = settings.secret, settings.codec
+        self._settings = settings
         self._codec = settings.codec
-        self._transport = self._open_transport(settings)
+        self._transport: Transport = (
+            StoreTransport(self.store, settings)
+            if isinstance(self.store, ObjectStore)
+            else TorchTransport(self.store, settings)
+        )
+        self._outbox = Outbox(self.entries, self._transport)
         self.send_dst_counter = dict.fromkeys(range(self.world_size), 0)
         self.recv_src_counter = dict.fromkeys(range(self.world_size), 0)
         self.broadcast_recv_src_counter = dict.fromkeys(range(self.world_size), 0)
         self._gather_counter = 0
         self._gathers_begun = 0
         self._barrier_counter = 0
-        self._prune_at = _PRUNE_FROM
         self._owns_store = False
         self._closed = False
-
-    def _open_transport(self, settings: GroupSettings) -> Transport:
-        if not isinstance(self.store, ObjectStore):
-            return TorchTransport(
-                self.store,
-                self.group,
-                self.rank,
-                self.world_size,
-                settings.secret,
-                settings.words,
-                self.max_message_bytes,
-            )
-        own = (self.store.rank, self.store.world_size)
-        if (self.rank, self.world_size) != own:
-            raise ValueError(
-                f"rank and world_size must be those of the store, {own}, "
-                f"got {(self.rank, self.world_size)}"
-            )
-        if self.max_message_bytes > self.store.max_message_bytes:
-            raise ValueError(
-                f"max_message_bytes must be at most the store's {self.store.max_message_bytes}, "
-                f"got {self.max_message_bytes}"
-            )
-        return StoreTransport(self.store, self.group)
 
     @staticmethod
     def create(
@@ -226,12 +206,8 @@ class StatelessProcessGroup:
             raise ValueError(f"port must be from 1 to 65535, got {port}")
         if listen_socket is not None and rank != 0:
             raise ValueError(f"listen_socket must be given to rank 0 only, got rank {rank}")
-        try:
+        with GroupCall(settings.timeout).explained("create", settings, ()):
             store = ObjectStore(host, port, rank, options, listen_socket)
-        except CommunicationError as error:
-            place = f"create of group {group!r} on rank {rank} of {world_size}"
-            text = f"{place}: {error} (timeout {settings.timeout:g} s)"
-            raise type(error)(text, peers=error.peers) from error
         created = StatelessProcessGroup(
             rank,
             world_size,
@@ -397,7 +373,7 @@ class StatelessProcessGroup:
             PeerLostError: A rank died.
         """
         with self._call("expire_data", (), timeout) as call:
-            self._expire(call.deadline)
+            self._outbox.expire(self.data_expiration_seconds, call.deadline)
 
     def close(self, *, timeout: float | timedelta | None = None) -> None:
         """Leave the group; idempotent. Rank 0 returns when all have left, or at the timeout.
@@ -408,7 +384,7 @@ class StatelessProcessGroup:
         Args:
             timeout: Seconds or timedelta; the group's where it is None.
         """
-        seconds = to_seconds("timeout", self.timeout if timeout is None else timeout)
+        seconds = self._seconds(timeout)
         self._closed = True
         if self._owns_store and isinstance(self.store, ObjectStore):
             self.store.close(seconds)
@@ -429,7 +405,7 @@ class StatelessProcessGroup:
     def _encode(self, obj: Any) -> list[bytes | memoryview]:
         parts = self._codec.encode_parts(obj)
         size = sum(len(part) for part in parts)
-        if size > self.max_message_bytes:
+        if size > self.max_message_bytes + DESCRIPTION_BYTES:
             raise ValueError(
                 f"obj must encode to at most max_message_bytes={self.max_message_bytes} bytes, "
                 f"got {size}"
@@ -437,18 +413,14 @@ class StatelessProcessGroup:
         return parts
 
     def _send(self, address: Address, parts: list[bytes | memoryview], deadline: float) -> None:
-        self._expire(deadline)
+        self._outbox.expire(self.data_expiration_seconds, deadline)
         # The number is used up before anything can go wrong: no two messages ever share one.
         if address.op is Op.SEND:
             self.send_dst_counter[address.dst] += 1
         elif address.op is Op.BROADCAST:
             self.broadcast_send_counter += 1
-        self.entries.append((address.key, time.perf_counter()))
+        self._outbox.note(address)
         self._transport.send(address, parts, deadline)
-        if len(self.entries) >= self._prune_at:
-            unread = [e for e in self.entries if not self._transport.is_read(_address(e[0]))]
-            self.entries = deque(unread)
-            self._prune_at = max(_PRUNE_FROM, 2 * len(unread))
 
     def _receive(self, address: Address, counters: dict[int, int], deadline: float) -> Any:
         try:
@@ -459,50 +431,16 @@ class StatelessProcessGroup:
         counters[address.src] += 1
         return self._codec.decode(body)
 
-    def _expire(self, deadline: float) -> None:
-        oldest = time.perf_counter() - self.data_expiration_seconds
-        last: dict[tuple[Op, int], Address] = {}
-        while self.entries and self.entries[0][1] < oldest:
-            address = _address(self.entries.popleft()[0])
-            last[address.op, address.dst] = address
-        for address in last.values():
-            self._transport.expire(address, deadline)
-
     @contextlib.contextmanager
     def _call(
         self, op: str, peers: tuple[int, ...], timeout: float | timedelta | None
-    ) -> Iterator[_Call]:
-        seconds = to_seconds("timeout", self.timeout if timeout is None else timeout)
-        call = _Call(time.monotonic(), seconds)
-        try:
+    ) -> Iterator[GroupCall]:
+        call = GroupCall(self._seconds(timeout))
+        with call.explained(op, self._settings, peers):
             if self._closed:
                 raise ClosedError("the group is closed")
             with self._transport.turn(call.deadline):
                 yield call
-        except CommunicationError as error:
-            place = f"{op} in group {self.group!r} on rank {self.rank} of {self.world_size}"
-            waited_for = error.peers or peers
-            text = f"{place}: {error}; {call.describe()} for rank(s) {list(waited_for)}"
-            raise type(error)(text, peers=waited_for) from error
 
-
-class _Call:
-    """The time of one call, and the message it is about."""
-
-    __slots__ = ("deadline", "number", "seconds", "started")
-
-    def __init__(self, started: float, seconds: float) -> None:
-        self.started = started
-        self.seconds = seconds
-        self.deadline = started + seconds
-        self.number: int | None = None
-
-    def describe(self) -> str:
-        waited = time.monotonic() - self.started
-        message = "" if self.number is None else f" in message {self.number}"
-        return f"waited {waited:.1f} of {self.seconds:g} s{message}"
-
-
-def _address(key: str) -> Address:
-    op, src, dst, number = key.split("/")
-    return Address(Op[op.upper()], int(src), int(dst), int(number))
+    def _seconds(self, timeout: float | timedelta | None) -> float:
+        return self._settings.timeout if timeout is None else to_seconds("timeout", timeout)

@@ -120,7 +120,7 @@ class StoreClient:
 
     @contextlib.contextmanager
     def turn(self, deadline: float) -> Iterator[None]:
-        """Hold the connections, after hearing what happened meanwhile.
+        """Hold the connections.
 
         Raises:
             CommunicationTimeoutError: Another thread held them until the deadline.
@@ -130,8 +130,8 @@ class StoreClient:
         if not self._lock.acquire(timeout=seconds_left(deadline)):
             raise CommunicationTimeoutError("another thread is using this group")
         try:
-            if self._error is None:
-                self._hear(0)
+            if self._answers and self._error is None:
+                self._hear(0)  # a call that finds its answer here would not listen
             self._check()
             yield
         finally:
@@ -262,10 +262,9 @@ class StoreClient:
         """Send what can be sent, then wait for something to arrive and take it in."""
         try:
             for link in self._links:
-                events = select.POLLIN
-                if link.has_unsent and not link.flush():
-                    events |= select.POLLOUT
-                self._poll.modify(link.sock, events)
+                if link.has_unsent:
+                    events = select.POLLIN if link.flush() else select.POLLIN | select.POLLOUT
+                    self._poll.modify(link.sock, events)
             ready = {number for number, _events in self._poll.poll(milliseconds)}
             # The lifeline first: it says who is lost, the other one only that it is closed.
             for link in reversed(self._links):

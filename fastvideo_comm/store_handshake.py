@@ -16,6 +16,8 @@ import os
 import struct
 from typing import NamedTuple
 
+from fastvideo_comm.store_link import FrameError
+
 PROTOCOL_VERSION = 1
 MAGIC = b"FVCOMM\r\n"
 SESSION_BYTES = 16
@@ -46,12 +48,6 @@ def make_hello(secret: bytes | None) -> bytes:
     return _GREETING.pack(MAGIC, PROTOCOL_VERSION, secret is not None, os.urandom(_NONCE_BYTES))
 
 
-def make_answer(secret: bytes | None, hello: bytes, session: bytes) -> bytes:
-    """Return the store's ANSWER to a HELLO."""
-    answer = make_hello(secret) + session
-    return answer + make_proof(secret, b"store", hello + answer)
-
-
 def make_proof(secret: bytes | None, label: bytes, exchange: bytes) -> bytes:
     """Return the proof of one side over HELLO and ANSWER (without its proof)."""
     if secret is None:
@@ -67,3 +63,71 @@ def is_proof(proof: bytes, secret: bytes | None, label: bytes, exchange: bytes) 
 def link_key(secret: bytes | None, exchange: bytes) -> bytes | None:
     """Return the key of this connection; None without a secret."""
     return None if secret is None else make_proof(secret, b"link", exchange)
+
+
+class HandshakeError(FrameError):
+    """A stranger stays one.
+
+    Attributes:
+        last_words: What it is still sent, so that it can tell its user why.
+    """
+
+    def __init__(self, message: str, last_words: bytes = b"") -> None:
+        """Keep both."""
+        super().__init__(message)
+        self.last_words = last_words
+
+
+class ServerHandshake:
+    """The store's half, fed with what arrives.
+
+    Attributes:
+        key: Of the connection, when it is done.
+        is_done: Whether the rank has proved itself.
+    """
+
+    def __init__(self, secret: bytes | None, session: bytes) -> None:
+        """Wait for a HELLO."""
+        self._secret = secret
+        self._session = session
+        self._received = b""
+        self._exchange = b""
+        self.key: bytes | None = None
+        self.is_done = False
+
+    @property
+    def num_missing(self) -> int:
+        """How many bytes of the present message are still to come."""
+        return (PROOF_BYTES if self._exchange else HELLO_BYTES) - len(self._received)
+
+    def feed(self, data: bytes) -> bytes:
+        """Take in at most `num_missing` bytes and return what to send.
+
+        Raises:
+            HandshakeError: The other side is something else, or holds another secret.
+        """
+        self._received += data
+        if not self._exchange and not MAGIC.startswith(self._received[: len(MAGIC)]):
+            raise HandshakeError("it does not speak this protocol")
+        if self.num_missing:
+            return b""
+        message, self._received = self._received, b""
+        if not self._exchange:
+            return self._answer(message)
+        if not is_proof(message, self._secret, b"rank", self._exchange):
+            raise HandshakeError("it has another secret")
+        self.key = link_key(self._secret, self._exchange)
+        self.is_done = True
+        return b""
+
+    def _answer(self, hello: bytes) -> bytes:
+        greeting = make_hello(self._secret) + self._session
+        answer = greeting + make_proof(self._secret, b"store", hello + greeting)
+        rank = Greeting.parse(hello)
+        if rank.version != PROTOCOL_VERSION:
+            raise HandshakeError(f"it speaks protocol version {rank.version}", answer)
+        if rank.has_secret != (self._secret is not None):
+            has = "a secret" if rank.has_secret else "no secret"
+            raise HandshakeError(f"it has {has}", answer)
+        self._exchange = hello + greeting
+        return answer

@@ -13,6 +13,8 @@ _ADDRESS = struct.Struct("<BiiQ")
 _JOIN = struct.Struct(f"<?i{TOKEN_BYTES}s")
 _NUMBER = struct.Struct("<q")
 
+_OPS = {int(op): op for op in (Op.SEND, Op.BROADCAST, Op.GATHER)}
+
 Channel = tuple[int, int, int, bytes]
 
 
@@ -42,9 +44,10 @@ def unpack_address(meta: bytes) -> tuple[Address, Channel]:
     if len(meta) < _ADDRESS.size:
         raise FrameError("an address is too short")
     op, src, dst, number = _ADDRESS.unpack_from(meta)
-    if op not in (Op.SEND, Op.BROADCAST, Op.GATHER):
+    known = _OPS.get(op)
+    if known is None:
         raise FrameError(f"there is no channel of op {op}")
-    return Address(Op(op), src, dst, number), (op, src, dst, meta[_ADDRESS.size :])
+    return Address(known, src, dst, number), (op, src, dst, meta[_ADDRESS.size :])
 
 
 def pack_join(request: JoinRequest) -> bytes:

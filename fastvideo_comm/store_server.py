@@ -20,17 +20,7 @@ from collections.abc import Callable
 from multiprocessing import util as process_exit
 from typing import NamedTuple
 
-from fastvideo_comm.store_handshake import (
-    HELLO_BYTES,
-    MAGIC,
-    PROOF_BYTES,
-    PROTOCOL_VERSION,
-    SESSION_BYTES,
-    Greeting,
-    is_proof,
-    link_key,
-    make_answer,
-)
+from fastvideo_comm.store_handshake import SESSION_BYTES, HandshakeError, ServerHandshake
 from fastvideo_comm.store_link import Buffer, Frame, FrameError, Kind, Link
 from fastvideo_comm.store_mailbox import Mailbox, Waiter
 from fastvideo_comm.store_messages import (
@@ -69,17 +59,15 @@ class ServerSettings(NamedTuple):
 class _Connection:
     """One accepted socket: a stranger, then a rank's first connection or its lifeline."""
 
-    __slots__ = ("exchange", "is_lifeline", "link", "pending", "rank", "since", "sock", "waiter")
+    __slots__ = ("handshake", "is_stuck", "link", "rank", "sock", "waiter")
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, handshake: ServerHandshake) -> None:
         self.sock = sock
-        self.since = time.monotonic()
-        self.pending = b""
-        self.exchange = b""
+        self.handshake = handshake
         self.link: Link | None = None
+        self.is_stuck = False  # bytes wait for the socket
         self.rank: int | None = None
-        self.is_lifeline = False
-        self.waiter: Waiter | None = None
+        self.waiter: Waiter | None = None  # of a lifeline, until all have joined
 
 
 class _Member:
@@ -112,12 +100,14 @@ class StoreServer:
         self._alarm, self._alarm_end = socket.socketpair()
         self._members: dict[int, _Member] = {}
         self._connections: set[_Connection] = set()
+        self._strangers: dict[_Connection, float] = {}  # and until when each may take
         self._mailbox = Mailbox(settings.world_size, self._answer)
         self._joined = False
         self._failure: str | None = None
         self._lost: bytes | None = None
         self._notes: list[str] = []
         self._stopping = False
+        self._over = False
         self._handlers: dict[int, Callable[[Waiter, Frame], None]] = {
             Kind.SEND: lambda w, f: self._mailbox.send(w, *unpack_address(f.meta), f.body),
             Kind.RECV: lambda w, f: self._mailbox.receive(w, *unpack_address(f.meta)),
@@ -169,19 +159,14 @@ class StoreServer:
 
     def _serve(self) -> None:
         try:
-            while not self._stopping and not self._is_over():
-                for key, _events in self._selector.select(timeout=1.0):
+            while not self._stopping and not self._over:
+                for key, _events in self._selector.select(1.0 if self._strangers else None):
                     key.data()
-                self._drop_silent_strangers()
+                if self._strangers:
+                    self._drop_silent_strangers()
         finally:
             self._at_exit.cancel()
             self._close_all()
-
-    def _is_over(self) -> bool:
-        if not self._joined:
-            return False
-        gone = [rank for rank, member in self._members.items() if member.has_left]
-        return len(gone) == len(self._members) or (self._lost is not None and 0 in gone)
 
     def _hear_alarm(self) -> None:
         self._alarm_end.recv(64)
@@ -192,18 +177,18 @@ class StoreServer:
         except OSError:
             return  # the caller went away, or file descriptors ran out
         sock.setblocking(False)
-        connection = _Connection(sock)
+        connection = _Connection(sock, ServerHandshake(self._settings.secret, self.session))
         self._connections.add(connection)
         self._selector.register(
             sock, selectors.EVENT_READ, lambda: self._guarded(connection, self._serve_one)
         )
-        strangers = [c for c in self._connections if c.rank is None]
-        if len(strangers) > _MAX_STRANGERS:
-            self._drop(min(strangers, key=lambda c: c.since))
+        self._strangers[connection] = time.monotonic() + _HANDSHAKE_SECONDS
+        if len(self._strangers) > _MAX_STRANGERS:
+            self._drop(next(iter(self._strangers)))
 
     def _drop_silent_strangers(self) -> None:
-        limit = time.monotonic() - _HANDSHAKE_SECONDS
-        for connection in [c for c in self._connections if c.rank is None and c.since < limit]:
+        now = time.monotonic()
+        for connection in [c for c, limit in self._strangers.items() if limit < now]:
             self._drop(connection)
 
     def _guarded(self, connection: _Connection, act: Callable[[_Connection], None]) -> None:
@@ -215,14 +200,17 @@ class StoreServer:
         except FrameError as error:
             self._note(f"{describe_peer(connection.sock)}: {error}")
             self._drop(connection, str(error))
-        except (EOFError, OSError) as error:
+        except BlockingIOError:
+            return
+        # ValueError and MemoryError: a size that no memory is found for.
+        except (EOFError, OSError, ValueError, MemoryError) as error:
             self._drop(connection, str(error))
 
     def _serve_one(self, connection: _Connection) -> None:
         if connection.link is None:
             self._shake_hands(connection)
             return
-        if connection.link.has_unsent:
+        if connection.is_stuck:
             self._flush(connection, connection.link)
         for frame in connection.link.read():
             self._handle(connection, frame)
@@ -232,38 +220,19 @@ class StoreServer:
     # A stranger becomes a rank
 
     def _shake_hands(self, connection: _Connection) -> None:
-        secret = self._settings.secret
-        needed = PROOF_BYTES if connection.exchange else HELLO_BYTES
-        try:
-            data = connection.sock.recv(needed - len(connection.pending))
-        except BlockingIOError:
-            return
+        handshake = connection.handshake
+        data = connection.sock.recv(handshake.num_missing)
         if not data:
             raise EOFError("the connection was closed")
-        connection.pending += data
-        if not MAGIC.startswith(connection.pending[: len(MAGIC)]) and not connection.exchange:
-            raise FrameError("it does not speak this protocol")
-        if len(connection.pending) < needed:
-            return
-        message, connection.pending = connection.pending, b""
-        if not connection.exchange:
-            answer = make_answer(secret, message, self.session)
-            connection.sock.sendall(answer)
-            hello = Greeting.parse(message)
-            if hello.version != PROTOCOL_VERSION:
-                raise FrameError(f"it speaks protocol version {hello.version}")
-            if hello.has_secret != (secret is not None):
-                raise FrameError("it has a secret" if hello.has_secret else "it has no secret")
-            connection.exchange = message + answer[:-PROOF_BYTES]
-        elif is_proof(message, secret, b"rank", connection.exchange):
+        try:
+            connection.sock.sendall(handshake.feed(data))
+        except HandshakeError as error:
+            connection.sock.sendall(error.last_words)
+            raise
+        if handshake.is_done:
             connection.link = Link(
-                connection.sock,
-                self._settings.max_body_bytes,
-                link_key(secret, connection.exchange),
-                of_store=True,
+                connection.sock, self._settings.max_body_bytes, handshake.key, of_store=True
             )
-        else:
-            raise FrameError("it has another secret")
 
     def _join(self, connection: _Connection, frame: Frame) -> None:
         request = unpack_join(frame.meta)
@@ -275,11 +244,11 @@ class StoreServer:
             self._drop(connection)
             return
         connection.rank = request.rank
+        self._strangers.pop(connection, None)
         if not request.is_lifeline:
             member = self._members[request.rank] = _Member(connection)
             self._answer(waiter, Kind.OK, member.token, b"")
             return
-        connection.is_lifeline = True
         connection.waiter = waiter
         self._settings.heartbeat.apply(connection.sock)
         self._members[request.rank].lifeline = connection
@@ -351,6 +320,13 @@ class StoreServer:
         member.has_left = True
         self._mailbox.leave(waiter.rank)
         self._answer(waiter, Kind.OK, b"", b"")
+        self._check_over()
+
+    def _check_over(self) -> None:
+        gone = [rank for rank, member in self._members.items() if member.has_left]
+        self._over = self._joined and (
+            len(gone) == len(self._members) or (self._lost is not None and 0 in gone)
+        )
 
     def _answer(self, waiter: Waiter, kind: Kind, meta: bytes, body: Buffer) -> None:
         connection: _Connection = waiter.connection
@@ -360,12 +336,12 @@ class StoreServer:
             self._guarded(connection, lambda c: self._flush(c, link))
 
     def _flush(self, connection: _Connection, link: Link) -> None:
-        wanted = selectors.EVENT_READ
-        if not link.flush():
-            wanted |= selectors.EVENT_WRITE
+        if link.flush() and not connection.is_stuck:
+            return
+        connection.is_stuck = link.has_unsent
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.is_stuck else 0)
         key = self._selector.get_key(connection.sock)
-        if key.events != wanted:
-            self._selector.modify(connection.sock, wanted, key.data)
+        self._selector.modify(connection.sock, events, key.data)
 
     # A connection ends
 
@@ -373,6 +349,7 @@ class StoreServer:
         if connection not in self._connections:
             return
         self._connections.discard(connection)
+        self._strangers.pop(connection, None)
         self._selector.unregister(connection.sock)
         connection.sock.close()
         rank = connection.rank
@@ -401,6 +378,7 @@ class StoreServer:
         for other in self._members.values():
             if not other.has_left and other.lifeline is not None:
                 self._answer(Waiter(-1, 0, other.lifeline), Kind.LOST, self._lost, b"")
+        self._check_over()
 
     def _note(self, text: str) -> None:
         if len(self._notes) < _MAX_NOTES:

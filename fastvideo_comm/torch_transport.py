@@ -23,6 +23,7 @@ from fastvideo_comm.errors import (
     MessageExpiredError,
     PeerLostError,
 )
+from fastvideo_comm.group_settings import DESCRIPTION_BYTES, GroupSettings
 from fastvideo_comm.message_seal import EVERYONE, Address, MessageSeal, Op
 from fastvideo_comm.store_sockets import seconds_left
 from fastvideo_comm.transport import Buffer, readers_of
@@ -37,16 +38,7 @@ _LONGEST_PAUSE = 0.01
 class TorchTransport:
     """See `Transport`; the limits are those of the store."""
 
-    def __init__(
-        self,
-        store: Store,
-        group: str,
-        rank: int,
-        world_size: int,
-        secret: bytes | None,
-        settings: str,
-        max_message_bytes: int,
-    ) -> None:
+    def __init__(self, store: Store, settings: GroupSettings) -> None:
         """Claim this rank of the group in the store.
 
         Raises:
@@ -54,22 +46,22 @@ class TorchTransport:
             PeerLostError: The store does not answer.
         """
         self._store = store
-        self._group = group
-        self._rank = rank
-        self._world_size = world_size
-        self._seal = MessageSeal(secret, group)
-        self._max_bytes = max_message_bytes + self._seal.overhead
+        self._group = settings.group
+        self._rank = rank = settings.rank
+        self._world_size = settings.world_size
+        self._seal = MessageSeal(settings.secret, settings.group)
+        self._max_bytes = settings.max_message_bytes + DESCRIPTION_BYTES + self._seal.overhead
         self._inbox: dict[Address, Buffer] = {}
         self._lock = threading.Lock()
         self._lost: str | None = None
         self._told = -1  # the last barrier that the others were told of
         with self._guard():
-            begun = store.compare_set(self._name("settings"), "", settings).decode()
+            begun = store.compare_set(self._name("settings"), "", settings.words).decode()
             claims = store.add(self._name(f"rank/{rank}"), 1)
-        if begun != settings:
-            raise JoinError(f"rank {rank} joined with {settings}, an earlier rank with {begun}")
+        if begun != settings.words:
+            raise JoinError(f"rank {rank} has {settings.words}, an earlier rank had {begun}")
         if claims != 1:
-            raise JoinError(f"rank {rank} of group {group!r} is already taken in this store")
+            raise JoinError(f"{settings.place} is already taken in this store")
 
     @contextlib.contextmanager
     def turn(self, deadline: float) -> Iterator[None]:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from fastvideo_comm.errors import AuthenticationError, CommunicationTimeoutError
+from fastvideo_comm.group_settings import GroupSettings
 from fastvideo_comm.message_seal import EVERYONE, Address, Op
 from fastvideo_comm.object_store import ObjectStore
 from fastvideo_comm.store_link import Kind
@@ -44,12 +45,28 @@ class Transport(Protocol):
 class StoreTransport:
     """A group on an `ObjectStore`."""
 
-    def __init__(self, store: ObjectStore, group: str) -> None:
-        """Reserve the group's name on the store."""
-        store.claim(group)
+    def __init__(self, store: ObjectStore, settings: GroupSettings) -> None:
+        """Reserve the group's name on the store.
+
+        Raises:
+            ValueError: The group is not of the store's ranks, or allows larger messages.
+            JoinError: The name is in use.
+        """
+        ranks = (store.rank, store.world_size)
+        if (settings.rank, settings.world_size) != ranks:
+            raise ValueError(
+                f"rank and world_size must be those of the store, {ranks}, "
+                f"got {(settings.rank, settings.world_size)}"
+            )
+        if settings.max_message_bytes > store.max_message_bytes:
+            raise ValueError(
+                f"max_message_bytes must be at most the store's {store.max_message_bytes}, "
+                f"got {settings.max_message_bytes}"
+            )
+        store.claim(settings.group)
         self._client = store.client
-        self._seal = store.seal(group)
-        self._group = group.encode()
+        self._seal = store.seal(settings.group)
+        self._group = settings.group.encode()
         self._first_unread: dict[tuple[Op, int], int] = {}
 
     def turn(self, deadline: float) -> AbstractContextManager[None]:
