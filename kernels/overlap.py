@@ -49,14 +49,13 @@ def overlap(dst: Tensor, src: Tensor) -> bool:
         return False
     if dst.data_ptr() == src.data_ptr() and dst.stride() == src.stride():
         return False
-    # Byte i of dst is byte j of src where dst + i == src + j. With j counted from the last byte of
-    # src, both add up; dims of one stride are one dim.
-    itemsize = dst.element_size()
-    sizes = {1: 2 * itemsize - 1}
-    target = src.data_ptr() - dst.data_ptr() + itemsize - 1
-    for size, dst_stride, src_stride in zip(dst.shape, dst.stride(), src.stride(), strict=True):
-        target += src_stride * itemsize * (size - 1)
-        for stride in (dst_stride * itemsize, src_stride * itemsize):
+    # dst's offset + i == src's offset + j: with j counted from src's last element, both add up.
+    # Dims of one stride are one dim.
+    sizes: dict[int, int] = {}
+    target = src.storage_offset() - dst.storage_offset()
+    for size, *strides in zip(dst.shape, dst.stride(), src.stride(), strict=True):
+        target += strides[1] * (size - 1)
+        for stride in strides:
             sizes[stride] = sizes.get(stride, 1) + size - 1
     return _count_ways(target, sorted(sizes.items(), reverse=True), 1) > 0
 

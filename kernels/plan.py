@@ -16,12 +16,17 @@ ACCESS_BYTES = 16
 # Bytes of one tile: with 4 warps four independent 16-byte accesses in flight per thread. Chosen by
 # reasoning, not yet measured on a GPU; bench/NOTES.md keeps the record.
 TILE_BYTES = 8192
+# Where alignment allows narrow accesses only, 16 per thread; more would spill their addresses.
+TILE_ACCESSES = 2048
 # Outer dims that the kernel takes; the launcher loops over what is left.
 MAX_OUTER = 3
 
 
 class Plan(NamedTuple):
-    """One launch of `tile_copy`; sizes and strides as the kernel wants them."""
+    """One launch of `tile_copy`; sizes and strides as the kernel wants them.
+
+    `outer` begins with dst's smallest stride: neighbouring programs write neighbouring memory.
+    """
 
     element_bytes: int
     vector: int
@@ -100,12 +105,12 @@ def _plan_runs(dims: list[Dim], run: int, granule: int) -> Plan:
     vector = granule // element_bytes
     dims = [(size, dst // granule, src // granule) for size, dst, src in dims]
     rows = max(dims, key=lambda dim: dim[0], default=(1, 0, 0))
-    outer = list(dims)
+    outer = dims[::-1]
     if dims:
         outer.remove(rows)
-    tile = TILE_BYTES // element_bytes
-    block_columns = _fitting_block(run // granule, TILE_BYTES // granule) * vector
-    block_rows = min(_next_power_of_2(rows[0]), tile // block_columns)
+    block_columns = _fitting_block(run // granule, _tile_accesses(granule))
+    block_rows = min(_next_power_of_2(rows[0]), _tile_accesses(granule) // block_columns)
+    block_columns *= vector
     columns = (run // granule, 1, 1)
     return Plan(element_bytes, vector, False, rows, columns, outer, block_rows, block_columns)
 
@@ -116,7 +121,7 @@ def _plan_elements(dims: list[Dim], element_bytes: int, address: int) -> Plan:
         return _plan_runs(dims, element_bytes, element_bytes)
     dims = [(size, dst // element_bytes, src // element_bytes) for size, dst, src in dims]
     columns = min(dims, key=lambda dim: dim[1])
-    outer = list(dims)
+    outer = dims[::-1]
     outer.remove(columns)
     # An expanded dim has stride 0 and is nobody's innermost.
     rows = min(outer, key=lambda dim: (dim[2] == 0, dim[2]), default=(1, 0, 0))
@@ -132,14 +137,17 @@ def _plan_elements(dims: list[Dim], element_bytes: int, address: int) -> Plan:
         rows = (rows[0] // vector, rows[1] // vector, 1)
         columns = (columns[0] // vector, 1, columns[2] // vector)
         outer = [(size, dst // vector, src // vector) for size, dst, src in outer]
-    # The smallest square of at least TILE_BYTES: both sides are whole 128-byte lines.
-    side = _next_power_of_2(math.isqrt(TILE_BYTES // element_bytes - 1) + 1)
-    tile = side * side
+    tile = _tile_accesses(vector * element_bytes) * vector
+    side = 1 << tile.bit_length() // 2  # a square, or twice as long along src
     row_limit = rows[0] * vector
     block_rows = min(_next_power_of_2(row_limit), side)
     block_columns = min(_next_power_of_2(columns[0] * vector), tile // block_rows)
     block_rows = min(_next_power_of_2(row_limit), tile // block_columns)
     return Plan(element_bytes, vector, transposed, rows, columns, outer, block_rows, block_columns)
+
+
+def _tile_accesses(access_bytes: int) -> int:
+    return min(TILE_ACCESSES, TILE_BYTES // access_bytes)
 
 
 def _fitting_block(columns: int, limit: int) -> int:

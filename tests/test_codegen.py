@@ -143,6 +143,22 @@ def transposes(compiler: Compiler) -> list[Code]:
     ]
 
 
+@pytest.fixture(scope="module")
+def narrow(compiler: Compiler) -> list[Code]:
+    """Copies in which odd sizes, strides or addresses leave one element per access."""
+    codes = []
+    for dtype in (torch.int8, torch.bfloat16):  # the smaller the element, the more of them
+        odd = {
+            "odd address": ((1_000_000,), (1,), (1,)),
+            "odd rows": ((100, 1001), (1001, 1), (1003, 1)),
+            "odd transpose": ((1001, 1003), (1003, 1), (1, 1001)),
+            "every third": ((1001, 1003), (4001, 3), (4003, 3)),
+        }
+        for name, layouts in odd.items():
+            codes.append(compiler.compile(f"{name} {dtype}", *layouts, dtype, dtype.itemsize))
+    return codes
+
+
 def test_every_access_of_a_production_copy_is_16_bytes_wide(production):
     for code in production:
         assert code.accesses, code.name
@@ -167,8 +183,8 @@ def test_both_sides_of_a_transpose_are_16_bytes_wide_through_shared_memory(trans
         assert code.shared_bytes > 0, code.name
 
 
-def test_nothing_is_spilled_and_local_memory_is_not_used(production, transposes, tmp_path):
-    for code in production + transposes:
+def test_nothing_is_spilled_and_local_memory_is_not_used(production, transposes, narrow, tmp_path):
+    for code in production + transposes + narrow:
         if code.backend == "cuda":
             usage = _resource_usage(code.binary, tmp_path)
             assert re.search(r"\bSTACK:0\b.*\bLOCAL:0\b", usage), f"{code.name}: {usage}"
@@ -179,17 +195,17 @@ def test_nothing_is_spilled_and_local_memory_is_not_used(production, transposes,
             assert counts == ["0", "0", "0"], f"{code.name}: {counts}"
 
 
-def test_no_thread_divides(production, transposes):
+def test_no_thread_divides(production, transposes, narrow):
     """Programs find their tile by scalar division; addresses inside it are sums and products."""
-    for code in production + transposes:
+    for code in production + transposes + narrow:
         for ir in (code.ttir, code.ttgir):
             divisions = [line for line in ir.splitlines() if re.search(r"arith\.(div|rem)", line)]
             assert divisions, "program ids are divided, so the pattern must find something"
             assert not [line for line in divisions if "tensor<" in line], code.name
 
 
-def test_offsets_are_64_bits_wide_from_the_first_multiplication_on(production, transposes):
-    for code in production + transposes:
+def test_offsets_are_64_bits_wide_from_the_first_multiplication_on(production, transposes, narrow):
+    for code in production + transposes + narrow:
         types = re.findall(r"arith\.muli .* : (?:tensor<[\dx]+x)?(i\d+)", code.ttir)
         assert types, code.name
         assert set(types) == {"i64"}, code.name
