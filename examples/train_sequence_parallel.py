@@ -18,6 +18,7 @@ There rank 0 runs the one process too, after the ranks, and prints the table.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -186,6 +187,10 @@ def train_as_rank(options: argparse.Namespace) -> Run:
     )
     run = train(f"{communicator.world_size} ranks", options, device, communicator)
     communicator.destroy()
+    # torch ends a process with SIGABRT where a gloo group outlives the interpreter. The model, and
+    # with it the communicator and its group, hangs in a reference cycle that nothing else collects.
+    del communicator, cpu_group
+    gc.collect()
     dist.destroy_process_group()
     return run
 
