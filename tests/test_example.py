@@ -134,7 +134,8 @@ def test_a_rank_that_fails_ends_the_demo_with_its_error(tmp_path):
         "    import torch\n"
         "    torch.Tensor.square = None\n"
     )
-    result = run_example(tmp_path, "--steps", "1", PYTHONPATH=str(tmp_path))
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    result = run_example(tmp_path, "--steps", "1", PYTHONPATH=path)
     assert result.returncode == 1
     assert "TypeError: 'NoneType' object is not callable" in result.stderr
     assert "The ranks failed (exit status 1); see above." in result.stderr
