@@ -190,11 +190,12 @@ class TorchTransport:
 
     def _delete(self, address: Address) -> None:
         key = self._name(address.key)
-        chunked = self._store.get(key)[:1] == _IN_CHUNKS
+        head = self._store.get(key)
         self._store.delete_key(key)
-        index = 0
-        while chunked and self._store.delete_key(f"{key}/{index}"):
-            index += 1
+        if head[:1] == _IN_CHUNKS and len(head) == 1 + _TOTAL.size:
+            total = min(_TOTAL.unpack_from(head, 1)[0], self._max_bytes)
+            for index in range(-(-total // _CHUNK_BYTES)):
+                self._store.delete_key(f"{key}/{index}")
 
     def _malformed(self, address: Address) -> AuthenticationError | DecodeError:
         text = f"{address.key} must be a message of this group"
