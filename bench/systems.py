@@ -37,7 +37,7 @@ def bounds(group: dist.ProcessGroup) -> dict[str, Bound]:
         key = (x.shape, x.dtype)
         if key not in wires:
             wires[key] = torch.empty_like(x, memory_format=torch.contiguous_format)
-        return wires[key].copy_(x)
+        return wires[key].copy_(x).detach()  # each call's result has its own history
 
     def exchange(x: Tensor) -> Tensor:
         output = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -45,13 +45,15 @@ def bounds(group: dist.ProcessGroup) -> dict[str, Bound]:
         return output
 
     return {
-        FLOOR: _same_shape(lambda x: exchange(copy(x))),
-        EXCHANGE: _same_shape(exchange),
-        COPY: _same_shape(copy),
+        FLOOR: _moving(lambda x: exchange(copy(x)), group.size()),
+        EXCHANGE: _moving(exchange, group.size()),
+        COPY: _moving(copy, group.size()),
     }
 
 
-def _same_shape(move: Callable[[Tensor], Tensor]) -> Bound:
+def _moving(move: Callable[[Tensor], Tensor], size: int) -> Bound:
+    """`move` with the shapes and the gradient of an exchange."""
+
     class Move(torch.autograd.Function):
         @staticmethod
         def forward(ctx: object, x: Tensor) -> Tensor:
@@ -64,8 +66,10 @@ def _same_shape(move: Callable[[Tensor], Tensor]) -> Bound:
             return move(grads[0])
 
     def all_to_all(x: Tensor, scatter_dim: int, gather_dim: int) -> Tensor:
-        del scatter_dim, gather_dim
-        return Move.apply(x)
+        shape = list(x.shape)
+        shape[scatter_dim] //= size
+        shape[gather_dim] *= size
+        return Move.apply(x).view(shape)
 
     return Bound(all_to_all, one_call_each(all_to_all))
 

@@ -26,7 +26,15 @@ from copies import CopyCase, measure_copies  # noqa: E402
 from local_group import local_group  # noqa: E402
 
 CPU = torch.device("cpu")
-QUICK = script.Options(CPU, "quick")
+
+
+class _Brief(script.Options):
+    """The fewest rounds."""
+
+    seconds = 0.0
+
+
+BRIEF = _Brief(CPU, "quick")
 
 
 @pytest.fixture
@@ -105,11 +113,26 @@ def test_every_peer_gives_the_reference_result(name, op, group):
 
 
 @pytest.mark.parametrize("op", ["forward", "back", "forward+grad", "attention", "attention+grad"])
+def test_the_bounds_have_the_shapes_and_the_gradient_of_an_exchange(op, group):
+    for name in systems.BOUNDS:
+        expected, got = _expected_and_got(op, systems.bounds(group)[name], group)
+        assert [list(x.shape) for x in got] == [list(x.shape) for x in expected]
+
+
+@pytest.mark.parametrize("op", ["forward", "back", "forward+grad", "attention", "attention+grad"])
 def test_this_library_gives_the_reference_result(op, group):
     _agrees(op, systems.ours(group, CPU), group)
 
 
 def _agrees(op: str, system: peers.Bound, group: torch.distributed.ProcessGroup) -> None:
+    expected, got = _expected_and_got(op, system, group)
+    assert [list(x.shape) for x in got] == [list(x.shape) for x in expected]
+    assert all(map(torch.equal, got, expected))
+
+
+def _expected_and_got(
+    op: str, system: peers.Bound, group: torch.distributed.ProcessGroup
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     case = bench_all_to_all.Case(op, Shape(2, 5 * group.size(), 8, group.size(), 6))
     shape = case.shape.exchanged if op == "back" else case.shape.local
     inputs = [harness.random_like(shape, torch.float32, CPU) for _ in range(3)]
@@ -118,9 +141,7 @@ def _agrees(op: str, system: peers.Bound, group: torch.distributed.ProcessGroup)
     expected = bench_all_to_all._expected(case, inputs, gradient, group)
     if "attention" not in op:
         inputs = inputs[:1]
-    got = bench_all_to_all._run(case, system, [inputs], gradient)(0)
-    assert [list(x.shape) for x in got] == [list(x.shape) for x in expected]
-    assert all(map(torch.equal, got, expected))
+    return expected, bench_all_to_all._run(case, system, [inputs], gradient)(0)
 
 
 def test_a_system_with_another_result_is_named_and_not_timed(threads):
@@ -131,7 +152,7 @@ def test_a_system_with_another_result_is_named_and_not_timed(threads):
     rows = harness.Report()
     with local_group(2) as group:
         bound = {"wrong": peers.Bound(wrong, None), **systems.bounds(group)}
-        bench_all_to_all._measure(case, bound, group, QUICK, rows)
+        bench_all_to_all._measure(case, bound, group, BRIEF, rows)
     assert {row["system"] for row in rows.rows} == set(systems.BOUNDS)
     assert rows.problems == [f"wrong gives another result in {case.name}: not timed"]
 
@@ -150,12 +171,12 @@ def measured() -> dict:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     case = CopyCase("transpose", "t", (32, 16), (16, 32), view_src=lambda src: src.T)
-    rows = measure_copies("layout", [case], QUICK)
+    rows = measure_copies("layout", [case], BRIEF)
     for world_size in (2, 4):
         shape = Shape(1, 64, 4, world_size, 8)
-        cases = [bench_all_to_all.Case("forward", shape), *bench_all_to_all.tiny(world_size)[:1]]
+        cases = [*bench_all_to_all.both(shape), *bench_all_to_all.tiny(world_size)[:1]]
         with local_group(world_size) as group:
-            part = bench_all_to_all.measure_on(group, cases, QUICK)
+            part = bench_all_to_all.measure_on(group, cases, BRIEF)
         rows.rows += part.rows
         rows.problems += part.problems
     torch.set_num_threads(before)
