@@ -1,0 +1,128 @@
+"""FastVideo on this library's communicator, without an edit.
+
+`install()` replaces, in the installed package, `DeviceCommunicatorBase`, its CPU and CUDA
+subclasses, `DistributedAutograd` and `StatelessProcessGroup`; `GroupCoordinator` and everything
+above it stay FastVideo's. Groups that exist already get a communicator of this library too. Call it
+on every rank, outside of any collective.
+
+What changes besides speed: on gloo, gradients flow through `all_gather` and `all_reduce`, which
+FastVideo's CPU communicator drops, and `all_reduce` leaves its input as it was; gradients of MAX,
+MIN and PRODUCT are right; sizes that do not divide are errors. On CUDA, FastVideo's own NCCL
+binding and its NVLink kernel (`FASTVIDEO_ULYSSES_A2A`) are not used. NPU is left to FastVideo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from fastvideo_comm.autograd import DistributedAutograd
+from fastvideo_comm.communicator import DeviceCommunicatorBase
+from fastvideo_comm.stateless import StatelessProcessGroup
+
+from .installation import Installation, checked_version, installed_on, looked_up
+
+KNOWN_VERSIONS = ("0.2.1",)
+
+_DISTRIBUTED = "fastvideo.distributed"
+_BASE = f"{_DISTRIBUTED}.device_communicators.base_device_communicator"
+_REPLACEMENTS = (
+    (f"{_DISTRIBUTED}.device_communicators.cpu_communicator", "CpuCommunicator"),
+    (f"{_DISTRIBUTED}.device_communicators.cuda_communicator", "CudaCommunicator"),
+    (_BASE, "DeviceCommunicatorBase"),
+)
+
+
+class FastVideoCommunicator(DeviceCommunicatorBase):
+    """The communicator of a FastVideo `GroupCoordinator`.
+
+    FastVideo calls the device of a machine without an accelerator "mps"; here that is the CPU
+    where torch has no such device.
+
+    Example (what `GroupCoordinator` does):
+        >>> FastVideoCommunicator(cpu_group, device, device_group, "sp:0")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        cpu_group: ProcessGroup,
+        device: torch.device | None = None,
+        device_group: ProcessGroup | None = None,
+        unique_name: str = "",
+    ) -> None:
+        """As `DeviceCommunicatorBase`, with FastVideo's name for the CPU understood."""
+        if device is not None and device.type == "mps" and not torch.backends.mps.is_available():
+            device = torch.device("cpu")
+        super().__init__(cpu_group, device, device_group, unique_name)
+
+
+def install(*, allow_unknown_version: bool = False) -> Installation:
+    """Makes the installed FastVideo use this library, from now on and in groups that exist.
+
+    Example:
+        >>> from fastvideo_comm.integrations import fastvideo
+        >>> with fastvideo.install():  # doctest: +SKIP
+        ...     train()  # FastVideo's own code
+
+    Args:
+        allow_unknown_version: tries versions that this library was not tested with.
+
+    Returns:
+        The installation: `uninstall()` undoes it, and so does the end of a `with`. A second call
+        returns the first one's.
+
+    Raises:
+        IntegrationError: FastVideo is not installed, has an unknown version, or lacks a name that
+            is to be replaced; nothing has been replaced then.
+    """
+    version = checked_version("fastvideo", KNOWN_VERSIONS, allow_unknown=allow_unknown_version)
+    base = importlib.import_module(_BASE)
+    existing = installed_on(base)
+    if existing is not None:
+        return existing
+    state = importlib.import_module(f"{_DISTRIBUTED}.parallel_state")
+    utils = importlib.import_module(f"{_DISTRIBUTED}.utils")
+    pairs: list[tuple[Any, Any]] = [
+        (looked_up(importlib.import_module(module), name, version), FastVideoCommunicator)
+        for module, name in _REPLACEMENTS
+    ]
+    pairs.append((looked_up(base, "DistributedAutograd", version), DistributedAutograd))
+    pairs.append((looked_up(utils, "StatelessProcessGroup", version), StatelessProcessGroup))
+    registry = looked_up(state, "_groups", version)
+    with contextlib.suppress(ImportError):  # loaded later, it would derive from this library's
+        importlib.import_module(f"{_DISTRIBUTED}.device_communicators.npu_communicator")
+    originals = tuple(original for original, _ in pairs[: len(_REPLACEMENTS)])
+
+    installation = Installation("fastvideo", version)
+    for original, replacement in pairs:
+        installation.replace(original, replacement)
+    for coordinator in [reference() for reference in registry.values()]:
+        communicator = getattr(coordinator, "device_communicator", None)
+        if type(communicator) in originals:
+            _replace_communicator(installation, coordinator)
+    installation.mark(base)
+    return installation
+
+
+def uninstall() -> None:
+    """Undoes `install`; does nothing where it was not called."""
+    installation = installed_on(sys.modules.get(_BASE))
+    if installation is not None:
+        installation.uninstall()
+
+
+def _replace_communicator(installation: Installation, coordinator: Any) -> None:
+    """A group that was made before: its old communicator is kept, not destroyed, for the undo."""
+    ours = FastVideoCommunicator(
+        coordinator.cpu_group,
+        coordinator.device,
+        coordinator.device_group,
+        coordinator.unique_name,
+    )
+    installation.set(coordinator, "device_communicator", ours)
+    installation.on_uninstall(ours.destroy)
