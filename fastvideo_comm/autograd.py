@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import collectives, validation
 from .channel import Group
+from .exchange import Exchange, exchange
 
 
 class DistributedAutograd:
@@ -181,7 +182,7 @@ class DistributedAutograd:
             validation.check_world_size(group, world_size)
             ctx.group, ctx.world_size = group, world_size
             ctx.dims = validation.all_to_all_4D(input_, world_size, scatter_dim, gather_dim)
-            return collectives.all_to_all_4D(group, input_, *ctx.dims)
+            return exchange(group, [input_], Exchange.even(*ctx.dims))[0]
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None, None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,22 @@ _MOVABLE = frozenset(
 )
 
 
+T = TypeVar("T")
+Works: TypeAlias = "list[dist.Work | None]"
+
+
+class Transfer(NamedTuple):
+    """Message buffers to exchange: both contiguous, their messages in rank order.
+
+    The counts are the elements of each rank's message; empty where all are equal.
+    """
+
+    output: Tensor
+    input: Tensor
+    output_counts: list[int]
+    input_counts: list[int]
+
+
 class WireBuffers:
     """Contiguous buffers for messages, reused from call to call.
 
@@ -56,11 +72,11 @@ class WireBuffers:
         self._free: list[torch.UntypedStorage] = []
         self._lock = threading.Lock()
 
-    def take(self, like: Tensor) -> Tensor:
-        """A contiguous uninitialised tensor of `like`'s shape, dtype and device."""
+    def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A contiguous uninitialised tensor of `shape`, with `like`'s dtype and device."""
         if like.device.type != "cpu":
-            return torch.empty_like(like, memory_format=torch.contiguous_format)
-        num_bytes = like.numel() * like.element_size()
+            return like.new_empty(shape)
+        num_bytes = math.prod(shape) * like.element_size()
         with self._lock:
             fitting = [storage for storage in self._free if storage.nbytes() >= num_bytes]
             if fitting:
@@ -71,7 +87,7 @@ class WireBuffers:
                     self._free.pop()
                 storage = torch.UntypedStorage(num_bytes)
         wire = torch.empty(0, dtype=like.dtype)
-        wire.set_(storage, 0, like.shape, _contiguous_strides(like.shape))
+        wire.set_(storage, 0, tuple(shape), _contiguous_strides(shape))
         return wire
 
     def give_back(self, wire: Tensor) -> None:
@@ -110,31 +126,39 @@ class Channel:
         """P, the number of ranks in the group."""
         return self._size
 
-    def all_to_all(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        """Exchanges message r of every input `[P, ..]` for rank r's message to this rank.
-
-        Several pairs are one grouped call on NCCL and travel side by side on gloo.
-        """
+    def all_to_all(self, transfers: Sequence[Transfer], *, async_op: bool) -> Works:
+        """Starts the transfers: one grouped call on NCCL, side by side on gloo."""
         options = AllToAllOptions()
-        options.asyncOp = len(inputs) > 1
+        options.asyncOp = async_op or len(transfers) > 1
 
-        def start() -> list[dist.Work | None]:
+        def start() -> Works:
             return [
-                self.group.alltoall_base(_wire(output), _wire(input_), [], [], options)
-                for output, input_ in zip(outputs, inputs, strict=True)
+                self.group.alltoall_base(
+                    _wire(to), _wire(from_), _units(to, to_counts), _units(to, counts), options
+                )
+                for to, from_, to_counts, counts in transfers
             ]
 
-        device = inputs[0].device
-        if len(inputs) > 1 and self._coalesces(device):
+        device = transfers[0].output.device if transfers else None
+        if device is None or len(transfers) == 1 or not self._coalesces(device):
+            return self._named("all_to_all", start)
 
-            def start_grouped() -> list[dist.Work | None]:
-                self.group._start_coalescing(device)
-                start()
-                return [self.group._end_coalescing(device)]
+        def start_grouped() -> Works:
+            self.group._start_coalescing(device)
+            start()
+            return [self.group._end_coalescing(device)]
 
-            self._finish("all_to_all", start_grouped)
-        else:
-            self._finish("all_to_all", start)
+        return self._named("all_to_all", start_grouped)
+
+    def wait(self, op: str, works: Works) -> None:
+        """Waits for what a method of this class started."""
+
+        def wait() -> None:
+            for work in works:
+                if work is not None:  # None: the backend is in order with the current stream
+                    work.wait()
+
+        self._named(op, wait)
 
     def all_gather(self, output: Tensor, input_: Tensor) -> None:
         """Every rank's `input_` into `output [P, *input_.shape]`."""
@@ -187,29 +211,37 @@ class Channel:
     def _averages(self, device: torch.device) -> bool:
         return self.group._get_backend(device).name() == "nccl"
 
-    def _finish(self, op: str, start: Callable[[], list[dist.Work | None]]) -> None:
-        """Starts, waits, and says which op on which rank it was that failed."""
+    def _finish(self, op: str, start: Callable[[], Works]) -> None:
+        self.wait(op, self._named(op, start))
+
+    def _named(self, op: str, call: Callable[[], T]) -> T:
+        """Says which op on which rank it was that failed."""
         try:
-            for work in start():
-                if work is not None:  # None: the backend is in order with the current stream
-                    work.wait()
+            return call()
         except RuntimeError as error:
             raise CollectiveError(
                 f"{op} on rank {self._rank} of {self._size} in group {self.name!r} failed: {error}"
             ) from error
 
 
+Group: TypeAlias = "dist.ProcessGroup | Channel"
+
+
 def _contiguous_strides(shape: Sequence[int]) -> list[int]:
     return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-
-
-Group: TypeAlias = "dist.ProcessGroup | Channel"
 
 
 def _wire(tensor: Tensor) -> Tensor:
     """The elements of a contiguous tensor in a row, in a dtype that every backend moves."""
     flat = tensor.view(-1)
     return flat if tensor.dtype in _MOVABLE else flat.view(torch.uint8)
+
+
+def _units(tensor: Tensor, counts: list[int]) -> list[int]:
+    """Counts of elements as counts of what `_wire` sends."""
+    if tensor.dtype in _MOVABLE:
+        return counts
+    return [count * tensor.element_size() for count in counts]
 
 
 def _real(tensor: Tensor) -> Tensor:

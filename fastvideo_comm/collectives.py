@@ -1,4 +1,4 @@
-"""The collectives: group and tensor in, tensor out, no autograd.
+"""The collectives but the exchange: group and tensor in, tensor out, no autograd.
 
 Each is a strided copy into messages, an exchange, a strided copy out of them; a copy is left out
 where `message_view` is contiguous already. Under torch.compile the same is written in functional
@@ -19,31 +19,6 @@ from .layout import message_view
 from .validation import REDUCE_OPS
 
 
-def all_to_all_4D(group: Group, input_: Tensor, scatter_dim: int, gather_dim: int) -> Tensor:
-    """`[.., P*c, .., g, ..] -> [.., c, .., P*g, ..]` at `scatter_dim`, `gather_dim`.
-
-    Batch entries are exchanged one by one, each straight into its place in the output: one copy
-    per direction at any batch size, before the exchange for (2, 1), after it for (1, 2).
-    """
-    if torch.compiler.is_compiling():
-        return traced.all_to_all_4D(group, input_, scatter_dim, gather_dim)
-    channel = Channel.of(group)
-    shape = list(input_.shape)
-    shape[scatter_dim] //= channel.size()
-    shape[gather_dim] *= channel.size()
-    output = input_.new_empty(shape)
-    if not output.numel():
-        return output
-    sent = message_view(input_, scatter_dim, channel.size(), 1)
-    received = message_view(output, gather_dim, channel.size(), 1)
-    inputs = _packed(channel, sent, contiguous=sent[0].is_contiguous())
-    outputs = received if received[0].is_contiguous() else channel.buffers.take(received)
-    channel.all_to_all(outputs.unbind(0), inputs.unbind(0))
-    _release(channel, inputs, sent)
-    _unpack(channel, received, outputs)
-    return output
-
-
 def all_gather(group: Group, input_: Tensor, dim: int) -> Tensor:
     """`[A, c, ..] -> [A, P*c, ..]`: every rank's tensor side by side along `dim`."""
     if torch.compiler.is_compiling():
@@ -54,7 +29,9 @@ def all_gather(group: Group, input_: Tensor, dim: int) -> Tensor:
         return output
     received = message_view(output, dim, channel.size(), 0)
     inputs = _packed(channel, input_, contiguous=input_.is_contiguous())
-    outputs = received if received.is_contiguous() else channel.buffers.take(received)
+    outputs = (
+        received if received.is_contiguous() else channel.buffers.take(received.shape, received)
+    )
     channel.all_gather(outputs, inputs)
     _release(channel, inputs, input_)
     _unpack(channel, received, outputs)
@@ -106,7 +83,9 @@ def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
         channel.gather((), inputs, dst)
     else:
         received = message_view(output, dim, channel.size(), 0)
-        outputs = received if received.is_contiguous() else channel.buffers.take(received)
+        outputs = (
+            received if received.is_contiguous() else channel.buffers.take(received.shape, received)
+        )
         channel.gather(outputs.unbind(0), inputs, dst)
         _unpack(channel, received, outputs)
     _release(channel, inputs, input_)
@@ -132,7 +111,7 @@ def recv(
 
 def _packed(channel: Channel, view: Tensor, *, contiguous: bool) -> Tensor:
     """`view` where the exchange can read it as it stands, else its copy in a wire buffer."""
-    return view if contiguous else strided_copy_(channel.buffers.take(view), view)
+    return view if contiguous else strided_copy_(channel.buffers.take(view.shape, view), view)
 
 
 def _unpack(channel: Channel, received: Tensor, wire: Tensor) -> None:

@@ -19,6 +19,9 @@ or writes the tensor itself: a copy that is not needed shows in its strides.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 from torch import Tensor
 
 
@@ -58,3 +61,55 @@ def concatenate_messages(messages: Tensor, dim: int) -> Tensor:
         tensor([[1, 2, 3, 4]])
     """
     return messages.movedim(0, dim).flatten(dim, dim + 1)
+
+
+class Share(NamedTuple):
+    """How one dim of a tensor is dealt out to the ranks.
+
+    Attributes:
+        dim: the dim.
+        sizes: rank r's size of it; None means the same for all.
+        holders: how many ranks hold each entry. More than 1 for the key and value heads of
+            grouped-query attention where there are fewer heads than ranks: rank r's part is the one
+            entry `r // holders`.
+    """
+
+    dim: int
+    sizes: tuple[int, ...] | None = None
+    holders: int = 1
+
+    def part(self, size: int, rank: int, world_size: int) -> int:
+        """Rank r's size, of a dim with `size` in all."""
+        return size * self.holders // world_size if self.sizes is None else self.sizes[rank]
+
+    def whole(self, size: int, world_size: int) -> int:
+        """The size in all, where this rank's is `size`."""
+        return size * world_size // self.holders if self.sizes is None else sum(self.sizes)
+
+    def views(self, tensor: Tensor, world_size: int) -> list[Tensor]:
+        """The messages in `tensor`, in rank order: views `[B, ..]`, one or one for each rank."""
+        if self.sizes is not None:
+            return list(tensor.split(self.sizes, self.dim))
+        if self.holders > 1:
+            return [replicated_view(tensor, self.dim, self.holders)]
+        return [message_view(tensor, self.dim, world_size, 1)]
+
+    def counts(self, tensor: Tensor, world_size: int) -> list[int]:
+        """Elements of one batch entry's message to or from each rank."""
+        size = tensor.shape[self.dim]
+        others = math.prod(tensor.shape[1:]) // max(size, 1)
+        return [others * self.part(size, rank, world_size) for rank in range(world_size)]
+
+
+def replicated_view(tensor: Tensor, dim: int, holders: int) -> Tensor:
+    """Every entry of `dim` as the message for each of its holders: `b s H d -> b H r s 1 d`.
+
+    Nothing is repeated in memory; the new axis has stride 0. H and r together are the ranks.
+
+    Example:
+        >>> import torch
+        >>> replicated_view(torch.empty(1, 5, 2, 8), 2, 3).shape  # 2 heads, 6 ranks
+        torch.Size([1, 2, 3, 5, 1, 8])
+    """
+    entries = tensor.movedim(dim, 1).unsqueeze(dim + 1)
+    return entries.unsqueeze(2).expand(-1, -1, holders, *[-1] * (tensor.dim() - 1))

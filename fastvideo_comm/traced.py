@@ -10,21 +10,82 @@ the same code with the same shapes on every rank of a group.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .channel import Channel, Group
-from .layout import concatenate_messages, message_view
+from .layout import Share, concatenate_messages, message_view
+
+if TYPE_CHECKING:
+    from .exchange import Exchange
 
 
-def all_to_all_4D(group: Group, input_: Tensor, scatter_dim: int, gather_dim: int) -> Tensor:
-    """As `collectives.all_to_all_4D`."""
-    sent = message_view(input_, scatter_dim, group.size(), 0).contiguous()
-    splits = [1] * group.size()
+def exchange(group: Group, inputs: Sequence[Tensor], what: Exchange) -> list[Tensor]:
+    """As `exchange.exchange`: one exchange for all tensors of a dtype."""
+    outputs: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys([input_.dtype for input_ in inputs]):
+        indices = [index for index, input_ in enumerate(inputs) if input_.dtype == dtype]
+        scatter = [what.scatter[index] for index in indices]
+        gather = [what.gather[index] for index in indices]
+        some = _exchange(group, [inputs[index] for index in indices], scatter, gather)
+        outputs.update(zip(indices, some, strict=True))
+    return [outputs[index] for index in range(len(inputs))]
+
+
+def _exchange(
+    group: Group, inputs: list[Tensor], scatter: list[Share], gather: list[Share]
+) -> list[Tensor]:
+    size, rank = group.size(), group.rank()
+    parts = [_parts(*each, size) for each in zip(inputs, scatter, strict=True)]
+    # [rank][tensor]: what goes to each rank, and the shapes of what comes from each.
+    sent = list(zip(*parts, strict=True))
+    shapes = [
+        [_shape_from(other, *each) for each in zip(sent[rank], gather, strict=True)]
+        for other in range(size)
+    ]
+    counts = [[math.prod(shape) for shape in each] for each in shapes]
     received = _wait(
-        torch.ops._c10d_functional.all_to_all_single(sent, splits, splits, _name(group))
+        torch.ops._c10d_functional.all_to_all_single(
+            torch.cat([part.reshape(-1) for message in sent for part in message]),
+            [sum(each) for each in counts],
+            [sum([part.numel() for part in message]) for message in sent],
+            _name(group),
+        )
     )
-    return concatenate_messages(received, gather_dim).contiguous()
+    flat = iter(received.split([count for each in counts for count in each]))
+    messages = [[next(flat).view(shape) for shape in each] for each in shapes]
+    return [
+        _together([message[index] for message in messages], share)
+        for index, share in enumerate(gather)
+    ]
+
+
+def _parts(tensor: Tensor, share: Share, size: int) -> list[Tensor]:
+    """The message to each rank."""
+    if share.holders > 1:
+        return [tensor.narrow(share.dim, rank // share.holders, 1) for rank in range(size)]
+    sizes = share.sizes or [tensor.shape[share.dim] // size] * size
+    return list(tensor.split(list(sizes), share.dim))
+
+
+def _shape_from(rank: int, own: Tensor, share: Share) -> list[int]:
+    """The shape of a rank's message to this one, given this rank's to itself."""
+    shape = list(own.shape)
+    if share.sizes is not None:
+        shape[share.dim] = share.sizes[rank]
+    return shape
+
+
+def _together(messages: list[Tensor], share: Share) -> Tensor:
+    """The message from each rank in its place; those for one head are added."""
+    if share.holders > 1:
+        heads = range(0, len(messages), share.holders)
+        messages = [torch.stack(messages[i : i + share.holders]).sum(0) for i in heads]
+    return torch.cat(messages, share.dim)
 
 
 def all_gather(group: Group, input_: Tensor, dim: int) -> Tensor:

@@ -6,6 +6,7 @@ arguments in their normal form; the communicator adds op, group and rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -88,19 +89,17 @@ def normal_dim(input_: Tensor, dim: int) -> int:
     return dim % input_.dim()
 
 
-def check_divisible(input_: Tensor, name: str, dim: int, world_size: int) -> None:
+def check_divisible(input_: Tensor, name: str, dim: int, world_size: int, remedy: str = "") -> None:
     """World size divides the size at `dim`."""
     if input_.shape[dim] % world_size:
         raise ValueError(
             f"input_ must have a size at {name}={dim} that world_size={world_size} divides, "
-            f"got {input_.shape[dim]} of shape {list(input_.shape)}"
+            f"got {input_.shape[dim]} of shape {list(input_.shape)}{remedy}"
         )
 
 
-def all_to_all_4D(
-    input_: Tensor, world_size: int, scatter_dim: int, gather_dim: int
-) -> tuple[int, int]:
-    """A 4-d tensor, heads against sequence, and a size that the ranks can share."""
+def all_to_all_4D_dims(input_: Tensor, scatter_dim: int, gather_dim: int) -> tuple[int, int]:
+    """A 4-d tensor, and heads against sequence; the dims counted from the front."""
     check_tensor("input_", input_)
     check_int("scatter_dim", scatter_dim)
     check_int("gather_dim", gather_dim)
@@ -114,8 +113,30 @@ def all_to_all_4D(
         raise ValueError(
             f"(scatter_dim, gather_dim) must be (2, 1) or (1, 2), got {(scatter_dim, gather_dim)}"
         )
-    check_divisible(input_, "scatter_dim", dims[0], world_size)
     return dims
+
+
+def all_to_all_4D(
+    input_: Tensor, world_size: int, scatter_dim: int, gather_dim: int
+) -> tuple[int, int]:
+    """`all_to_all_4D_dims`, and a size that the ranks can share evenly."""
+    dims = all_to_all_4D_dims(input_, scatter_dim, gather_dim)
+    check_divisible(
+        input_, "scatter_dim", dims[0], world_size, "; scatter_sizes= shares it unevenly"
+    )
+    return dims
+
+
+def shares(name: str, sizes: Sequence[int], world_size: int) -> tuple[int, ...]:
+    """A size that is not negative for every rank."""
+    sizes = tuple(sizes)
+    for size in sizes:
+        check_int(f"every entry of {name}", size)
+    if len(sizes) != world_size or any(size < 0 for size in sizes):
+        raise ValueError(
+            f"{name} must hold world_size={world_size} sizes of at least 0, got {list(sizes)}"
+        )
+    return sizes
 
 
 def all_gather(input_: Tensor, dim: int) -> int:
