@@ -29,7 +29,6 @@ from fastvideo_comm.kernels import strided_copy_
 from fastvideo_comm.kernels.strided_copy import IMPLEMENTATION_VARIABLE, SMALL_COPY_BYTES
 from fastvideo_comm.layout import message_view
 
-
 # Rows of 1024 bytes that are more than 2**31 together.
 ROWS = 2**21 + 16
 

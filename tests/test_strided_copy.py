@@ -96,6 +96,17 @@ def test_a_run_longer_than_a_tile_takes_several_programs(launches):
     assert launches == [(math.ceil(5000 * 8 / 8192),)]
 
 
+def test_rows_more_than_2_31_bytes_apart_are_found(tmp_path):
+    """In 32 bits the second row would stand at 64; the file is a hole but for two pages."""
+    stride = 2**32 + 64
+    buffer = torch.from_file(
+        str(tmp_path / "hole"), shared=True, size=stride + 64, dtype=torch.int8
+    )
+    src = buffer.as_strided((2, 64), (stride, 1))
+    src.copy_(torch.arange(128).view(2, 64))
+    assert torch.equal(_triton_copy(torch.zeros(2, 64, dtype=torch.int8), src), src)
+
+
 def test_channels_last_is_copied_both_ways():
     x = torch.randn(2, 5, 3, 4)
     y = torch.empty(2, 5, 3, 4, memory_format=torch.channels_last)
