@@ -49,10 +49,10 @@ def overlap(dst: Tensor, src: Tensor) -> bool:
         return False
     if dst.data_ptr() == src.data_ptr() and dst.stride() == src.stride():
         return False
-    # dst's offset + i == src's offset + j: with j counted from src's last element, both add up.
-    # Dims of one stride are one dim.
+    # In elements, dst + i == src + j: with j counted from src's last element, both add up. Dims of
+    # one stride are one dim.
     sizes: dict[int, int] = {}
-    target = src.storage_offset() - dst.storage_offset()
+    target = (src.data_ptr() - dst.data_ptr()) // dst.element_size()
     for size, *strides in zip(dst.shape, dst.stride(), src.stride(), strict=True):
         target += strides[1] * (size - 1)
         for stride in strides:

@@ -50,6 +50,50 @@ class StridedLayout(NamedTuple):
         return buffer.as_strided(self.shape, self.strides, self.offset)
 
 
+def _pair(
+    shape: tuple[int, ...],
+    dst_strides: tuple[int, ...],
+    src_strides: tuple[int, ...],
+    dst_offset: int = 0,
+    src_offset: int = 0,
+) -> tuple[StridedLayout, StridedLayout]:
+    return (
+        StridedLayout(shape, dst_strides, dst_offset),
+        StridedLayout(shape, src_strides, src_offset),
+    )
+
+
+# (dst, src): where one thing decides how wide an access may be, each of them once.
+NAMED_PAIRS = {
+    "0-d": _pair((), (), ()),
+    "pack b s (P h) d -> b P s h d": _pair(
+        (2, 3, 5, 2, 8), (240, 80, 16, 8, 1), (240, 16, 48, 8, 1)
+    ),
+    "unpack b P s h d -> b s (P h) d": _pair(
+        (2, 3, 5, 2, 8), (240, 16, 48, 8, 1), (240, 80, 16, 8, 1)
+    ),
+    "even runs in odd rows of src": _pair((6, 16), (16, 1), (19, 1)),
+    "even runs in odd rows of dst": _pair((6, 16), (19, 1), (16, 1)),
+    "even runs in odd planes": _pair((2, 6, 16), (193, 32, 1), (192, 16, 1)),
+    "odd runs in even rows": _pair((6, 13), (16, 1), (32, 1)),
+    "odd address of dst": _pair((64,), (1,), (1,), 1, 16),
+    "odd address of src": _pair((64,), (1,), (1,), 16, 1),
+    "steps": _pair((5, 20), (80, 2), (160, 4)),
+    "transpose": _pair((32, 48), (48, 1), (1, 32)),
+    "transpose of odd columns": _pair((32, 47), (48, 1), (1, 32)),
+    "transpose of odd rows": _pair((31, 48), (48, 1), (1, 32)),
+    "transpose into odd rows": _pair((32, 48), (49, 1), (1, 32)),
+    "transpose out of odd rows": _pair((32, 48), (48, 1), (1, 33)),
+    "transpose in odd planes": _pair((3, 32, 48), (1537, 48, 1), (1536, 1, 32)),
+    "transpose at an odd address": _pair((32, 48), (48, 1), (1, 32), 1),
+    "transpose of expanded planes": _pair((3, 32, 48), (1536, 48, 1), (0, 1, 32)),
+    "expanded rows": _pair((7, 32), (32, 1), (0, 1)),
+    "expanded columns": _pair((7, 32), (32, 1), (1, 0)),
+    "one element everywhere": _pair((7, 32), (32, 1), (0, 0)),
+    "three outer dims": _pair((2, 3, 4, 5, 8), (1024, 320, 72, 9, 1), (2000, 16, 400, 80, 1)),
+}
+
+
 @st.composite
 def pairs_of_layouts(draw: st.DrawFn) -> tuple[StridedLayout, StridedLayout]:
     """A dst that does not overlap itself and a src, one shape of 0 to 6 dims, any strides."""

@@ -18,6 +18,7 @@ from production_copies import SEQUENCES, production_copies
 from rank_threads import run_ranks
 from strided_layouts import (
     DTYPES,
+    NAMED_PAIRS,
     StridedLayout,
     assert_copies_like_torch,
     pairs_of_layouts,
@@ -43,6 +44,11 @@ class TestNativeKernel:
     @given(pairs_of_layouts(), st.sampled_from(DTYPES), st.integers(0, 2**32))
     def test_copies_every_layout_and_dtype_and_nothing_else(self, layouts, dtype, seed):
         assert_copies_like_torch(_triton_copy, *layouts, dtype, seed, GPU)
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.complex128])
+    @pytest.mark.parametrize("layouts", NAMED_PAIRS.values(), ids=NAMED_PAIRS)
+    def test_copies_every_kind_of_layout(self, layouts, dtype):
+        assert_copies_like_torch(_triton_copy, *layouts, dtype, 0, GPU)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", [(1003, 1001), (1024, 768)], ids=["odd", "even"])
