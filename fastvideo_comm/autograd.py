@@ -10,6 +10,7 @@ backward is a collective too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from . import collectives, validation
 from .channel import Group
-from .exchange import Exchange, exchange
+from .exchange import Exchange, Pending, exchange, start
 
 
 class DistributedAutograd:
@@ -55,20 +56,28 @@ class DistributedAutograd:
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None]:
+            op = dist.ReduceOp.AVG if ctx.op == "avg" else dist.ReduceOp.SUM
+            total = DistributedAutograd.AllReduce.apply(ctx.group, grad_output, op)
+            return None, _times_local_derivative(ctx, total), None
+
+    class ReplicatedAllReduce(torch.autograd.Function):
+        """AllReduce whose output is one tensor that all ranks hold, as is the loss computed of it.
+
+        The gradient g is then the same on every rank and is counted once: G = g in the equations
+        of `AllReduce`. Megatron's convention; nothing is sent in the backward.
+        """
+
+        @staticmethod
+        def forward(
+            ctx: Any, group: Group, input_: Tensor, op: validation.ReduceOp | None = None
+        ) -> Tensor:
+            return DistributedAutograd.AllReduce.forward(ctx, group, input_, op)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None]:
             if ctx.op == "avg":
-                return (
-                    None,
-                    DistributedAutograd.AllReduce.apply(ctx.group, grad_output, dist.ReduceOp.AVG),
-                    None,
-                )
-            grad_input = DistributedAutograd.AllReduce.apply(
-                ctx.group, grad_output, dist.ReduceOp.SUM
-            )
-            if ctx.op in ("min", "max"):
-                grad_input = grad_input * _share_of_extreme(ctx.group, *ctx.saved_tensors)
-            elif ctx.op == "product":
-                grad_input = grad_input * _product_of_others(ctx.group, *ctx.saved_tensors)
-            return None, grad_input, None
+                grad_output = grad_output / ctx.group.size()
+            return None, _times_local_derivative(ctx, grad_output), None
 
     class AllGather(torch.autograd.Function):
         """`input_ [A, c, ..]` on every rank -> `[A, P*c, ..]`, the same on every rank.
@@ -149,8 +158,9 @@ class DistributedAutograd:
 
         @staticmethod
         def forward(ctx: Any, group: Group, input_: Tensor, world_size: int, dim: int) -> Tensor:
-            ctx.group, ctx.world_size, ctx.dim = group, world_size, dim
-            return collectives.all_gather(group, input_, dim)
+            ctx.group, ctx.world_size = group, world_size
+            ctx.dim = validation.all_gather(input_, dim)
+            return collectives.all_gather(group, input_, ctx.dim)
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
@@ -191,6 +201,103 @@ class DistributedAutograd:
                 ctx.group, grad_output, ctx.world_size, gather_dim, scatter_dim
             )
             return None, grad_input, None, None, None
+
+    class Exchange4D(torch.autograd.Function):
+        """`AllToAll4D` of several tensors, with shares of any size: one exchange for all.
+
+            (y_1, .., y_n) = exchange(x_1, .., x_n)        dx = reverse exchange(g_1, .., g_n)
+
+        A head that is replicated to several ranks gets the sum of their gradients.
+        """
+
+        @staticmethod
+        def forward(ctx: Any, group: Group, what: Exchange, *inputs: Tensor) -> tuple[Tensor, ...]:
+            ctx.group, ctx.what = group, what
+            return tuple(exchange(group, inputs, what))
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+            grads = exchange_tensors(ctx.group, ctx.what.reverse(), grad_outputs)
+            return None, None, *grads
+
+    class Start4D(torch.autograd.Function):
+        """The first half of `Exchange4D`: sends, and returns a token that `Finish4D` takes.
+
+        The gradient of the token is the token of the reverse exchange, which `Finish4D`'s backward
+        has sent by then: communication overlaps with computation in the backward as well, and to
+        any order.
+        """
+
+        @staticmethod
+        def forward(ctx: Any, group: Group, flight: Flight, *inputs: Tensor) -> Tensor:
+            ctx.group, ctx.flight = group, flight
+            flight.pending = start(group, inputs, flight.what, async_op=True)
+            return torch.empty(0, device=inputs[0].device)
+
+        @staticmethod
+        def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
+            returning = ctx.flight.returning
+            grads = DistributedAutograd.Finish4D.apply(ctx.group, returning, grad_token)
+            return None, None, *grads
+
+    class Finish4D(torch.autograd.Function):
+        """The second half of `Exchange4D`: waits; its backward sends the gradients on their way."""
+
+        @staticmethod
+        def forward(ctx: Any, group: Group, flight: Flight, _: Tensor) -> tuple[Tensor, ...]:
+            ctx.group, ctx.flight = group, flight
+            return tuple(flight.land())
+
+        @staticmethod
+        def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, Tensor]:
+            returning = Flight(ctx.flight.what.reverse())
+            ctx.flight.returning = returning
+            token = DistributedAutograd.Start4D.apply(ctx.group, returning, *grad_outputs)
+            return None, None, token
+
+
+def exchange_tensors(group: Group, what: Exchange, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`DistributedAutograd.Exchange4D`, also where torch.compile cannot trace its `apply`.
+
+    Without a gradient to record, torch 2.13's tracer counts the arguments of `forward` to find out
+    whether it takes a `ctx`, and a variable number of tensors misleads it.
+    """
+    if torch.compiler.is_compiling() and not (
+        torch.is_grad_enabled() and any(input_.requires_grad for input_ in inputs)
+    ):
+        return exchange(group, inputs, what)
+    outputs: tuple[Tensor, ...] = DistributedAutograd.Exchange4D.apply(group, what, *inputs)
+    return outputs
+
+
+class Flight:
+    """An exchange between its start and its finish, and the one that brings its gradients back."""
+
+    def __init__(self, what: Exchange) -> None:
+        """Not sent yet."""
+        self.what = what
+        self.pending: Pending | None = None
+        self.returning: Flight | None = None
+
+    def is_completed(self) -> bool:
+        """Whether `land` would return at once."""
+        return self.pending is None or self.pending.is_completed()
+
+    def land(self) -> list[Tensor]:
+        """Waits for what `Start4D` sent."""
+        if self.pending is None:
+            raise RuntimeError("an exchange must be started before it is finished, and only once")
+        pending, self.pending = self.pending, None
+        return pending.wait()
+
+
+def _times_local_derivative(ctx: Any, gradient: Tensor) -> Tensor:
+    """The factor of `AllReduce`'s equations that differs between ranks."""
+    if ctx.op in ("min", "max"):
+        return gradient * _share_of_extreme(ctx.group, *ctx.saved_tensors)
+    if ctx.op == "product":
+        return gradient * _product_of_others(ctx.group, *ctx.saved_tensors)
+    return gradient
 
 
 def _share_of_extreme(group: Group, input_: Tensor, output: Tensor) -> Tensor:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed import ReduceOp
 
 from . import collectives, validation
-from .autograd import DistributedAutograd
-from .channel import Channel
-from .errors import ClosedError
+from .autograd import DistributedAutograd, Flight, exchange_tensors
+from .exchange import Exchange
+from .handle import AsyncHandle
+from .membership import Membership
+from .validation import Sizes
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
-
-class DeviceCommunicatorBase:
+class DeviceCommunicatorBase(Membership):
     """The collectives of one group of ranks on one device, differentiable and compilable.
 
     Example:
@@ -36,141 +32,129 @@ class DeviceCommunicatorBase:
     Errors name op, group and rank. Bad arguments are a `ValueError` or `TypeError` on the rank
     that made them, before anything is sent; what the backend reports, a peer that died or a
     timeout of the group, is a `CollectiveError`, a `RuntimeError` too.
-
-    Attributes:
-        device: where tensors must be.
-        cpu_group: the group as given.
-        device_group: the group that exchanges: as given, or `cpu_group`.
-        unique_name: the name in errors.
-        rank: this process in the group; `rank_in_group` is the same.
-        world_size: P, the number of ranks in the group.
-        ranks: the global rank of every rank of the group.
-        global_rank: this process in the world.
-        global_world_size: the number of processes in the world.
     """
 
-    def __init__(
+    @overload
+    def all_to_all_4D(
         self,
-        cpu_group: ProcessGroup,
-        device: torch.device | None = None,
-        device_group: ProcessGroup | None = None,
-        unique_name: str = "",
-    ) -> None:
-        """Wraps groups that the caller made, and goes on owning.
+        input_: Tensor,
+        scatter_dim: int = 2,
+        gather_dim: int = 1,
+        *,
+        scatter_sizes: Sizes = None,
+        gather_sizes: Sizes = None,
+        async_op: Literal[False] = False,
+    ) -> Tensor: ...
 
-        Args:
-            cpu_group: a group that this process is in.
-            device: where the tensors will be; the CPU if None. A device without an index accepts
-                tensors on any device of its type.
-            device_group: the same ranks with the device's backend (NCCL); `cpu_group` if None.
-            unique_name: what errors call this communicator.
+    @overload
+    def all_to_all_4D(
+        self,
+        input_: Sequence[Tensor],
+        scatter_dim: int = 2,
+        gather_dim: int = 1,
+        *,
+        scatter_sizes: Sizes = None,
+        gather_sizes: Sizes = None,
+        async_op: Literal[False] = False,
+    ) -> tuple[Tensor, ...]: ...
 
-        Raises:
-            ValueError: the process is not in `cpu_group`, or the two groups have different ranks.
-            TypeError: `cpu_group` is not a process group.
-        """
-        if not isinstance(cpu_group, ProcessGroup):
-            raise TypeError(
-                f"cpu_group must be a ProcessGroup that this process is in, got {cpu_group!r}"
-            )
-        self.device = torch.device("cpu" if device is None else device)
-        self.cpu_group = cpu_group
-        self.device_group = cpu_group if device_group is None else device_group
-        self.unique_name = unique_name
-        self.rank = self.rank_in_group = dist.get_rank(cpu_group)
-        self.world_size = dist.get_world_size(cpu_group)
-        self.ranks = dist.get_process_group_ranks(cpu_group)
-        self.global_rank = dist.get_rank()
-        self.global_world_size = dist.get_world_size()
-        if dist.get_process_group_ranks(self.device_group) != self.ranks:
-            raise ValueError(
-                f"device_group must have cpu_group's ranks {self.ranks}, "
-                f"got {dist.get_process_group_ranks(self.device_group)}"
-            )
-        self._channel: Channel | None = Channel(self.device_group, unique_name)
+    @overload
+    def all_to_all_4D(
+        self,
+        input_: Tensor,
+        scatter_dim: int = 2,
+        gather_dim: int = 1,
+        *,
+        scatter_sizes: Sizes = None,
+        gather_sizes: Sizes = None,
+        async_op: Literal[True],
+    ) -> AsyncHandle[Tensor]: ...
 
-    @classmethod
-    def from_group(
-        cls, group: ProcessGroup, *, device: torch.device | None = None, unique_name: str = ""
-    ) -> Self:
-        """A communicator on one group.
+    @overload
+    def all_to_all_4D(
+        self,
+        input_: Sequence[Tensor],
+        scatter_dim: int = 2,
+        gather_dim: int = 1,
+        *,
+        scatter_sizes: Sizes = None,
+        gather_sizes: Sizes = None,
+        async_op: Literal[True],
+    ) -> AsyncHandle[tuple[Tensor, ...]]: ...
 
-        Args:
-            group: a group that this process is in.
-            device: where the tensors will be; by default the current accelerator where the group's
-                backend serves no other (NCCL, XCCL), else the CPU.
-            unique_name: what errors call this communicator.
-        """
-        if device is None and isinstance(group, ProcessGroup):
-            accelerated = dist.get_backend(group) in ("nccl", "xccl")
-            device = torch.accelerator.current_accelerator() if accelerated else None
-            if device is not None:
-                device = torch.device(device.type, torch.accelerator.current_device_index())
-        return cls(group, device=device, device_group=group, unique_name=unique_name)
-
-    @classmethod
-    def from_mesh(
-        cls, device_mesh: DeviceMesh, mesh_dim: str | int | None = None, *, unique_name: str = ""
-    ) -> Self:
-        """A communicator on one dim of a mesh, such as sequence parallel beside data parallel.
-
-        Example:
-            >>> mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "sp"))
-            ... # doctest: +SKIP
-            >>> communicator = DeviceCommunicatorBase.from_mesh(mesh, "sp")  # doctest: +SKIP
-
-        Args:
-            device_mesh: a mesh that this process is in.
-            mesh_dim: the name or number of the dim; None for a mesh of one dim.
-            unique_name: what errors call this communicator; by default the name of the dim.
-
-        Raises:
-            ValueError: a mesh of several dims and no `mesh_dim`.
-        """
-        if mesh_dim is None and device_mesh.ndim > 1:
-            raise ValueError(
-                f"mesh_dim must be one of {device_mesh.mesh_dim_names or device_mesh.ndim} for a "
-                f"mesh of {device_mesh.ndim} dims, got None"
-            )
-        group = device_mesh.get_group(mesh_dim)
-        device = torch.device(device_mesh.device_type)
-        if device.type != "cpu":
-            device = torch.device(device.type, torch.accelerator.current_device_index())
-        name = unique_name or str(mesh_dim or "")
-        return cls(group, device=device, device_group=group, unique_name=name)
-
-    def all_to_all_4D(self, input_: Tensor, scatter_dim: int = 2, gather_dim: int = 1) -> Tensor:
+    def all_to_all_4D(
+        self,
+        input_: Tensor | Sequence[Tensor],
+        scatter_dim: int = 2,
+        gather_dim: int = 1,
+        *,
+        scatter_sizes: Sizes = None,
+        gather_sizes: Sizes = None,
+        async_op: bool = False,
+    ) -> Any:
         """Trades this rank's slice of one dim for its slice of another: heads for sequence.
 
         Example (inside a rank; H = 6 heads on P = 2 ranks):
             >>> x = torch.randn(1, 5, 6, 8)  # doctest: +SKIP
             >>> communicator.all_to_all_4D(x).shape  # doctest: +SKIP
             torch.Size([1, 10, 3, 8])
+            >>> q, k, v = communicator.all_to_all_4D((q, k, v))  # one exchange  # doctest: +SKIP
 
         The gradient is the inverse exchange: dx = all_to_all_4D(g, gather_dim, scatter_dim).
 
         Args:
             input_: `[B, s, H, D]` for (2, 1): all heads of this rank's sequence; `[B, S, h, D]` for
                 (1, 2): the whole sequence of this rank's heads. Any dtype; any strides, read in
-                place.
-            scatter_dim: the dim that is dealt out to the ranks; P divides its size.
+                place. Or a sequence of such tensors, which may differ in everything, and are
+                exchanged together. Among several, key and value heads fewer than the ranks,
+                H < P with P a multiple of H, go to each of the P/H ranks whose query heads use
+                them, and their gradients are summed.
+            scatter_dim: the dim that is dealt out to the ranks; P divides its size, or
+                `scatter_sizes` says what each rank gets.
             gather_dim: the dim that comes together from the ranks, in rank order.
+            scatter_sizes: every rank's part of `scatter_dim`, the same list on all ranks; one list
+                for all tensors or one for each. "auto": as even as can be (`near_even_sizes`).
+            gather_sizes: what every rank has of `gather_dim`, where it is not the same for all.
+                "auto": asked of the ranks, in one small collective more.
+            async_op: returns at once a handle, whose `wait()` gives the result.
 
         Returns:
-            `[B, S, h, D]` or `[B, s, H, D]`, contiguous, with h = H/P and S = P*s.
+            `[B, S, h, D]` or `[B, s, H, D]`, contiguous, with h = H/P and S = P*s, or what the
+            sizes say; a tuple for a sequence; an `AsyncHandle` of either if `async_op`. A compiled
+            call is asynchronous as the compiler sees fit, and its handle is complete.
 
         Raises:
-            ValueError: not 4 dims, other dims than (2, 1) or (1, 2), a size that P does not divide,
-                or a tensor on another device.
+            ValueError: not 4 dims, other dims than (2, 1) or (1, 2), a size that P does not divide
+                or that the given sizes do not fit, or a tensor on another device.
             TypeError: not a dense tensor.
         """
         with self._named("all_to_all_4D"):
-            validation.all_to_all_4D(input_, self.world_size, scatter_dim, gather_dim)
-            return self._exchange(
-                DistributedAutograd.AllToAll4D, input_, self.world_size, scatter_dim, gather_dim
+            if isinstance(input_, Tensor) and not (scatter_sizes or gather_sizes or async_op):
+                validation.all_to_all_4D(input_, self.world_size, scatter_dim, gather_dim)
+                return self._exchange(
+                    DistributedAutograd.AllToAll4D, input_, self.world_size, scatter_dim, gather_dim
+                )
+            packed = not isinstance(input_, Tensor)
+            inputs = validation.tensors(input_)
+            what = Exchange(
+                *validation.exchange_shares(
+                    inputs,
+                    (scatter_dim, gather_dim),
+                    (scatter_sizes, gather_sizes),
+                    (self.rank, self.world_size),
+                    packed=packed,
+                    sizes_of_all_ranks=self._sizes_of_all_ranks,
+                )
             )
+            return self._trade(inputs, what, packed=packed, async_op=async_op)
 
-    def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor:
+    def all_gather(
+        self,
+        input_: Tensor,
+        dim: int = -1,
+        *,
+        grad: Literal["reduce_scatter", "slice"] = "reduce_scatter",
+    ) -> Tensor:
         """Every rank's tensor side by side along `dim`, in rank order, on every rank.
 
         The gradient is a reduce_scatter: dx_r = sum over ranks q of g_q[part r].
@@ -178,19 +162,32 @@ class DeviceCommunicatorBase:
         Args:
             input_: `[A, c, ..]`, the same shape on every rank; any dtype and strides.
             dim: the dim along which the tensors are joined.
+            grad: "reduce_scatter" where every rank computes a loss of its own from the result;
+                "slice" where all ranks compute the same loss, which is then counted once:
+                dx_r = g[part r], and nothing is sent.
 
         Returns:
             `[A, P*c, ..]`, contiguous.
 
         Raises:
-            ValueError: a 0-d tensor, `dim` out of range, or a tensor on another device.
+            ValueError: a 0-d tensor, `dim` out of range, another `grad`, or another device.
             TypeError: not a dense tensor.
         """
         with self._named("all_gather"):
             validation.all_gather(input_, dim)
-            return self._exchange(DistributedAutograd.AllGather, input_, self.world_size, dim)
+            validation.choice("grad", grad, ("reduce_scatter", "slice"))
+            function: type[torch.autograd.Function] = DistributedAutograd.AllGather
+            if grad == "slice":
+                function = DistributedAutograd.Unslice
+            return self._exchange(function, input_, self.world_size, dim)
 
-    def all_reduce(self, input_: Tensor, op: validation.ReduceOp | None = ReduceOp.SUM) -> Tensor:
+    def all_reduce(
+        self,
+        input_: Tensor,
+        op: validation.ReduceOp | None = ReduceOp.SUM,
+        *,
+        grad: Literal["all_reduce", "identity"] = "all_reduce",
+    ) -> Tensor:
         """The reduction over ranks, element by element, as a new tensor on every rank.
 
         With G = sum over ranks of g: dx = G for SUM, G/P for AVG; for MAX and MIN G goes to the
@@ -200,17 +197,24 @@ class DeviceCommunicatorBase:
         Args:
             input_: any shape and strides, the same shape on every rank.
             op: SUM (also for None), AVG, MIN, MAX, PRODUCT; BAND, BOR, BXOR for integers.
+            grad: "all_reduce" where every rank computes a loss of its own from the result;
+                "identity" where all ranks compute the same loss, which is then counted once:
+                G = g, and nothing is sent.
 
         Returns:
             The same shape and dtype, contiguous.
 
         Raises:
-            ValueError: another op, or a tensor on another device.
+            ValueError: another op or `grad`, or a tensor on another device.
             TypeError: not a dense tensor, or a dtype that `op` or the backends cannot reduce.
         """
         with self._named("all_reduce"):
             validation.all_reduce(input_, op)
-            return self._exchange(DistributedAutograd.AllReduce, input_, op)
+            validation.choice("grad", grad, ("all_reduce", "identity"))
+            function: type[torch.autograd.Function] = DistributedAutograd.AllReduce
+            if grad == "identity":
+                function = DistributedAutograd.ReplicatedAllReduce
+            return self._exchange(function, input_, op)
 
     def slice(self, input_: Tensor, dim: int = -1, *, scale_grad: bool = False) -> Tensor:
         """This rank's part of a tensor that every rank holds; nothing is sent in the forward.
@@ -306,11 +310,33 @@ class DeviceCommunicatorBase:
                 raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
             return collectives.recv(channel, size, dtype, src, self.device)
 
-    def destroy(self) -> None:
-        """Frees the buffers; may be called again. The groups stay the caller's to destroy."""
-        if self._channel is not None:
-            self._channel.buffers.clear()
-        self._channel = None
+    def warmup(
+        self,
+        shapes: Iterable[Sequence[int]],
+        dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
+    ) -> None:
+        """Makes the first training step cost what the second does; a collective itself.
+
+        Exchanges tensors of the given shapes there and back, forward and backward, and runs the
+        other collectives once: connections open, kernels compile, wire buffers are allocated, and
+        NCCL is initialised, which must not happen under the capture of a CUDA graph.
+
+        Args:
+            shapes: of this rank's tensors before attention, `[B, s, H, D]`; P divides H.
+            dtypes: of the tensors.
+        """
+        dtypes = tuple(dtypes)
+        for shape in shapes:
+            for dtype in dtypes:
+                x = torch.zeros(tuple(shape), dtype=dtype, device=self.device)
+                x.requires_grad_(dtype.is_floating_point)
+                y = self.all_to_all_4D(self.all_to_all_4D(x), 1, 2)
+                if y.requires_grad:
+                    y.backward(torch.zeros_like(y))
+        small = torch.zeros(self.world_size, device=self.device, requires_grad=True)
+        (self.all_gather(small).sum() + self.all_reduce(small).sum()).backward()
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize(self.device)
 
     def _exchange(
         self, function: type[torch.autograd.Function], input_: Tensor, *arguments: Any
@@ -325,36 +351,44 @@ class DeviceCommunicatorBase:
         output: Tensor = function.apply(group, _plain(input_), *arguments)
         return output
 
-    def _open(self) -> Channel:
-        if self._channel is None:
-            raise ClosedError("the communicator was destroyed")
-        return self._channel
+    def _sizes_of_all_ranks(self, sizes: list[int]) -> list[list[int]]:
+        """For each of this rank's sizes, what it is on every rank: one small all_gather.
 
-    def _named(self, op: str) -> _Named:
-        return _Named(op, self)
+        Never remembered: a rank whose size did not change would not know that another's did.
+        """
+        if torch.compiler.is_compiling():
+            raise ValueError("gather_sizes must be given where a call is compiled, got 'auto'")
+        on_device = self.cpu_group is self.device_group
+        own = torch.tensor([sizes], device=self.device if on_device else "cpu")
+        every: list[list[int]] = collectives.all_gather(self.cpu_group, own, 0).T.tolist()
+        return every
 
+    def _trade(
+        self, inputs: tuple[Tensor, ...], what: Exchange, *, packed: bool, async_op: bool
+    ) -> Any:
+        """As `_exchange`, for an exchange with a plan."""
+        channel = self._open()
+        for input_ in inputs:
+            validation.check_device("input_", input_, self.device)
 
-class _Named:
-    """Adds op, group and rank to what is wrong with the arguments of a public call."""
+        def result(outputs: Sequence[Tensor]) -> Any:
+            return tuple(outputs) if packed else outputs[0]
 
-    def __init__(self, op: str, communicator: DeviceCommunicatorBase) -> None:
-        self.op = op
-        self.communicator = communicator
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if isinstance(error, ValueError | TypeError | ClosedError):
-            rank, size = self.communicator.rank, self.communicator.world_size
-            name = self.communicator.unique_name
-            where = f"rank {rank} of {size} in group {name!r}" if name else f"rank {rank} of {size}"
-            raise type(error)(f"{self.op} on {where}: {error}") from None
+        if self.world_size == 1:
+            done = result(inputs)
+            return AsyncHandle.done(done) if async_op else done
+        inputs = tuple(_plain(input_) for input_ in inputs)
+        if torch.compiler.is_compiling() or not async_op:
+            group = self.device_group if torch.compiler.is_compiling() else channel
+            done = result(exchange_tensors(group, what, inputs))
+            return AsyncHandle.done(done) if async_op else done
+        flight = Flight(what)
+        token = DistributedAutograd.Start4D.apply(channel, flight, *inputs)
+        return AsyncHandle(
+            "all_to_all_4D",
+            lambda: result(DistributedAutograd.Finish4D.apply(channel, flight, token)),
+            flight.is_completed,
+        )
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -6,17 +6,23 @@ arguments in their normal form; the communicator adds op, group and rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .layout import Share
+from .utils import near_even_sizes
+
 if TYPE_CHECKING:
     from .channel import Group
 
 # c10d's constants are of the inner type, and compare equal to the outer.
+# Every rank's size of a dim, for all tensors or for each; "auto": found out.
+Sizes: TypeAlias = "Sequence[int] | Sequence[Sequence[int] | None] | Literal['auto'] | None"
+
 ReduceOp: TypeAlias = dist.ReduceOp | dist.ReduceOp.RedOpType
 
 REDUCE_OPS: dict[str, ReduceOp] = {
@@ -127,8 +133,58 @@ def all_to_all_4D(
     return dims
 
 
-def shares(name: str, sizes: Sequence[int], world_size: int) -> tuple[int, ...]:
-    """A size that is not negative for every rank."""
+def tensors(input_: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """One tensor or at least one, as a tuple."""
+    if isinstance(input_, Tensor):
+        return (input_,)
+    if not isinstance(input_, list | tuple):
+        raise TypeError(f"input_ must be a tensor or several, got {type(input_).__name__}")
+    if not input_:
+        raise ValueError("input_ must hold at least one tensor, got an empty sequence")
+    return tuple(input_)
+
+
+def exchange_shares(
+    inputs: tuple[Tensor, ...],
+    dims: tuple[int, int],
+    sizes: tuple[Sizes, Sizes],
+    rank_and_world_size: tuple[int, int],
+    *,
+    packed: bool,
+    sizes_of_all_ranks: Callable[[list[int]], list[list[int]]],
+) -> tuple[tuple[Share, ...], tuple[Share, ...]]:
+    """For each tensor how its scatter dim and its gather dim are shared, from checked arguments."""
+    rank, world_size = rank_and_world_size
+    normal = [all_to_all_4D_dims(input_, *dims) for input_ in inputs]
+    scatter_dim, gather_dim = normal[0]
+    scatter_sizes = _sizes_of_each("scatter_sizes", sizes[0], len(inputs))
+    scatter = tuple(
+        scatter_share(input_, scatter_dim, of_each, world_size, packed=packed)
+        for input_, of_each in zip(inputs, scatter_sizes, strict=True)
+    )
+    gather_sizes = _sizes_of_each("gather_sizes", sizes[1], len(inputs))
+    if "auto" in gather_sizes:
+        gather_sizes = [*sizes_of_all_ranks([input_.shape[gather_dim] for input_ in inputs])]
+    gather = tuple(
+        gather_share(input_, gather_dim, of_each, rank, world_size)
+        for input_, of_each in zip(inputs, gather_sizes, strict=True)
+    )
+    return scatter, gather
+
+
+def _sizes_of_each(name: str, sizes: Sizes, num_tensors: int) -> list[Any]:
+    """One entry for each tensor: None, "auto", or every rank's size."""
+    if isinstance(sizes, str) and sizes != "auto":
+        raise ValueError(f"{name} must be None, 'auto' or sizes, got {sizes!r}")
+    if sizes is None or isinstance(sizes, str) or all(isinstance(size, int) for size in sizes):
+        return [sizes] * num_tensors
+    if len(sizes) != num_tensors:
+        raise ValueError(f"{name} must hold sizes for {num_tensors} tensors, got {len(sizes)}")
+    return list(sizes)
+
+
+def share(name: str, dim: int, sizes: Sequence[int], world_size: int) -> Share:
+    """A size of at least 0 for every rank; equal ones are an even share."""
     sizes = tuple(sizes)
     for size in sizes:
         check_int(f"every entry of {name}", size)
@@ -136,7 +192,40 @@ def shares(name: str, sizes: Sequence[int], world_size: int) -> tuple[int, ...]:
         raise ValueError(
             f"{name} must hold world_size={world_size} sizes of at least 0, got {list(sizes)}"
         )
-    return sizes
+    return Share(dim, sizes if len(set(sizes)) > 1 else None)
+
+
+def scatter_share(input_: Tensor, dim: int, sizes: Any, world_size: int, *, packed: bool) -> Share:
+    """How `dim` of a tensor is dealt out; among several tensors, scarce heads are replicated."""
+    size = input_.shape[dim]
+    if sizes == "auto":
+        return share("scatter_sizes", dim, near_even_sizes(size, world_size), world_size)
+    if sizes is not None:
+        if sum(sizes) != size:
+            raise ValueError(
+                f"scatter_sizes must add up to the {size} at scatter_dim={dim} of shape "
+                f"{list(input_.shape)}, got {list(sizes)}"
+            )
+        return share("scatter_sizes", dim, sizes, world_size)
+    if packed and dim == 2 and 0 < size < world_size and world_size % size == 0:
+        return Share(dim, None, world_size // size)
+    check_divisible(input_, "scatter_dim", dim, world_size, "; scatter_sizes= shares it unevenly")
+    return Share(dim)
+
+
+def gather_share(
+    input_: Tensor, dim: int, sizes: Sequence[int] | None, rank: int, world_size: int
+) -> Share:
+    """What every rank has of the dim that comes together."""
+    if sizes is None:
+        return Share(dim)
+    result = share("gather_sizes", dim, sizes, world_size)
+    if sizes[rank] != input_.shape[dim]:
+        raise ValueError(
+            f"gather_sizes must hold the {input_.shape[dim]} at gather_dim={dim} of shape "
+            f"{list(input_.shape)} for rank {rank}, got {list(sizes)}"
+        )
+    return result
 
 
 def all_gather(input_: Tensor, dim: int) -> int:
@@ -171,6 +260,12 @@ def all_reduce(input_: Tensor, op: ReduceOp | None) -> str:
     if name in _BITWISE and (input_.is_floating_point() or input_.is_complex()):
         raise TypeError(f"op must not be bitwise for {input_.dtype}, got {name.upper()}")
     return name
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """One of a few words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def peer(name: str, value: int, rank: int, world_size: int, *, others_only: bool) -> None:

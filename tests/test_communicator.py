@@ -153,7 +153,7 @@ MISTAKES = [
     ("all_to_all_4D", (X, "2", 1), TypeError, "scatter_dim must be an int, got str"),
     ("all_to_all_4D", (X, 2, True), TypeError, "gather_dim must be an int, got bool"),
     ("all_to_all_4D", (X[0],), ValueError, r"4 dims \[B, S, H, D\], got shape \[4, 6, 2\]"),
-    ("all_to_all_4D", (None,), TypeError, "input_ must be a tensor, got NoneType"),
+    ("all_to_all_4D", (None,), TypeError, "input_ must be a tensor or several, got NoneType"),
     ("all_to_all_4D", (X.to_sparse(),), TypeError, "dense tensor, got layout torch.sparse_coo"),
     ("all_to_all_4D", (X[..., :4, :].to("meta"),), ValueError, "communicator's cpu, got meta"),
     ("all_gather", (torch.tensor(1.0),), ValueError, "at least 1 dim, got a 0-d tensor"),

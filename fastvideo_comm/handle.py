@@ -1,0 +1,66 @@
+"""What an asynchronous call returns: something to wait for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class AsyncHandle(Generic[T]):
+    """An exchange in flight; `wait()` gives its result and is the autograd node.
+
+    Between the call and `wait()` the caller computes while the data travels; the backward does the
+    same in the other direction. Several handles may be in flight, and are waited for in any order
+    that is the same on all ranks. A handle that is dropped without `wait()` is reported by a
+    `RuntimeWarning`: its exchange went on, and its result is lost.
+
+    Example:
+        >>> handle = communicator.all_to_all_4D(q, async_op=True)  # doctest: +SKIP
+        >>> gate = gate_projection(x)  # travels meanwhile  # doctest: +SKIP
+        >>> q = handle.wait()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, op: str, finish: Callable[[], T] | None, is_completed: Callable[[], bool]
+    ) -> None:
+        """Made by the communicator."""
+        self._op = op
+        self._finish = finish
+        self._is_completed = is_completed
+        self._result: list[T] = []
+
+    @staticmethod
+    def done(result: T) -> AsyncHandle[T]:
+        """A handle of something that is there already."""
+        handle: AsyncHandle[T] = AsyncHandle("", None, lambda: True)
+        handle._result.append(result)
+        return handle
+
+    def wait(self) -> T:
+        """The result, once it is there; the same one when called again.
+
+        Raises:
+            CollectiveError: the backend failed, or its timeout ran out.
+        """
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            self._result.append(finish())
+        if not self._result:
+            raise RuntimeError(f"{self._op} failed when it was waited for before")
+        return self._result[0]
+
+    def is_completed(self) -> bool:
+        """Whether `wait()` would return at once."""
+        return self._finish is None or self._is_completed()
+
+    def __del__(self) -> None:
+        """Reports a result that nobody waited for."""
+        if getattr(self, "_finish", None) is not None:
+            warnings.warn(
+                f"{self._op}(async_op=True) was dropped without wait(): its result is lost",
+                RuntimeWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,160 @@
+"""Who this process is in a group of ranks: what every communicator has before it has an op."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from .channel import Channel
+from .errors import ClosedError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Membership:
+    """A group, its device, this process's place in it, and an end.
+
+    Attributes:
+        device: where tensors must be.
+        cpu_group: the group as given.
+        device_group: the group that exchanges: as given, or `cpu_group`.
+        unique_name: the name in errors.
+        rank: this process in the group; `rank_in_group` is the same.
+        world_size: P, the number of ranks in the group.
+        ranks: the global rank of every rank of the group.
+        global_rank: this process in the world.
+        global_world_size: the number of processes in the world.
+    """
+
+    def __init__(
+        self,
+        cpu_group: ProcessGroup,
+        device: torch.device | None = None,
+        device_group: ProcessGroup | None = None,
+        unique_name: str = "",
+    ) -> None:
+        """Wraps groups that the caller made, and goes on owning.
+
+        Args:
+            cpu_group: a group that this process is in.
+            device: where the tensors will be; the CPU if None. A device without an index accepts
+                tensors on any device of its type.
+            device_group: the same ranks with the device's backend (NCCL); `cpu_group` if None.
+            unique_name: what errors call this communicator.
+
+        Raises:
+            ValueError: the process is not in `cpu_group`, or the two groups have different ranks.
+            TypeError: `cpu_group` is not a process group.
+        """
+        if not isinstance(cpu_group, ProcessGroup):
+            raise TypeError(
+                f"cpu_group must be a ProcessGroup that this process is in, got {cpu_group!r}"
+            )
+        self.device = torch.device("cpu" if device is None else device)
+        self.cpu_group = cpu_group
+        self.device_group = cpu_group if device_group is None else device_group
+        self.unique_name = unique_name
+        self.rank = self.rank_in_group = dist.get_rank(cpu_group)
+        self.world_size = dist.get_world_size(cpu_group)
+        self.ranks = dist.get_process_group_ranks(cpu_group)
+        self.global_rank = dist.get_rank()
+        self.global_world_size = dist.get_world_size()
+        if dist.get_process_group_ranks(self.device_group) != self.ranks:
+            raise ValueError(
+                f"device_group must have cpu_group's ranks {self.ranks}, "
+                f"got {dist.get_process_group_ranks(self.device_group)}"
+            )
+        self._channel: Channel | None = Channel(self.device_group, unique_name)
+
+    @classmethod
+    def from_group(
+        cls, group: ProcessGroup, *, device: torch.device | None = None, unique_name: str = ""
+    ) -> Self:
+        """A communicator on one group.
+
+        Args:
+            group: a group that this process is in.
+            device: where the tensors will be; by default the current accelerator where the group's
+                backend serves no other (NCCL, XCCL), else the CPU.
+            unique_name: what errors call this communicator.
+        """
+        if device is None and isinstance(group, ProcessGroup):
+            accelerated = dist.get_backend(group) in ("nccl", "xccl")
+            device = torch.accelerator.current_accelerator() if accelerated else None
+            if device is not None:
+                device = torch.device(device.type, torch.accelerator.current_device_index())
+        return cls(group, device=device, device_group=group, unique_name=unique_name)
+
+    @classmethod
+    def from_mesh(
+        cls, device_mesh: DeviceMesh, mesh_dim: str | int | None = None, *, unique_name: str = ""
+    ) -> Self:
+        """A communicator on one dim of a mesh, such as sequence parallel beside data parallel.
+
+        Example:
+            >>> mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "sp"))
+            ... # doctest: +SKIP
+            >>> communicator = DeviceCommunicatorBase.from_mesh(mesh, "sp")  # doctest: +SKIP
+
+        Args:
+            device_mesh: a mesh that this process is in.
+            mesh_dim: the name or number of the dim; None for a mesh of one dim.
+            unique_name: what errors call this communicator; by default the name of the dim.
+
+        Raises:
+            ValueError: a mesh of several dims and no `mesh_dim`.
+        """
+        if mesh_dim is None and device_mesh.ndim > 1:
+            raise ValueError(
+                f"mesh_dim must be one of {device_mesh.mesh_dim_names or device_mesh.ndim} for a "
+                f"mesh of {device_mesh.ndim} dims, got None"
+            )
+        group = device_mesh.get_group(mesh_dim)
+        device = torch.device(device_mesh.device_type)
+        if device.type != "cpu":
+            device = torch.device(device.type, torch.accelerator.current_device_index())
+        name = unique_name or str(mesh_dim or "")
+        return cls(group, device=device, device_group=group, unique_name=name)
+
+    def destroy(self) -> None:
+        """Frees the buffers; may be called again. The groups stay the caller's to destroy."""
+        if self._channel is not None:
+            self._channel.buffers.clear()
+        self._channel = None
+
+    def _open(self) -> Channel:
+        if self._channel is None:
+            raise ClosedError("the communicator was destroyed")
+        return self._channel
+
+    def _named(self, op: str) -> _Named:
+        return _Named(op, self)
+
+
+class _Named:
+    """Adds op, group and rank to what is wrong with the arguments of a public call."""
+
+    def __init__(self, op: str, communicator: Membership) -> None:
+        self.op = op
+        self.communicator = communicator
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, ValueError | TypeError | ClosedError):
+            rank, size = self.communicator.rank, self.communicator.world_size
+            name = self.communicator.unique_name
+            where = f"rank {rank} of {size} in group {name!r}" if name else f"rank {rank} of {size}"
+            raise type(error)(f"{self.op} on {where}: {error}") from None
