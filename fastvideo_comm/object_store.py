@@ -135,10 +135,11 @@ class ObjectStore:
 
     def close(self, linger: float | None = None) -> None:
         """Leave; rank 0 then serves on until all have left, at most `linger` seconds."""
-        if self._leave.still_active():
-            self._leave()
+        seconds = self._timeout if linger is None else linger
+        self._leave.cancel()
+        self.client.leave(seconds)
         if self._server is not None:
-            self._server.stop(self._timeout if linger is None else linger)
+            self._server.stop(seconds)
 
     @property
     def timeout(self) -> timedelta:

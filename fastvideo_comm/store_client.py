@@ -217,7 +217,8 @@ class StoreClient:
         return (), ""
 
     def leave(self, seconds: float = _LEAVE_SECONDS) -> None:
-        """Say goodbye, wait up to `seconds` for the store to hear it, and close."""
+        """Say goodbye, wait up to `seconds`, at most 5, for the store to hear it, and close."""
+        seconds = min(seconds, _LEAVE_SECONDS)
         if not self._lock.acquire(timeout=seconds):
             return  # another thread is in a call; its own end closes the group
         try:

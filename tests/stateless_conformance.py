@@ -103,10 +103,10 @@ def a_message_that_was_read_is_removed(group):
     def num_keys():
         group.barrier()
         if group.rank:
-            time.sleep(0.6)  # on a torch store, the next barrier's messages would be counted
+            time.sleep(0.4)  # on a torch store, the next barrier's messages would be counted
             number = None
         else:
-            time.sleep(0.3)  # and the last readers of this one are still deleting
+            time.sleep(0.2)  # and the last readers of this one are still deleting
             number = group.store.num_keys()
         group.barrier()
         return number

@@ -1,5 +1,6 @@
 """What rank processes do in the fault tests."""
 
+import os
 import time
 
 
@@ -74,3 +75,13 @@ def call(group, op, seconds):
         group.close(timeout=seconds)
     else:
         group.barrier(timeout=seconds)
+
+
+def fork_and_wait(group, pipe):
+    """Leave a child behind that holds copies of everything open, as a data loader does."""
+    child = os.fork()
+    if not child:
+        time.sleep(20)
+        os._exit(0)
+    pipe.send("forked")
+    group.recv_obj(1, timeout=30)

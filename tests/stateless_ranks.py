@@ -15,7 +15,8 @@ from fastvideo_comm.errors import CommunicationError
 from fastvideo_comm.stateless import StatelessProcessGroup
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["stateless_ranks", "stateless_conformance", "stateless_programs"])
+# The expensive imports; the server does not see pytest's paths, so not the modules of this folder.
+CONTEXT.set_forkserver_preload(["torch.distributed", "fastvideo_comm.stateless", "pytest"])
 SECRET = b"a secret for tests"
 
 
@@ -63,6 +64,7 @@ def own_groups(world_size, host="127.0.0.1", **options):
             **options,
         )
 
+    open_group.port = port
     try:
         yield open_group
     finally:
@@ -171,9 +173,7 @@ def _rank_main(pipe, program, rank, world_size, store, args, options):
     pipe.send("joined")
     start = time.monotonic()
     try:
-        outcome = (
-            ("done", program(group, pipe)) if not args else ("done", program(group, pipe, *args))
-        )
+        outcome = ("done", program(group, pipe, *args))
     except (CommunicationError, KeyboardInterrupt) as error:
         peers = getattr(error, "peers", ())
         outcome = (type(error).__name__, str(error), peers, time.monotonic() - start)

@@ -24,7 +24,7 @@ from fastvideo_comm.errors import AuthenticationError, JoinError
 from fastvideo_comm.group_settings import SECRET_VARIABLE
 from fastvideo_comm.stateless import StatelessProcessGroup
 
-STORES = ["own", "own-secret", "tcp", "tcp-secret", "file", "hash"]
+STORES = ["own", "own-secret", "tcp-secret", "file", "hash"]
 
 
 @pytest.fixture(params=STORES)
@@ -44,7 +44,7 @@ def test_in_threads(groups, check):
     run_threads(3, check, groups)
 
 
-@pytest.mark.parametrize("kind", ["own", "own-secret", "tcp", "file"])
+@pytest.mark.parametrize("kind", ["own-secret", "tcp", "file"])
 def test_in_processes(kind, tmp_path):
     kind, _, protected = kind.partition("-")
     store = {"own": None, "tcp": "tcp", "file": str(tmp_path / "store")}[kind]
