@@ -45,7 +45,8 @@ def overlap(dst: Tensor, src: Tensor) -> bool:
         >>> overlap(x[:, :3], x[:, 3:]), overlap(x[:, :3], x[:, 2:5]), overlap(x, x)
         (False, True, False)
     """
-    if dst.untyped_storage().data_ptr() != src.untyped_storage().data_ptr() or not dst.numel():
+    memory = dst.untyped_storage().data_ptr()  # 0 where there is none
+    if not memory or memory != src.untyped_storage().data_ptr() or not dst.numel():
         return False
     if dst.data_ptr() == src.data_ptr() and dst.stride() == src.stride():
         return False

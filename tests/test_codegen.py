@@ -172,6 +172,14 @@ def test_every_load_of_a_tile_is_in_flight_before_the_first_store(production):
         assert loads == [True] * code.num_loads + [False] * code.num_loads, code.name
 
 
+def test_no_access_reaches_beyond_the_tensors(production, transposes, narrow):
+    """A value beside the tensor that is read and not used shows in no result: the mask must."""
+    for code in production + transposes + narrow:
+        operands = dict(re.findall(r"tt\.(load|store) (.*?) :", code.ttir))
+        counts = {access: len(values.split(",")) for access, values in operands.items()}
+        assert counts == {"load": 2, "store": 3}, code.name  # pointer, mask; pointer, value, mask
+
+
 def test_a_production_copy_needs_no_shared_memory(production):
     assert {code.name: code.shared_bytes for code in production if code.shared_bytes} == {}
 

@@ -51,6 +51,11 @@ def test_tensors_of_different_storages_do_not_overlap():
     assert not overlap(torch.empty(4), torch.empty(4))
 
 
+def test_tensors_without_memory_do_not_overlap():
+    x = torch.empty(4, 4, device="meta")
+    assert not overlap(x, x.T)
+
+
 def test_empty_tensors_do_not_overlap():
     x = torch.empty(4, 4)
     assert not overlap(x[:0], x.T[:0])

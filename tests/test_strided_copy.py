@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -37,19 +38,27 @@ def _no_implementation_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv(IMPLEMENTATION_VARIABLE, raising=False)
 
 
+class Launch(NamedTuple):
+    num_programs: int
+    access_bytes: int
+
+
 @pytest.fixture
-def launches(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The grid of every launch of the kernel."""
-    grids: list[tuple[int, ...]] = []
+def launches(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Every launch of the kernel."""
+    recorded: list[Launch] = []
     kernel = interpreted.tile_copy
 
     class Recorder:
-        def __getitem__(self, grid: tuple[int, ...]):
-            grids.append(grid)
-            return kernel[grid]
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            def run(dst: Any, *arguments: Any, **constants: Any) -> None:
+                recorded.append(Launch(*grid, dst.dtype.itemsize * constants["VECTOR"]))
+                kernel[grid](dst, *arguments, **constants)
+
+            return run
 
     monkeypatch.setattr(interpreted, "tile_copy", Recorder())
-    return grids
+    return recorded
 
 
 def _triton_copy(dst: Tensor, src: Tensor) -> Tensor:
@@ -75,6 +84,20 @@ def test_the_torch_implementation_copies_every_layout_and_dtype(layouts, dtype, 
     assert_copies_like_torch(torch_copy, *layouts, dtype, seed)
 
 
+@pytest.mark.parametrize(
+    ("dst_offset", "src_offset", "access_bytes"),
+    [(0, 0, 16), (16, 48, 16), (8, 0, 8), (0, 8, 8), (4, 8, 4), (16, 2, 2), (1, 16, 1), (3, 5, 1)],
+)
+def test_no_access_is_wider_than_both_addresses_allow(
+    dst_offset, src_offset, access_bytes, launches
+):
+    """Of one shape and strides each time: what is remembered of a layout includes the address."""
+    dst, src = (torch.zeros(512, dtype=torch.int8) for _ in range(2))
+    assert dst.data_ptr() % 16 == src.data_ptr() % 16 == 0
+    _triton_copy(dst[dst_offset:][:256], src[src_offset:][:256])
+    assert launches == [Launch(1, access_bytes)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(67, 130), (64, 128)], ids=["odd", "even"])
 def test_a_true_transpose_is_exact_in_every_dtype(shape, dtype):
@@ -91,18 +114,17 @@ def test_a_true_transpose_is_exact_in_every_dtype(shape, dtype):
 def test_a_run_longer_than_a_tile_takes_several_programs(launches):
     src = torch.arange(5000, dtype=torch.int64)
     assert torch.equal(_triton_copy(torch.empty_like(src), src), src)
-    assert launches == [(math.ceil(5000 * 8 / 8192),)]
+    assert launches == [Launch(math.ceil(5000 * 8 / 8192), 16)]
 
 
-def test_rows_more_than_2_31_bytes_apart_are_found(tmp_path):
-    """In 32 bits the second row would stand at 64; the file is a hole but for two pages."""
-    stride = 2**32 + 64
-    buffer = torch.from_file(
-        str(tmp_path / "hole"), shared=True, size=stride + 64, dtype=torch.int8
-    )
-    src = buffer.as_strided((2, 64), (stride, 1))
-    src.copy_(torch.arange(128).view(2, 64))
-    assert torch.equal(_triton_copy(torch.zeros(2, 64, dtype=torch.int8), src), src)
+def test_offsets_over_2_31_are_found_where_no_stride_is(tmp_path):
+    """In 32 bits the third row would stand at -2; the file is a hole but for a few pages."""
+    stride = 2**31 - 1  # odd: elements are single bytes
+    size = 64 + 2 * stride + 64
+    buffer = torch.from_file(str(tmp_path / "hole"), shared=True, size=size, dtype=torch.int8)
+    src = buffer.as_strided((3, 64), (stride, 1), 64)
+    src.copy_(torch.arange(1, 193).view(3, 64))
+    assert torch.equal(_triton_copy(torch.zeros(3, 64, dtype=torch.int8), src), src)
 
 
 def test_channels_last_is_copied_both_ways():
@@ -140,7 +162,7 @@ def test_an_empty_tensor_launches_nothing(shape, launches):
 
 def test_a_0d_tensor_is_one_element(launches):
     assert _triton_copy(torch.tensor(1.5), torch.tensor(2.5)) == 2.5
-    assert launches == [(1,)]
+    assert launches == [Launch(1, 4)]
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
