@@ -1,5 +1,6 @@
 """Ranks that are killed, stopped, interrupted or cut off; every wait ends, every death is known."""
 
+import contextlib
 import gc
 import os
 import shutil
@@ -25,6 +26,7 @@ from fastvideo_comm.errors import (
     PeerLostError,
 )
 from fastvideo_comm.stateless import StatelessProcessGroup
+from fastvideo_comm.store_handshake import MAGIC, PROOF_BYTES, SESSION_BYTES, make_hello
 
 OPS = ["send_obj", "broadcast_obj", "all_gather_obj", "barrier", "large"]
 KNOWN_WITHIN = 5.0
@@ -221,9 +223,9 @@ def test_a_group_that_is_dropped_says_goodbye():
             program(group)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_normal_exit_without_close_is_clean(world_size):
-    run_exits(world_size, 5)
+@pytest.mark.parametrize(("world_size", "rounds"), [(2, 4), (4, 2)])
+def test_normal_exit_without_close_is_clean(world_size, rounds):
+    run_exits(world_size, rounds)
 
 
 @pytest.mark.slow
@@ -433,35 +435,47 @@ def test_another_secret_is_an_authentication_error_and_named_to_those_who_wait()
     assert "given a secret, the store no secret" in str(outcomes[1])
 
 
-def test_another_protocol_version_is_a_join_error(monkeypatch):
-    import fastvideo_comm.store_client
-    import fastvideo_comm.store_handshake
+def of_another_version(greeting):
+    altered = bytearray(greeting)
+    altered[len(MAGIC)] += 1
+    return bytes(altered)
 
-    def newer(secret):
-        hello = bytearray(fastvideo_comm.store_handshake.make_hello(secret))
-        hello[8] = 2
-        return bytes(hello)
 
+def test_a_rank_of_another_protocol_version_is_named_to_those_who_wait():
     with own_groups(2, timeout=1.0) as open_group:
-        waiting = []
-
-        def wait():
-            try:
+        with socket.create_connection(("127.0.0.1", open_group.port)) as stranger:
+            stranger.sendall(of_another_version(make_hello(None)))
+            with pytest.raises(JoinError, match="it speaks protocol version 2"):
                 open_group(0)
-            except JoinError as error:
-                waiting.append(error)
+            # It is told the store's version, then the connection ends.
+            assert stranger.recv(1000).startswith(MAGIC)
+            assert stranger.recv(1000) == b""
 
-        thread = threading.Thread(target=wait)
+
+def test_a_store_of_another_protocol_version_is_a_join_error():
+    answer = of_another_version(make_hello(None)) + bytes(SESSION_BYTES + PROOF_BYTES)
+    with answering(answer) as port:
+        with pytest.raises(JoinError, match="the store speaks protocol version 2, this rank 1"):
+            StatelessProcessGroup.create("127.0.0.1", port, 1, 2, timeout=2)
+
+
+@contextlib.contextmanager
+def answering(says):
+    """Listen, and say the same to whoever comes."""
+
+    def answer():
+        with contextlib.suppress(OSError):
+            sock, _address = other.accept()
+            with sock:
+                sock.sendall(says)
+                while sock.recv(1000):
+                    pass
+
+    with listener() as other:
+        thread = threading.Thread(target=answer)
         thread.start()
-        monkeypatch.setattr(fastvideo_comm.store_client, "PROTOCOL_VERSION", 2)
-        with monkeypatch.context() as patch:
-            time.sleep(0.3)  # rank 0 has said its own hello by then
-            patch.setattr(fastvideo_comm.store_client, "make_hello", newer)
-            with pytest.raises(JoinError, match="the store speaks protocol version 1, this rank 2"):
-                open_group(1)
-        monkeypatch.undo()
+        yield other.getsockname()[1]
         thread.join()
-    assert "it speaks protocol version 2" in str(waiting[0])
 
 
 def test_a_port_in_use_is_a_join_error_on_rank_0():
@@ -473,23 +487,11 @@ def test_a_port_in_use_is_a_join_error_on_rank_0():
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
 def test_a_port_of_something_else_is_a_join_error_in_time(says):
-    with listener() as other:
-
-        def answer():
-            sock, _address = other.accept()
-            with sock:
-                if says:
-                    sock.sendall(says)
-                while sock.recv(1000):
-                    pass
-
-        thread = threading.Thread(target=answer, daemon=True)
-        thread.start()
+    with answering(says) as port:
         start = time.monotonic()
         with pytest.raises(JoinError, match="what listens"):
-            StatelessProcessGroup.create("127.0.0.1", other.getsockname()[1], 1, 2, timeout=0.5)
+            StatelessProcessGroup.create("127.0.0.1", port, 1, 2, timeout=0.5)
         assert time.monotonic() - start < 1.5
-        thread.join()
 
 
 def test_no_store_is_a_join_error_in_time():
