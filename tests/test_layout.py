@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from accelerator import DEVICES, GPU
-from einops import rearrange
+from einops import rearrange, repeat
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastvideo_comm.kernels import strided_copy_
-from fastvideo_comm.layout import concatenate_messages, message_view
+from fastvideo_comm.layout import Share, concatenate_messages, message_view, replicated_view
 
 WORLD_SIZES = range(2, 9)
 # On an accelerator the kernel even where torch would be called for being small.
@@ -72,6 +72,72 @@ def test_a_message_view_of_a_strided_tensor_is_a_view():
     view = message_view(x, 2, 2, 1)
     assert view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     assert torch.equal(view, rearrange(x, "b s (P h) d -> b P s h d", P=2))
+
+
+@given(
+    row=st.sampled_from(
+        [(1, "b S h d -> b S r 1 h d"), (2, "b s H d -> b H r s 1 d")],
+    ),
+    sizes=st.tuples(*[st.integers(1, 4)] * 4),
+    holders=st.integers(1, 4),
+)
+def test_a_replicated_view_is_its_einops_pattern_and_takes_no_memory(row, sizes, holders):
+    dim, pattern = row
+    x = torch.arange(torch.Size(sizes).numel()).reshape(sizes)
+    view = replicated_view(x, dim, holders)
+    assert torch.equal(view, repeat(x, pattern, r=holders))
+    assert view.data_ptr() == x.data_ptr()
+    assert view.stride(2) == 0 or holders == 1
+
+
+SIZES = st.lists(st.integers(0, 4), min_size=1, max_size=5).map(tuple)
+
+
+@given(
+    share=st.tuples(st.sampled_from((1, 2)), SIZES).map(lambda fields: Share(*fields))
+    | st.tuples(st.sampled_from((1, 2)), st.none(), st.integers(1, 3)).map(
+        lambda fields: Share(*fields)
+    ),
+    data=st.data(),
+)
+def test_a_share_counts_the_elements_of_its_views(share, data):
+    """Each rank's part, their sum, and the elements of the messages: one truth in three places."""
+    if share.sizes is None:
+        entries = data.draw(st.integers(1, 4))
+        world_size = entries * share.holders
+        size = entries if share.holders > 1 else entries * data.draw(st.integers(1, 3))
+    else:
+        world_size, size = len(share.sizes), sum(share.sizes)
+    shape = [2, 3, 5, 2]
+    shape[share.dim] = size
+    x = torch.empty(shape)
+    views = share.views(x, world_size)
+    if share.sizes is None:
+        messages = views[0].reshape(2, world_size, -1).unbind(1)
+    else:
+        messages = tuple(view.reshape(2, -1) for view in views)
+    assert [message[0].numel() for message in messages] == share.counts(x, world_size)
+    for rank in range(world_size):
+        assert share.whole(share.part(size, rank, world_size), world_size) == size
+
+
+@given(
+    lengths=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    batch=st.integers(1, 2),
+    data=st.data(),
+)
+def test_uneven_shares_traded_between_ranks_are_slices_of_the_global_tensor(lengths, batch, data):
+    world_size = len(lengths)
+    counts = st.lists(st.integers(0, 3), min_size=world_size, max_size=world_size)
+    heads = tuple(data.draw(counts))
+    x = _values(batch, sum(lengths), sum(heads), HEAD_DIM, device="cpu")
+    sequence, head = Share(1, tuple(lengths)), Share(2, heads)
+    sent = [head.views(part, world_size) for part in x.split(lengths, 1)]
+    for rank, expected in enumerate(x.split(heads, 2)):
+        output = torch.empty_like(expected)
+        for view, messages in zip(sequence.views(output, world_size), sent, strict=True):
+            _copy(view, messages[rank])
+        assert torch.equal(output, expected)
 
 
 # Ranks in one process: every rank packs, messages are traded in Python, every rank unpacks. Sizes
