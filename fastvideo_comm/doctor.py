@@ -1,0 +1,73 @@
+"""What this installation can do, in one screen, with a remedy for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+from . import doctor_checks
+from .doctor_checks import Finding
+
+_SIGNS = {"ok": "ok  ", "note": "note", "problem": "WRONG"}
+
+
+def examine() -> list[Finding]:
+    """Everything that the doctor looks at; takes some seconds, for it starts two ranks.
+
+    Example:
+        >>> [finding.text for finding in examine() if finding.status == "problem"]
+        ... # doctest: +SKIP
+        []
+    """
+    findings: list[Finding] = []
+    for check in doctor_checks.CHECKS:
+        findings += _guarded(check)
+    return findings
+
+
+def render(findings: Sequence[Finding]) -> str:
+    """The screen.
+
+    Example:
+        >>> print(render([Finding("kernels", "problem", "wrong values", "reinstall triton")]))
+        kernels
+          WRONG wrong values
+                -> reinstall triton
+        <BLANKLINE>
+        1 problem
+    """
+    lines: list[str] = []
+    section = ""
+    for finding in findings:
+        if finding.section != section:
+            section = finding.section
+            lines.append(section)
+        lines.append(f"  {_SIGNS[finding.status]:5} {finding.text}")
+        if finding.remedy:
+            lines.append(f"        -> {finding.remedy}")
+    count = sum(finding.status == "problem" for finding in findings)
+    lines += ["", "no problem found" if not count else f"{count} problem{'s' * (count > 1)}"]
+    return "\n".join(lines)
+
+
+def main(*, as_json: bool = False) -> int:
+    """Prints the screen, or JSON; 1 where there is a problem, else 0."""
+    findings = examine()
+    wrong = any(finding.status == "problem" for finding in findings)
+    if as_json:
+        report = {"healthy": not wrong, "findings": [finding._asdict() for finding in findings]}
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    else:
+        sys.stdout.write(render(findings) + "\n")
+    return int(wrong)
+
+
+def _guarded(check: Callable[[], list[Finding]]) -> list[Finding]:
+    """A check that breaks is a finding too."""
+    try:
+        return check()
+    except Exception as error:
+        name = check.__name__.replace("_", " ")
+        text = f"could not be examined: {type(error).__name__}: {error}"
+        return [Finding(name, "problem", text, "report this with the output of --json")]
