@@ -127,6 +127,8 @@ def test_tiles_are_powers_of_2_that_cover_every_element_once(layouts, itemsize):
     assert plan.num_programs == math.prod(size for size, _, _ in outer) * math.ceil(
         rows[0] / plan.block_rows
     ) * math.ceil(columns[0] / plan.block_columns)
+    # Neighbouring programs write neighbouring memory.
+    assert [to for _, to, _ in outer] == sorted(to for _, to, _ in outer)
     # No tile is mostly beside the tensor.
     assert plan.block_rows < 2 * rows[0]
     assert plan.block_columns < 2 * columns[0]
