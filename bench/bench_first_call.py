@@ -24,7 +24,7 @@ from harness import Report, random_like, track
 from local_group import local_group
 
 SHAPE = Shape(1, 8192, 24, 4)
-REPEATS = 3
+REPEATS = 2
 
 
 def measure(options: script.Options) -> Report:

@@ -34,6 +34,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "memory_gib": round(int(_first_line("/proc/meminfo", r"MemTotal:\s*(\d+)")) / 2**20),
             "system": f"{platform.system()} {platform.machine()}",
             "load_before": round(load, 2),
+            "busy": load > 0.25 * len(os.sched_getaffinity(0)),
         },
         "gpu": _gpu(device),
         "versions": {
@@ -85,8 +86,17 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
         "count": torch.cuda.device_count(),
         "memory_gib": round(properties.total_memory / 2**30),
         "l2_cache_mib": round(properties.L2_cache_size / 2**20),
-        "driver": _first_line("/proc/driver/nvidia/version", r"Kernel Module(?: for \S+)?\s+(\S+)"),
+        "driver": _driver(),
     }
+
+
+def _driver() -> str:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        text = subprocess.run(query, check=True, capture_output=True, text=True).stdout
+        return text.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return _first_line("/proc/driver/nvidia/version", r"Kernel Module(?: for \S+)?\s+(\S+)")
 
 
 def _version(name: str) -> str | None:

@@ -38,6 +38,8 @@ def main() -> int:
     # The machine is described before it is under our own load.
     result = {"environment": environment.describe(device), "rows": [], "problems": []}
     result["environment"]["size"] = arguments.size
+    if result["environment"]["machine"]["busy"]:
+        result["problems"].append("a quiet machine: others were using it, so only ratios count")
     failed = []
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

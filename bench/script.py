@@ -30,7 +30,7 @@ class Options:
         """Time for one case, all systems together."""
         if self.device.type == "cuda":
             return {"quick": 0.1, "normal": 0.25, "full": 1.0}[self.size]
-        return {"quick": 0.6, "normal": 2.0, "full": 6.0}[self.size]
+        return {"quick": 0.4, "normal": 2.0, "full": 6.0}[self.size]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
