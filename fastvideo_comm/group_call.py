@@ -2,42 +2,80 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
 
 from fastvideo_comm.errors import CommunicationError
 from fastvideo_comm.group_settings import GroupSettings
 
 
 class GroupCall:
-    """The time of one call, and the message it is about.
+    """The time of one call, and the message it is about; used in a `with`, once.
+
+    A CommunicationError that leaves the `with` is raised again with op, group, rank, the ranks
+    waited for, message number and seconds. A class and no generator: it is in the way of every
+    message.
 
     Attributes:
-        deadline: When it must end, in `time.monotonic`.
+        deadline: When the call must end, in `time.monotonic`.
         number: Of the message; set when it is known.
     """
 
-    __slots__ = ("_seconds", "_started", "deadline", "number")
+    __slots__ = (
+        "_op",
+        "_peers",
+        "_seconds",
+        "_settings",
+        "_started",
+        "_turn",
+        "deadline",
+        "number",
+    )
 
-    def __init__(self, seconds: float) -> None:
-        """Start the clock."""
+    def __init__(
+        self, op: str, settings: GroupSettings, peers: tuple[int, ...], seconds: float
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            op: What the user called.
+            settings: Of the group.
+            peers: The ranks that the call needs.
+            seconds: Its timeout.
+        """
+        self._op = op
+        self._settings = settings
+        self._peers = peers
         self._seconds = seconds
         self._started = time.monotonic()
+        self._turn: AbstractContextManager[None] = nullcontext()
         self.deadline = self._started + seconds
         self.number: int | None = None
 
-    @contextlib.contextmanager
-    def explained(self, op: str, settings: GroupSettings, peers: tuple[int, ...]) -> Iterator[None]:
-        """Add op, group, rank, the ranks waited for, message number and seconds to an error."""
-        try:
-            yield
-        except CommunicationError as error:
+    def take_turn(self, turn: AbstractContextManager[None]) -> None:
+        """Hold the transport from here to the end of the `with`."""
+        turn.__enter__()
+        self._turn = turn
+
+    def __enter__(self) -> GroupCall:
+        """Return the call."""
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Release the transport, and explain an error."""
+        self._turn.__exit__(None, None, None)
+        if isinstance(exc, CommunicationError):
             waited = time.monotonic() - self._started
-            waited_for = error.peers or peers
+            waited_for = exc.peers or self._peers
             message = "" if self.number is None else f" in message {self.number}"
-            raise type(error)(
-                f"{op} in {settings.place}: {error}; waited {waited:.1f} of {self._seconds:g} s"
-                f"{message} for rank(s) {list(waited_for)}",
+            raise type(exc)(
+                f"{self._op} in {self._settings.place}: {exc}; waited {waited:.1f} of "
+                f"{self._seconds:g} s{message} for rank(s) {list(waited_for)}",
                 peers=waited_for,
-            ) from error
+            ) from exc

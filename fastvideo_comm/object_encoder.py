@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any, cast
 
@@ -92,33 +92,53 @@ class Encoder:
         self.attachments.append(data)
         return len(self.attachments) - 1
 
-    def lower_items(self, code: int, items: Sequence[Any], depth: int) -> Any:
-        """Lower the items of a container, which `code` names."""
+    def lower_list(self, obj: list[Any], depth: int) -> Any:
+        """Lower a list, which stays itself where all its items are plain."""
+        if len(obj) < LONG and PLAIN.issuperset(map(type, obj)):
+            return obj
+        return _array(LIST, self.lower_items(obj, depth))
+
+    def lower_tuple(self, obj: tuple[Any, ...], depth: int) -> Any:
+        """Lower a tuple."""
+        return _array(TUPLE, self.lower_items(obj, depth))
+
+    def lower_items(self, items: Sequence[Any], depth: int) -> Sequence[Any]:
+        """Lower the items of a container."""
         if PLAIN.issuperset(map(type, items)):
-            return _array(code, items)
-        return _array(code, [self.lower_step(i, item, depth) for i, item in enumerate(items)])
+            return items
+        try:
+            return [self.lower(item, depth + 1) for item in items]
+        except UnsupportedError as error:
+            self.note_step(error, enumerate(items), depth)
+            raise
 
     def lower_dict(self, obj: dict[Any, Any], depth: int) -> Any:
         """Lower a dict: as a map where all keys are plain, else as its keys and values."""
-        if PLAIN.issuperset(map(type, obj)):
-            if PLAIN.issuperset(map(type, obj.values())):
-                return obj
-            return {
-                key: value if type(value) in PLAIN else self.lower_step(key, value, depth)
-                for key, value in obj.items()
-            }
-        flat: list[Any] = []
-        for key, value in obj.items():
-            flat += self.lower_step(key, key, depth), self.lower_step(key, value, depth)
+        lower, below = self.lower, depth + 1
+        try:
+            if PLAIN.issuperset(map(type, obj)):
+                return {
+                    key: value if type(value) in PLAIN else lower(value, below)
+                    for key, value in obj.items()
+                }
+            flat: list[Any] = []
+            for key, value in obj.items():
+                flat += lower(key, below), lower(value, below)
+        except UnsupportedError as error:
+            self.note_step(error, ((key, (key, value)) for key, value in obj.items()), depth - 1)
+            raise
         return _array(DICT, flat)
 
-    def lower_step(self, key: object, obj: Any, depth: int) -> Any:
-        """Lower a part of an object, and note the step to it if it is not supported."""
-        try:
-            return self.lower(obj, depth + 1)
-        except UnsupportedError as error:
-            error.steps.append(f'["{key}"]' if isinstance(key, str) else f"[{key!r}]")
-            raise
+    def note_step(
+        self, error: UnsupportedError, parts: Iterable[tuple[object, Any]], depth: int
+    ) -> None:
+        """Find the part that failed, by lowering each again, and note the step to it."""
+        for key, part in parts:
+            try:
+                self.lower(part, depth + 1)
+            except UnsupportedError:
+                error.steps.append(f'["{key}"]' if isinstance(key, str) else f"[{key!r}]")
+                return
 
     def lower_datetime(self, obj: datetime, _: int) -> Any:
         """Lower a datetime, which is naive or has a fixed offset."""
@@ -152,10 +172,10 @@ def _timedelta_fields(obj: timedelta) -> list[int]:
 
 
 LOWER: dict[type, Callable[[Encoder, Any, int], Any]] = {
-    list: lambda encoder, obj, depth: encoder.lower_items(LIST, obj, depth),
-    tuple: lambda encoder, obj, depth: encoder.lower_items(TUPLE, obj, depth),
-    set: lambda encoder, obj, depth: encoder.lower_items(SET, list(obj), depth),
-    frozenset: lambda encoder, obj, depth: encoder.lower_items(FROZENSET, list(obj), depth),
+    list: Encoder.lower_list,
+    tuple: Encoder.lower_tuple,
+    set: lambda encoder, obj, depth: _array(SET, encoder.lower_items(list(obj), depth)),
+    frozenset: lambda encoder, obj, depth: _array(FROZENSET, encoder.lower_items(list(obj), depth)),
     dict: Encoder.lower_dict,
     bytes: lambda encoder, obj, _: (
         obj if len(obj) < ATTACHED_FROM else [_MARK[BYTES], encoder.lower_bytes(obj)]

@@ -6,11 +6,10 @@ a group, others wait for their turn. `docs/object-channel.md` says what is safe 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -206,7 +205,7 @@ class StatelessProcessGroup:
             raise ValueError(f"port must be from 1 to 65535, got {port}")
         if listen_socket is not None and rank != 0:
             raise ValueError(f"listen_socket must be given to rank 0 only, got rank {rank}")
-        with GroupCall(settings.timeout).explained("create", settings, ()):
+        with GroupCall("create", settings, (), settings.timeout):
             store = ObjectStore(host, port, rank, options, listen_socket)
         created = StatelessProcessGroup(
             rank,
@@ -258,6 +257,7 @@ class StatelessProcessGroup:
         check_rank("dst", dst, self.world_size)
         parts = self._encode(obj)
         with self._call("send_obj", (dst,), timeout) as call:
+            self._begin(call)
             call.number = self.send_dst_counter[dst]
             self._send(Address(Op.SEND, self.rank, dst, call.number), parts, call.deadline)
 
@@ -278,6 +278,7 @@ class StatelessProcessGroup:
         """
         check_rank("src", src, self.world_size)
         with self._call("recv_obj", (src,), timeout) as call:
+            self._begin(call)
             call.number = self.recv_src_counter[src]
             address = Address(Op.SEND, src, self.rank, call.number)
             return self._receive(address, self.recv_src_counter, call.deadline)
@@ -300,12 +301,14 @@ class StatelessProcessGroup:
         check_rank("src", src, self.world_size)
         if self.rank != src:
             with self._call("broadcast_obj", (src,), timeout) as call:
+                self._begin(call)
                 call.number = self.broadcast_recv_src_counter[src]
                 address = Address(Op.BROADCAST, src, EVERYONE, call.number)
                 return self._receive(address, self.broadcast_recv_src_counter, call.deadline)
         parts = self._encode(obj)
         others = tuple(rank for rank in range(self.world_size) if rank != self.rank)
         with self._call("broadcast_obj", others, timeout) as call:
+            self._begin(call)
             call.number = self.broadcast_send_counter
             self._send(Address(Op.BROADCAST, src, EVERYONE, call.number), parts, call.deadline)
         return obj
@@ -328,6 +331,7 @@ class StatelessProcessGroup:
         parts = self._encode(obj)
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         with self._call("all_gather_obj", tuple(others), timeout) as call:
+            self._begin(call)
             call.number = number = self._gather_counter
             if self._gathers_begun == number:
                 own = Address(Op.GATHER, self.rank, EVERYONE, number)
@@ -356,6 +360,7 @@ class StatelessProcessGroup:
         """
         others = tuple(rank for rank in range(self.world_size) if rank != self.rank)
         with self._call("barrier", others, timeout) as call:
+            self._begin(call)
             call.number = self._barrier_counter
             self._transport.barrier(call.number, call.deadline)
             self._barrier_counter += 1
@@ -373,6 +378,7 @@ class StatelessProcessGroup:
             PeerLostError: A rank died.
         """
         with self._call("expire_data", (), timeout) as call:
+            self._begin(call)
             self._outbox.expire(self.data_expiration_seconds, call.deadline)
 
     def close(self, *, timeout: float | timedelta | None = None) -> None:
@@ -431,16 +437,15 @@ class StatelessProcessGroup:
         counters[address.src] += 1
         return self._codec.decode(body)
 
-    @contextlib.contextmanager
     def _call(
         self, op: str, peers: tuple[int, ...], timeout: float | timedelta | None
-    ) -> Iterator[GroupCall]:
-        call = GroupCall(self._seconds(timeout))
-        with call.explained(op, self._settings, peers):
-            if self._closed:
-                raise ClosedError("the group is closed")
-            with self._transport.turn(call.deadline):
-                yield call
+    ) -> GroupCall:
+        return GroupCall(op, self._settings, peers, self._seconds(timeout))
+
+    def _begin(self, call: GroupCall) -> None:
+        if self._closed:
+            raise ClosedError("the group is closed")
+        call.take_turn(self._transport.turn(call.deadline))
 
     def _seconds(self, timeout: float | timedelta | None) -> float:
         return self._settings.timeout if timeout is None else to_seconds("timeout", timeout)

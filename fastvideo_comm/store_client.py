@@ -12,7 +12,8 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from types import TracebackType
 
 from fastvideo_comm.errors import (
     AuthenticationError,
@@ -118,24 +119,31 @@ class StoreClient:
             sock.close()
             raise
 
-    @contextlib.contextmanager
-    def turn(self, deadline: float) -> Iterator[None]:
-        """Hold the connections.
+    def turn(self, deadline: float) -> ClientTurn:
+        """Hold the connections, in a `with`.
 
         Raises:
             CommunicationTimeoutError: Another thread held them until the deadline.
             PeerLostError: A rank is gone, now or since an earlier call.
             ClosedError: `leave` was called.
         """
+        return ClientTurn(self, deadline)
+
+    def begin_turn(self, deadline: float) -> None:
+        """Take the connections; `end_turn` gives them back. See `turn`."""
         if not self._lock.acquire(timeout=seconds_left(deadline)):
             raise CommunicationTimeoutError("another thread is using this group")
         try:
             if self._answers and self._error is None:
                 self._hear(0)  # a call that finds its answer here would not listen
             self._check()
-            yield
-        finally:
+        except BaseException:
             self._lock.release()
+            raise
+
+    def end_turn(self) -> None:
+        """Give the connections back."""
+        self._lock.release()
 
     def ask(self, kind: Kind, meta: bytes = b"", parts: Sequence[Buffer] = ()) -> int:
         """Begin a request and return its id for `wait`."""
@@ -294,6 +302,30 @@ class StoreClient:
             text = f"rank(s) {list(peers)} died" + (f" ({reason})" if reason else "")
             self._error = PeerLostError(text, peers=peers)
         return self._error
+
+
+class ClientTurn:
+    """`StoreClient.begin_turn` and `end_turn` as a context manager."""
+
+    __slots__ = ("_client", "_deadline")
+
+    def __init__(self, client: StoreClient, deadline: float) -> None:
+        """Take nothing yet."""
+        self._client = client
+        self._deadline = deadline
+
+    def __enter__(self) -> None:
+        """Begin the turn."""
+        self._client.begin_turn(self._deadline)
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End it."""
+        self._client.end_turn()
 
 
 def _shake_hands(

@@ -1,14 +1,16 @@
 """One end of a connection between a rank and the store: frames over a non-blocking socket.
 
-A frame is a header (kind, id, sizes), a tag, a short `meta` and a body. The tag is an HMAC over
-direction, frame number, header and meta under the key of this connection, so that nobody on the
-path can add, drop, repeat or alter a request or an answer; bodies carry the seal of the rank that
+A frame is a header (kind, id, sizes), a tag, a short `meta` and a body. The tag is a keyed
+BLAKE2b (RFC 7693, a third of the time of an HMAC here) over direction, frame number, header and
+meta under the key of this connection, so that nobody on the path can add, drop, repeat or alter a
+request or an answer; bodies carry the seal of the rank that
 made them (`message_seal`), which the store passes on unread. A size is believed only after the tag
 was checked, is refused above the limit, and memory is taken as bytes arrive, not as announced.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import mmap
 import socket
@@ -233,4 +235,5 @@ class Link:
 
     @staticmethod
     def _tag(key: bytes, label: bytes, number: int, data: bytes) -> bytes:
-        return hmac.digest(key, _COUNTER.pack(label, number) + data, "sha256")
+        data = _COUNTER.pack(label, number) + data
+        return hashlib.blake2b(data, digest_size=_TAG_BYTES, key=key).digest()
