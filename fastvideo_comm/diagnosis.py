@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .diagnosis_board import AbsentError, Board, group_timeout
-from .diagnosis_record import Record, describe, table
+from .diagnosis_record import Record, describe, dtype_text, shape_text, table
 from .errors import CollectiveError, CommunicationTimeoutError, PeerLostError
 
 Validate: TypeAlias = Literal["auto", "always", "off"]
@@ -101,7 +101,7 @@ class Diagnosis:
     def before(
         self,
         op: str,
-        tensor: Tensor,
+        tensors: Tensor | Sequence[Tensor],
         arguments: Sequence[Any] = (),
         *,
         uneven_dim: int | None = None,
@@ -110,7 +110,7 @@ class Diagnosis:
 
         Args:
             op: the op's name.
-            tensor: this rank's input.
+            tensors: this rank's input, or inputs.
             arguments: dims, reduce op and whatever else must be the same on all ranks.
             uneven_dim: a dim whose size may differ between the ranks.
 
@@ -125,7 +125,7 @@ class Diagnosis:
         self._number = number + 1
         if not (self.validate == "always" or is_due(number)):
             return
-        record = describe(op, tensor, arguments, uneven_dim=uneven_dim)
+        record = describe(op, tensors, arguments, uneven_dim=uneven_dim)
         self._compare(board, record, str(number), range(self._size))
 
     def before_pair(
@@ -156,7 +156,7 @@ class Diagnosis:
             return
         pair = sorted((self._rank, peer))
         src, dst = (self._rank, peer) if op == "send" else (peer, self._rank)
-        record = Record(op, tuple(shape), str(dtype), arguments=f"{src} -> {dst}")
+        record = Record(op, shape_text(shape), dtype_text(dtype), arguments=f"{src} -> {dst}")
         self._compare(self._board, record, f"{pair[0]}-{pair[1]}/{number}", pair)
 
     def failed(self, op: str, error: Exception) -> None:

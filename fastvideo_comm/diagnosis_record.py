@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .validation import REDUCE_OPS
@@ -21,8 +22,8 @@ class Record:
 
     Attributes:
         op: the op's name.
-        shape: the tensor's; -1 stands for a size that may differ between ranks.
-        dtype: the tensor's.
+        shape: the tensor's, or the tensors'; `*` stands for a size that may differ between ranks.
+        dtype: the tensor's, or the tensors'.
         strides: "contiguous" or "strided"; compared only where asked for.
         arguments: dims, reduce op and the like.
         requires_grad: whether there will be a backward.
@@ -30,7 +31,7 @@ class Record:
     """
 
     op: str
-    shape: tuple[int, ...] = ()
+    shape: str = ""
     dtype: str = ""
     strides: str = ""
     arguments: str = ""
@@ -44,17 +45,14 @@ class Record:
     @classmethod
     def decode(cls, data: bytes) -> Record:
         """From the bytes of another rank."""
-        fields = json.loads(data)
-        fields["shape"] = tuple(fields["shape"])
-        return cls(**fields)
+        return cls(**json.loads(data))
 
     def cells(self) -> list[str]:
         """The columns of the table."""
         if self.error:
             return [self.op, self.error, "", "", "", ""]
-        shape = "[" + ", ".join("*" if size < 0 else str(size) for size in self.shape) + "]"
-        dtype, gradient = self.dtype.removeprefix("torch."), str(self.requires_grad)
-        return [self.op, shape, dtype, self.strides, self.arguments, gradient]
+        gradient = str(self.requires_grad)
+        return [self.op, self.shape, self.dtype, self.strides, self.arguments, gradient]
 
     def __str__(self) -> str:
         """The columns in a row."""
@@ -62,7 +60,11 @@ class Record:
 
 
 def describe(
-    op: str, tensor: Tensor, arguments: Sequence[Any], *, uneven_dim: int | None = None
+    op: str,
+    tensors: Tensor | Sequence[Tensor],
+    arguments: Sequence[Any],
+    *,
+    uneven_dim: int | None = None,
 ) -> Record:
     """The record of a collective.
 
@@ -71,24 +73,41 @@ def describe(
         >>> print(describe("all_gather", torch.zeros(2, 3), (-1,)))
         all_gather [2, 3] float32 contiguous 1
     """
-    shape = list(tensor.shape)
-    if uneven_dim is not None:
-        shape[uneven_dim] = -1
+    tensors = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+    num_dims = tensors[0].dim() if tensors else 0
     return Record(
         op,
-        tuple(shape),
-        str(tensor.dtype),
-        "contiguous" if tensor.is_contiguous() else "strided",
-        ", ".join(_word(argument, tensor.dim()) for argument in arguments),
-        tensor.requires_grad,
+        " ".join(shape_text(tensor.shape, uneven_dim) for tensor in tensors),
+        " ".join(dict.fromkeys(dtype_text(tensor.dtype) for tensor in tensors)),
+        "contiguous" if all(tensor.is_contiguous() for tensor in tensors) else "strided",
+        ", ".join(_word(argument, num_dims) for argument in arguments),
+        any(tensor.requires_grad for tensor in tensors),
     )
+
+
+def shape_text(shape: Sequence[int], uneven_dim: int | None = None) -> str:
+    """A shape as the table shows it.
+
+    Example:
+        >>> shape_text((2, 3, 4), 1)
+        '[2, *, 4]'
+    """
+    sizes = [str(size) for size in shape]
+    if uneven_dim is not None:
+        sizes[uneven_dim] = "*"
+    return f"[{', '.join(sizes)}]"
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """A dtype as the table shows it: `float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def table(records: Mapping[int, Record], *, strict: bool) -> str | None:
     """A line for each rank where they differ, None where they do not.
 
     Example:
-        >>> records = {0: Record("all_gather", (2,)), 1: Record("all_gather", (3,))}
+        >>> records = {0: Record("all_gather", "[2]"), 1: Record("all_gather", "[3]")}
         >>> print(table(records, strict=False))
         rank  op          shape  dtype  strides  arguments  requires_grad
         0     all_gather  [2]                               False          <- shape

@@ -298,12 +298,14 @@ def test_the_number_of_dims_from_the_end_is_the_one_from_the_front():
     assert describe("op", X, (dist.ReduceOp.MAX,)).arguments == "max"
     record = describe("op", X, (1,), uneven_dim=1)
     assert Record.decode(record.encode()) == record
+    several = describe("op", (X, X[0].double()), ())
+    assert (several.shape, several.dtype) == ("[2, 3, 6, 4] [3, 6, 4]", "float32 float64")
     assert str(record) == "op [2, *, 6, 4] float32 contiguous 1"
     assert table({0: record, 1: record}, strict=True) is None
 
 
 def test_half_against_half_marks_everyone_and_a_majority_marks_the_others():
-    a, b = Record("all_gather", (2,)), Record("all_gather", (3,))
+    a, b = Record("all_gather", "[2]"), Record("all_gather", "[3]")
     assert [
         line.endswith("<- shape") for line in table({0: a, 1: b}, strict=False).splitlines()
     ] == [*(False, True, True)]

@@ -1,0 +1,119 @@
+"""Ranges in the profiler's trace, counters, and what both cost while nobody listens."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+
+from fastvideo_comm import DeviceCommunicatorBase, profiling
+from fastvideo_comm.profiling import Stats, span
+
+
+class Watched(DeviceCommunicatorBase):
+    """A communicator whose calls are measured."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.watch = Stats(self.unique_name)
+
+    @contextlib.contextmanager
+    def _named(self, op: str) -> Iterator[None]:
+        with self.watch.measured(op), super()._named(op):
+            yield
+
+
+def traced(communicator: DeviceCommunicatorBase) -> list[str]:
+    watched = Watched(communicator.cpu_group, unique_name="sp")
+    x = torch.zeros(1, 2, 4, 3)
+    watched.all_to_all_4D(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        watched.all_to_all_4D(x)
+        watched.all_gather(x)
+    return [event.key for event in profile.key_averages() if "fastvideo_comm::" in event.key]
+
+
+def test_a_profiler_shows_each_op_with_the_name_of_its_communicator(ranks: Ranks):
+    for names in ranks.run(2, traced):
+        ops = {"fastvideo_comm::all_to_all_4D[sp]", "fastvideo_comm::all_gather[sp]"}
+        assert ops <= set(names)
+
+
+def test_a_range_encloses_what_happens_in_it():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with span("op", "sp"):
+            with span("pack", "sp"):
+                torch.zeros(10).add_(1)
+    events = {event.name: event for event in profile.events()}
+    outer, inner = events["fastvideo_comm::op[sp]"], events["fastvideo_comm::pack[sp]"]
+    assert inner.cpu_parent is outer
+    assert events["aten::add_"].cpu_parent is inner
+
+
+def test_while_nobody_listens_a_range_is_nothing_at_all():
+    assert span("op", "sp") is span("other", "sp") is profiling._NOTHING
+
+
+def fastest(call: Any, repeats: int = 20, calls: int = 200) -> float:
+    """Seconds per call, without what other processes cost."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - begin) / calls)
+    return min(times)
+
+
+def test_watching_costs_microseconds():
+    """The fastest call of any backend takes some 50 us."""
+    stats = Stats("sp")
+
+    def call() -> None:
+        with stats.measured("op"):
+            stats.add_bytes("op", 8)
+
+    def phase() -> None:
+        with span("pack", "sp"):
+            pass
+
+    assert fastest(call) < 5e-6
+    assert fastest(phase) < 2e-6
+
+
+def test_counters_are_of_calls_bytes_and_seconds():
+    stats = Stats()
+    for num_bytes in (3, 4):
+        with stats.measured("a"):
+            stats.add_bytes("a", num_bytes)
+            time.sleep(0.01)
+    with stats.measured("b"):
+        pass
+    with pytest.raises(ValueError, match="on purpose"), stats.measured("b"):
+        raise ValueError("on purpose")
+    snapshot = stats.snapshot()
+    assert list(snapshot) == ["a", "b"]
+    assert snapshot["a"][:2] == (2, 7)
+    assert 0.02 <= snapshot["a"].seconds < 5
+    assert snapshot["b"][:2] == (1, 0)
+    stats.reset()
+    assert stats.snapshot() == {}
+    assert snapshot["a"].calls == 2, "a snapshot stays as it was"
+
+
+def counted(communicator: DeviceCommunicatorBase) -> dict[str, int]:
+    watched = Watched(communicator.cpu_group)
+    for _ in range(3):
+        watched.all_reduce(torch.ones(2))
+    compiled = torch.compile(lambda x: watched.all_reduce(x) + 1, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2))[0] == communicator.world_size + 1
+    return {op: stats.calls for op, stats in watched.watch.snapshot().items()}
+
+
+def test_compiled_calls_are_not_counted_and_do_not_break_the_graph(ranks: Ranks):
+    assert ranks.run(2, counted) == [{"all_reduce": 3}] * 2
