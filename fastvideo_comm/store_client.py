@@ -77,6 +77,7 @@ class StoreClient:
         self._requests = 0
         self._answers: dict[int, Frame] = {}
         self._asked: dict[tuple[Kind, bytes], int] = {}
+        self._questions: dict[int, tuple[Kind, bytes]] = {}  # the same the other way round
         self._error: CommunicationError | None = None
         self._links: list[Link] = []
         self._poll = select.poll()
@@ -154,6 +155,7 @@ class StoreClient:
         ident = self._asked.get((kind, meta))
         if ident is None:
             ident = self._asked[kind, meta] = self._ask_now(kind, meta, 0)
+            self._questions[ident] = kind, meta
         return ident
 
     def wait(self, idents: Iterable[int], deadline: float) -> list[int]:
@@ -187,7 +189,8 @@ class StoreClient:
             JoinError: The store refuses.
         """
         frame = self._answers.pop(ident)
-        for question in [q for q, other in self._asked.items() if other == ident]:
+        question = self._questions.pop(ident, None)
+        if question is not None:
             del self._asked[question]
         if frame.kind == Kind.OK:
             return frame

@@ -96,8 +96,8 @@ class Link:
         self._labels = (b"S", b"R") if of_store else (b"R", b"S")
         self._num_sent = 0
         self._num_received = 0
-        self._out: deque[memoryview] = deque()
-        self._in = bytearray()
+        self._out: deque[bytes | memoryview] = deque()
+        self._in = b""
         self._large: tuple[Frame, memoryview] | None = None
         self._filled = 0
         self._busy = False
@@ -111,17 +111,16 @@ class Link:
         self, kind: Kind, ident: int, meta: bytes = b"", parts: Sequence[Buffer] = ()
     ) -> None:
         """Queue one frame; large parts are not copied and must not change until they are sent."""
-        views = [memoryview(part) for part in parts]
-        size = sum(len(view) for view in views)
+        size = sum(map(len, parts))
         head = _HEADER.pack(kind, ident, len(meta), size)
         if self._key is not None:
             head += self._tag(self._key, self._labels[0], self._num_sent, head + meta)
         self._num_sent += 1
         if size <= _LARGE_FROM:
-            self._out.append(memoryview(b"".join((head, meta, *views))))
+            self._out.append(b"".join((head, meta, *parts)))
         else:
-            self._out.append(memoryview(head + meta))
-            self._out.extend(view for view in views if len(view))
+            self._out.append(head + meta)
+            self._out.extend(memoryview(part) for part in parts if len(part))
 
     def flush(self) -> bool:
         """Send what the socket takes now; True when nothing is left.
@@ -144,13 +143,13 @@ class Link:
             while out and num_sent >= len(out[0]):
                 num_sent -= len(out.popleft())
             if num_sent:
-                out[0] = out[0][num_sent:]
+                out[0] = memoryview(out[0])[num_sent:]
         self._busy = False
         return not out
 
     def own_unsent(self) -> None:
         """Copy what is queued, so that the caller may change the memory it gave to `queue`."""
-        self._out = deque(memoryview(bytes(view)) for view in self._out)
+        self._out = deque(map(bytes, self._out))
 
     def read(self) -> list[Frame]:
         """Return the frames completed by one read of the socket.
@@ -168,8 +167,7 @@ class Link:
                 data = self.sock.recv(_RECV_BYTES)
                 if not data:
                     raise EOFError("the connection was closed")
-                self._in += data
-                frames = self._parse()
+                frames = self._parse(self._in + data if self._in else data)
         except BlockingIOError:
             frames = []
         self._busy = False
@@ -190,32 +188,31 @@ class Link:
         self._large = None
         return [frame]
 
-    def _parse(self) -> list[Frame]:
+    def _parse(self, data: bytes) -> list[Frame]:
         frames: list[Frame] = []
-        data = self._in
         start = 0
         while len(data) - start >= self._head_bytes:
             kind, ident, meta_size, size = _HEADER.unpack_from(data, start)
             if size > self._max_body_bytes:
                 raise FrameError(f"a body must have at most {self._max_body_bytes} bytes")
             body_start = start + self._head_bytes + meta_size
-            if len(data) < body_start:
-                break
             end = body_start + size
-            if len(data) < end and size <= _LARGE_FROM:
+            if len(data) < body_start or (len(data) < end and size <= _LARGE_FROM):
                 break
-            meta = bytes(data[body_start - meta_size : body_start])
-            self._check_tag(data, start, meta)
+            meta = data[body_start - meta_size : body_start]
+            if self._key is not None:
+                self._check_tag(self._key, data, start, meta)
+            self._num_received += 1
             if len(data) < end:
                 self._begin_large(Frame(kind, ident, meta, b""), size, data[body_start:])
                 start = len(data)
                 break
-            frames.append(Frame(kind, ident, meta, bytes(data[body_start:end])))
+            frames.append(Frame(kind, ident, meta, data[body_start:end]))
             start = end
-        del data[:start]
+        self._in = data[start:]
         return frames
 
-    def _begin_large(self, frame: Frame, size: int, first: bytearray) -> None:
+    def _begin_large(self, frame: Frame, size: int, first: bytes) -> None:
         # Anonymous private memory: the kernel gives a page when a byte is written to it.
         body = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         view = memoryview(body)
@@ -223,15 +220,11 @@ class Link:
         self._filled = len(first)
         self._large = (frame._replace(body=body), view)
 
-    def _check_tag(self, data: bytearray, start: int, meta: bytes) -> None:
-        if self._key is not None:
-            end = start + _HEADER.size
-            expected = self._tag(
-                self._key, self._labels[1], self._num_received, bytes(data[start:end]) + meta
-            )
-            if not hmac.compare_digest(expected, bytes(data[end : end + _TAG_BYTES])):
-                raise FrameError("a frame must carry the tag of its place in this connection")
-        self._num_received += 1
+    def _check_tag(self, key: bytes, data: bytes, start: int, meta: bytes) -> None:
+        end = start + _HEADER.size
+        expected = self._tag(key, self._labels[1], self._num_received, data[start:end] + meta)
+        if not hmac.compare_digest(expected, data[end : end + _TAG_BYTES]):
+            raise FrameError("a frame must carry the tag of its place in this connection")
 
     @staticmethod
     def _tag(key: bytes, label: bytes, number: int, data: bytes) -> bytes:

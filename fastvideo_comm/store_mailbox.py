@@ -89,7 +89,7 @@ class Mailbox:
         _op, src, dst, number = address
         if src != waiter.rank:
             raise FrameError(f"rank {waiter.rank} must send as itself, got {src}")
-        readers = {dst} if dst != EVERYONE else self._ranks - {src}
+        readers = frozenset((dst,)) if dst != EVERYONE else self._ranks - {src}
         box = self._channels[channel]
         if number != box.next_number:
             raise FrameError(f"message {box.next_number} must come next, got {number}")
@@ -97,7 +97,7 @@ class Mailbox:
         if dst in self._left:
             self._answer(waiter, Kind.LEFT, pack_text([dst]), b"")
             return
-        message = _Message(body, set(readers) - self._left)
+        message = _Message(body, set(readers - self._left))
         for other in box.waiting.pop(number, ()):
             self._deliver(other, message)
         if message.readers:

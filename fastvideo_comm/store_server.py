@@ -333,10 +333,14 @@ class StoreServer:
         link = connection.link
         if connection in self._connections and link is not None:
             link.queue(kind, waiter.ident, meta, (body,))
-            self._guarded(connection, lambda c: self._flush(c, link))
+            self._flush(connection, link)
 
     def _flush(self, connection: _Connection, link: Link) -> None:
-        if link.flush() and not connection.is_stuck:
+        try:
+            if link.flush() and not connection.is_stuck:
+                return
+        except OSError as error:
+            self._drop(connection, str(error))
             return
         connection.is_stuck = link.has_unsent
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.is_stuck else 0)

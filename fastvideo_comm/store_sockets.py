@@ -73,7 +73,7 @@ def listen(host: str, port: int) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         if family == socket.AF_INET6:
-            mapped = ipaddress.IPv6Address(address[0].partition("%")[0]).ipv4_mapped
+            mapped = ipaddress.IPv6Address(str(address[0]).partition("%")[0]).ipv4_mapped
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, mapped is None)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)

@@ -206,8 +206,8 @@ def test_a_size_that_lies_reserves_no_memory():
             link = Link(sock, 1 << 60, None, of_store=False)
             link.queue(Kind.JOIN, 1, b"x", [b"y" * 70_000])
             # A frame that announces 64 MiB and brings 70 KB.
-            head = link._out[0].tobytes()
-            link._out[0] = memoryview(head[:7] + (64 << 20).to_bytes(8, "little") + head[15:])
+            head = bytes(link._out[0])
+            link._out[0] = head[:7] + (64 << 20).to_bytes(8, "little") + head[15:]
             link.flush()
             sockets.append(sock)
         time.sleep(0.3)
