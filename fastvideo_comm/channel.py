@@ -42,6 +42,10 @@ _MOVABLE = frozenset(
 )
 
 
+# A rank's bytes from which its messages are worth a call each; bench/NOTES.md has the measurement.
+_TRADE_BYTES = 1 << 20
+# Of the messages of an exchange, apart from what users send; each pair of ranks is in order.
+_TAG = 4_294_401
 T = TypeVar("T")
 Works: TypeAlias = "list[dist.Work | None]"
 
@@ -69,32 +73,38 @@ class WireBuffers:
 
     def __init__(self) -> None:
         """Starts empty."""
-        self._free: list[torch.UntypedStorage] = []
+        self._free: list[Tensor] = []
         self._lock = threading.Lock()
 
     def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """A contiguous uninitialised tensor of `shape`, with `like`'s dtype and device."""
         if like.device.type != "cpu":
             return like.new_empty(shape)
+        shape = torch.Size(shape)
         num_bytes = math.prod(shape) * like.element_size()
         with self._lock:
-            fitting = [storage for storage in self._free if storage.nbytes() >= num_bytes]
+            fitting = [wire for wire in self._free if wire.untyped_storage().nbytes() >= num_bytes]
             if fitting:
-                storage = min(fitting, key=torch.UntypedStorage.nbytes)
-                self._free.remove(storage)
+                free = min(fitting, key=lambda wire: wire.untyped_storage().nbytes())
+                self._free = [wire for wire in self._free if wire is not free]
+                if free.shape == shape and free.dtype == like.dtype:
+                    return free
+                storage = free.untyped_storage()
             else:
                 if self._free:  # one that is too small makes room for one that is not
                     self._free.pop()
                 storage = torch.UntypedStorage(num_bytes)
-        wire = torch.empty(0, dtype=like.dtype)
-        wire.set_(storage, 0, tuple(shape), _contiguous_strides(shape))
+        # A tensor made in inference mode could not be written outside it.
+        with torch.inference_mode(False):
+            wire = torch.empty(0, dtype=like.dtype)
+            wire.set_(storage, 0, shape, _contiguous_strides(shape))
         return wire
 
     def give_back(self, wire: Tensor) -> None:
         """Ends the use of a tensor that `take` gave; no exchange may be using it."""
         if wire.device.type == "cpu":
             with self._lock:
-                self._free.append(wire.untyped_storage())
+                self._free.append(wire)
 
     def clear(self) -> None:
         """Frees what is not in use."""
@@ -112,6 +122,7 @@ class Channel:
         self.buffers = WireBuffers()
         self._rank = group.rank()
         self._size = group.size()
+        self._backends: dict[str, str] = {}
 
     @staticmethod
     def of(group: Group) -> Channel:
@@ -149,6 +160,27 @@ class Channel:
             return [self.group._end_coalescing(device)]
 
         return self._named("all_to_all", start_grouped)
+
+    def trade(
+        self, outputs: Sequence[tuple[Tensor, int]], inputs: Sequence[tuple[Tensor, int]]
+    ) -> Works:
+        """Starts receiving `outputs` from, and sending `inputs` to, the rank beside each."""
+
+        def start() -> Works:
+            works: Works = [self.group.recv([_wire(to)], src, _TAG) for to, src in outputs]
+            works += [self.group.send([_wire(from_)], dst, _TAG) for from_, dst in inputs]
+            return works
+
+        return self._named("all_to_all", start)
+
+    def trades(self, device: torch.device, num_bytes: int) -> bool:
+        """Whether messages of so many bytes, of all ranks, are traded one by one.
+
+        On gloo, whose all_to_all also copies this rank's message to itself. For small messages the
+        one call costs less, and an exchange that nobody waits for must go on by itself, which
+        only a collective does.
+        """
+        return num_bytes >= _TRADE_BYTES * self._size and self._backend(device) == "gloo"
 
     def wait(self, op: str, works: Works) -> None:
         """Waits for what a method of this class started."""
@@ -209,7 +241,12 @@ class Channel:
         return self.group._get_backend(device).supports_coalescing
 
     def _averages(self, device: torch.device) -> bool:
-        return self.group._get_backend(device).name() == "nccl"
+        return self._backend(device) == "nccl"
+
+    def _backend(self, device: torch.device) -> str:
+        if device.type not in self._backends:
+            self._backends[device.type] = self.group._get_backend(device).name()
+        return self._backends[device.type]
 
     def _finish(self, op: str, start: Callable[[], Works]) -> None:
         self.wait(op, self._named(op, start))

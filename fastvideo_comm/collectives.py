@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import traced
 from .channel import Channel, Group
-from .kernels import strided_copy_
+from .kernels import copy_valid_
 from .layout import message_view
 from .validation import REDUCE_OPS
 
@@ -57,7 +57,7 @@ def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
     """The reduction over ranks, element by element, into a new tensor."""
     if torch.compiler.is_compiling():
         return traced.all_reduce(group, input_, op)
-    output = strided_copy_(input_.new_empty(input_.shape), input_)
+    output = copy_valid_(input_.new_empty(input_.shape), input_)
     if output.numel():
         Channel.of(group).all_reduce(output, REDUCE_OPS[op])
     return output
@@ -68,7 +68,7 @@ def slice_(group: Group, input_: Tensor, dim: int) -> Tensor:
     part = message_view(input_, dim, group.size(), 0)[group.rank()]
     if torch.compiler.is_compiling():
         return part.clone(memory_format=torch.contiguous_format)
-    return strided_copy_(part.new_empty(part.shape), part)
+    return copy_valid_(part.new_empty(part.shape), part)
 
 
 def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
@@ -111,13 +111,13 @@ def recv(
 
 def _packed(channel: Channel, view: Tensor, *, contiguous: bool) -> Tensor:
     """`view` where the exchange can read it as it stands, else its copy in a wire buffer."""
-    return view if contiguous else strided_copy_(channel.buffers.take(view.shape, view), view)
+    return view if contiguous else copy_valid_(channel.buffers.take(view.shape, view), view)
 
 
 def _unpack(channel: Channel, received: Tensor, wire: Tensor) -> None:
     """What the exchange did not write into the output itself goes there now."""
     if wire is not received:
-        strided_copy_(received, wire)
+        copy_valid_(received, wire)
         channel.buffers.give_back(wire)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -130,9 +130,13 @@ class DeviceCommunicatorBase(Membership):
         """
         with self._named("all_to_all_4D"):
             if isinstance(input_, Tensor) and not (scatter_sizes or gather_sizes or async_op):
-                validation.all_to_all_4D(input_, self.world_size, scatter_dim, gather_dim)
+                dims = (scatter_dim, gather_dim)
                 return self._exchange(
-                    DistributedAutograd.AllToAll4D, input_, self.world_size, scatter_dim, gather_dim
+                    DistributedAutograd.AllToAll4D,
+                    lambda: validation.all_to_all_4D(input_, self.world_size, *dims),
+                    input_,
+                    self.world_size,
+                    *dims,
                 )
             packed = not isinstance(input_, Tensor)
             inputs = validation.tensors(input_)
@@ -174,12 +178,17 @@ class DeviceCommunicatorBase(Membership):
             TypeError: not a dense tensor.
         """
         with self._named("all_gather"):
-            validation.all_gather(input_, dim)
             validation.choice("grad", grad, ("reduce_scatter", "slice"))
             function: type[torch.autograd.Function] = DistributedAutograd.AllGather
             if grad == "slice":
                 function = DistributedAutograd.Unslice
-            return self._exchange(function, input_, self.world_size, dim)
+            return self._exchange(
+                function,
+                lambda: validation.all_gather(input_, dim),
+                input_,
+                self.world_size,
+                dim,
+            )
 
     def all_reduce(
         self,
@@ -209,12 +218,11 @@ class DeviceCommunicatorBase(Membership):
             TypeError: not a dense tensor, or a dtype that `op` or the backends cannot reduce.
         """
         with self._named("all_reduce"):
-            validation.all_reduce(input_, op)
             validation.choice("grad", grad, ("all_reduce", "identity"))
             function: type[torch.autograd.Function] = DistributedAutograd.AllReduce
             if grad == "identity":
                 function = DistributedAutograd.ReplicatedAllReduce
-            return self._exchange(function, input_, op)
+            return self._exchange(function, lambda: validation.all_reduce(input_, op), input_, op)
 
     def slice(self, input_: Tensor, dim: int = -1, *, scale_grad: bool = False) -> Tensor:
         """This rank's part of a tensor that every rank holds; nothing is sent in the forward.
@@ -235,9 +243,13 @@ class DeviceCommunicatorBase(Membership):
             TypeError: not a dense tensor.
         """
         with self._named("slice"):
-            validation.parts(input_, self.world_size, dim)
             return self._exchange(
-                DistributedAutograd.Slice, input_, self.world_size, dim, scale_grad
+                DistributedAutograd.Slice,
+                lambda: validation.parts(input_, self.world_size, dim),
+                input_,
+                self.world_size,
+                dim,
+                scale_grad,
             )
 
     def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
@@ -339,12 +351,22 @@ class DeviceCommunicatorBase(Membership):
             torch.get_device_module(self.device).synchronize(self.device)
 
     def _exchange(
-        self, function: type[torch.autograd.Function], input_: Tensor, *arguments: Any
+        self,
+        function: type[torch.autograd.Function],
+        validate: Callable[[], object],
+        input_: Tensor,
+        *arguments: Any,
     ) -> Tensor:
-        """The one way through for differentiable ops with valid arguments."""
+        """The one way through for differentiable ops.
+
+        `function` validates its arguments itself, for those who apply it directly; at world size 1,
+        where it is not applied, `validate` does.
+        """
         channel = self._open()
+        validation.check_tensor("input_", input_)
         validation.check_device("input_", input_, self.device)
         if self.world_size == 1:
+            validate()
             return input_
         # A compiled graph holds the group; the compiler plans the buffers itself.
         group = self.device_group if torch.compiler.is_compiling() else channel
@@ -393,4 +415,6 @@ class DeviceCommunicatorBase(Membership):
 
 def _plain(tensor: Tensor) -> Tensor:
     """`tensor` whose memory is its values: not lazily conjugated or negated."""
-    return tensor.resolve_conj().resolve_neg()
+    if torch.compiler.is_compiling() or tensor.is_conj() or tensor.is_neg():
+        return tensor.resolve_conj().resolve_neg()
+    return tensor

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import traced
 from .channel import Channel, Group, Transfer
-from .kernels import strided_copy_
+from .kernels import copy_valid_
 from .layout import Share
 
 
@@ -39,37 +39,36 @@ class Exchange(NamedTuple):
 
 
 class Pending:
-    """An exchange in flight: what it will give, and the buffers that it holds until then."""
+    """An exchange in flight: what it will give, and what is left to do when it has arrived."""
 
     def __init__(self, channel: Channel) -> None:
         """Nothing sent yet."""
         self.channel = channel
         self.works: list[dist.Work | None] = []
         self.outputs: list[Tensor] = []
-        self.sent: list[Tensor] = []
-        self.received: list[tuple[Tensor, Tensor, Share]] = []
+        self.wires: list[Tensor] = []
+        self.unpacks: list[tuple[Tensor, Tensor]] = []
+        self.sums: list[tuple[Tensor, Tensor]] = []
 
     def wait(self) -> list[Tensor]:
         """The outputs, once they are there; called once."""
         self.channel.wait("all_to_all_4D", self.works)
-        for wire in self.sent:
-            self.channel.buffers.give_back(wire)
-        copies: list[tuple[Tensor, Tensor]] = []
-        for output, wire, share in self.received:
-            views = share.views(output, self.channel.size())
-            copies += zip(views, _parts(wire, views), strict=True)
-            if share.holders > 1:  # the gradients of one head, from all ranks that hold it
-                copies.pop()
-                into = output.movedim(share.dim, 1).unsqueeze(share.dim + 1)
-                torch.sum(wire.view(views[0].shape), 2, out=into)
-        _copy(copies)
-        for _, wire, _ in self.received:
+        _copy(self.unpacks)
+        for output, gradients in self.sums:
+            torch.sum(gradients, 2, out=output)
+        for wire in self.wires:
             self.channel.buffers.give_back(wire)
         return self.outputs
 
     def is_completed(self) -> bool:
         """Whether `wait` would return at once."""
         return all(work is None or work.is_completed() for work in self.works)
+
+    def wire(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A message buffer, held until `wait` is done."""
+        wire = self.channel.buffers.take(shape, like)
+        self.wires.append(wire)
+        return wire
 
 
 def exchange(group: Group, inputs: Sequence[Tensor], what: Exchange) -> list[Tensor]:
@@ -84,8 +83,7 @@ def start(group: Group, inputs: Sequence[Tensor], what: Exchange, *, async_op: b
     channel = Channel.of(group)
     size = channel.size()
     pending = Pending(channel)
-    copies: list[tuple[Tensor, Tensor]] = []
-    transfers: list[Transfer] = []
+    tasks: list[Task] = []
     for input_, scatter, gather in zip(inputs, what.scatter, what.gather, strict=True):
         shape = list(input_.shape)
         shape[scatter.dim] = scatter.part(shape[scatter.dim], channel.rank(), size)
@@ -93,57 +91,133 @@ def start(group: Group, inputs: Sequence[Tensor], what: Exchange, *, async_op: b
         output = input_.new_empty(shape)
         pending.outputs.append(output)
         even = scatter.sizes is None and gather.sizes is None
-        if (even and not output.numel()) or not input_.shape[0] * input_.shape[3]:
-            continue  # no rank has anything to send
-        sent, packed = _messages(channel, input_, scatter)
-        if packed:
-            copies += packed
-            pending.sent.append(sent)
-        received, unpacked = _messages(channel, output, gather)
-        if unpacked:
-            pending.received.append((output, received, gather))
+        if output.numel() if even else shape[0] * shape[3]:
+            tasks.append(Task(input_, output, scatter, gather))
+        # else no rank has anything to send
+    if not tasks:
+        return pending
+    num_bytes = 0  # of all ranks together, so that all choose alike
+    for task in tasks:
+        totals = task.input.shape[task.scatter.dim] * task.output.shape[task.gather.dim]
+        outer = task.input.shape[0] * task.input.shape[3]
+        num_bytes += totals * outer * task.input.element_size()
+    if not async_op and channel.trades(inputs[0].device, num_bytes):
+        _start_trade(pending, tasks)
+    else:
+        _start_collective(pending, tasks, async_op=async_op)
+    return pending
+
+
+class Task(NamedTuple):
+    """One tensor of an exchange that has something to send."""
+
+    input: Tensor
+    output: Tensor
+    scatter: Share
+    gather: Share
+
+
+def _start_collective(pending: Pending, tasks: list[Task], *, async_op: bool) -> None:
+    """Message buffers into a collective: on NCCL one grouped call for all tensors and entries."""
+    size = pending.channel.size()
+    packs: list[tuple[Tensor, Tensor]] = []
+    transfers: list[Transfer] = []
+    for input_, output, scatter, gather in tasks:
+        sent, copies = _buffers(pending, input_, scatter)
+        packs += copies
+        if gather.holders > 1:
+            received = _summed_later(pending, output, gather)
+        else:
+            received, copies = _buffers(pending, output, gather)
+            pending.unpacks += [(to, from_) for from_, to in copies]
         splits: tuple[list[int], list[int]] = ([], [])
-        if not even:
+        if scatter.sizes is not None or gather.sizes is not None:
             splits = (gather.counts(output, size), scatter.counts(input_, size))
         transfers += [
             Transfer(to, from_, *splits)
             for to, from_ in zip(received.unbind(0), sent.unbind(0), strict=True)
         ]
-    _copy(copies)
-    pending.works = channel.all_to_all(transfers, async_op=async_op)
-    return pending
+    _copy(packs)
+    pending.works = pending.channel.all_to_all(transfers, async_op=async_op)
 
 
-def _messages(
-    channel: Channel, tensor: Tensor, share: Share
+def _start_trade(pending: Pending, tasks: list[Task]) -> None:
+    """Message by message; what this rank has for itself goes straight to its place meanwhile."""
+    rank, size = pending.channel.rank(), pending.channel.size()
+    packs: list[tuple[Tensor, Tensor]] = []
+    own: list[tuple[Tensor, Tensor]] = []
+    outgoing: list[tuple[Tensor, int]] = []
+    incoming: list[tuple[Tensor, int]] = []
+    for input_, output, scatter, gather in tasks:
+        sent = scatter.messages(input_, size)
+        if gather.holders > 1:
+            received = list(_summed_later(pending, output, gather).unbind(1))
+        else:
+            received = gather.messages(output, size)
+        sent_from, received_at = _places(pending, sent), _places(pending, received)
+        own.append((received[rank], sent[rank]))
+        for other in (other for other in range(size) if other != rank):
+            if sent[other].numel():
+                outgoing += [(message, other) for message in sent_from[other].unbind(0)]
+                if sent_from is not sent:
+                    packs.append((sent_from[other], sent[other]))
+            if received[other].numel():
+                incoming += [(message, other) for message in received_at[other].unbind(0)]
+                if received_at is not received:
+                    pending.unpacks.append((received[other], received_at[other]))
+    _copy(packs)
+    pending.works = pending.channel.trade(incoming, outgoing)
+    _copy(own)
+
+
+def _buffers(
+    pending: Pending, tensor: Tensor, share: Share
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """The message buffers of a tensor, one for each batch entry, and the copies that fill them.
 
     The tensor itself, and no copies, where its messages are contiguous as they stand.
     """
-    views = share.views(tensor, channel.size())
+    views = share.views(tensor, pending.channel.size())
     if share.sizes is None:
         if views[0][0].is_contiguous():
             return views[0], []
-        wire = channel.buffers.take(views[0].shape, tensor)
-    else:
-        if share.dim == 1 and tensor[0].is_contiguous():
-            return tensor, []
-        wire = channel.buffers.take((len(tensor), math.prod(tensor.shape[1:])), tensor)
-    return wire, list(zip(_parts(wire, views), views, strict=True))
-
-
-def _parts(wire: Tensor, views: list[Tensor]) -> list[Tensor]:
-    """The places in the message buffers `wire` `[B, ..]` of each of `views` `[B, ..]`."""
-    if len(views) == 1:
-        return [wire.view(views[0].shape)]
+        wire = pending.wire(views[0].shape, tensor)
+        return wire, [(wire, views[0])]
+    if share.dim == 1 and tensor[0].is_contiguous():
+        return tensor, []
     sizes = [math.prod(view.shape[1:]) for view in views]
-    return [
+    wire = pending.wire((len(tensor), sum(sizes)), tensor)
+    parts = [
         part.unflatten(1, view.shape[1:])
         for part, view in zip(wire.split(sizes, 1), views, strict=True)
     ]
+    return wire, list(zip(parts, views, strict=True))
+
+
+def _places(pending: Pending, messages: list[Tensor]) -> list[Tensor]:
+    """Where each rank's message is contiguous: `messages` themselves, or parts of a buffer.
+
+    Nobody asks for the place of this rank's own.
+    """
+    rank = pending.channel.rank()
+    others = [message for other, message in enumerate(messages) if other != rank]
+    if all(not message.numel() or message[0].is_contiguous() for message in others):
+        return messages
+    sizes = [message.numel() for message in others]
+    parts = pending.wire((sum(sizes),), messages[0]).split(sizes)
+    places = [part.view(message.shape) for part, message in zip(parts, others, strict=True)]
+    return [*places[:rank], messages[rank], *places[rank:]]
+
+
+def _summed_later(pending: Pending, output: Tensor, share: Share) -> Tensor:
+    """A buffer `[B, P, s, 1, D]` for the gradients of heads that several ranks hold."""
+    batch, sequence, heads, width = output.shape
+    wire = pending.wire((batch, heads * share.holders, sequence, 1, width), output)
+    gradients = wire.unflatten(1, (heads, share.holders))
+    pending.sums.append((output.movedim(2, 1).unsqueeze(3), gradients))
+    return wire
 
 
 def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
     for to, from_ in copies:
-        strided_copy_(to, from_)
+        copy_valid_(to, from_)

@@ -43,10 +43,10 @@ def message_view(tensor: Tensor, dim: int, world_size: int, position: int) -> Te
     Returns:
         A view of `tensor` with one more dim.
     """
-    size = tensor.shape[dim] // world_size
-    dim %= tensor.dim()
-    view: Tensor = tensor.unflatten(dim, (world_size, size))
-    return view.movedim(dim, position)
+    shape = tensor.shape
+    dim %= len(shape)
+    view = tensor.view(*shape[:dim], world_size, shape[dim] // world_size, *shape[dim + 1 :])
+    return view if dim == position else view.movedim(dim, position)
 
 
 def concatenate_messages(messages: Tensor, dim: int) -> Tensor:
@@ -93,6 +93,14 @@ class Share(NamedTuple):
         if self.holders > 1:
             return [replicated_view(tensor, self.dim, self.holders)]
         return [message_view(tensor, self.dim, world_size, 1)]
+
+    def messages(self, tensor: Tensor, world_size: int) -> list[Tensor]:
+        """The message in `tensor` to or from each rank: views `[B, ..]`."""
+        if self.holders > 1:
+            return [tensor.narrow(self.dim, r // self.holders, 1) for r in range(world_size)]
+        if self.sizes is not None:
+            return list(tensor.split(self.sizes, self.dim))
+        return list(tensor.tensor_split(world_size, self.dim))
 
     def counts(self, tensor: Tensor, world_size: int) -> list[int]:
         """Elements of one batch entry's message to or from each rank."""

@@ -326,7 +326,7 @@ def reuse(communicator: DeviceCommunicatorBase) -> None:
     with torch.inference_mode():
         outputs.append(communicator.all_to_all_4D(x))
     back = [communicator.all_to_all_4D(output, 1, 2) for output in outputs]
-    assert [storage.data_ptr() for storage in buffers._free] == [address]
+    assert [wire.data_ptr() for wire in buffers._free] == [address]
     addresses = {output.untyped_storage().data_ptr() for output in outputs + back}
     assert address not in addresses  # a wire buffer is never what the caller gets
     assert len(addresses) == 10

@@ -384,11 +384,11 @@ def warm(communicator: DeviceCommunicatorBase) -> None:
     ranks = fresh.world_size
     shape = (2, 5, 2 * ranks, 8)
     fresh.warmup([shape, (1, 3, ranks, 4)], [torch.float32, torch.bfloat16, torch.int32])
-    before = {storage.data_ptr() for storage in fresh._channel.buffers._free}
+    before = {wire.data_ptr() for wire in fresh._channel.buffers._free}
     assert before
     x = torch.rand(shape, requires_grad=True)
     fresh.all_to_all_4D(fresh.all_to_all_4D(x), 1, 2).sum().backward()
-    assert {storage.data_ptr() for storage in fresh._channel.buffers._free} == before
+    assert {wire.data_ptr() for wire in fresh._channel.buffers._free} == before
     with pytest.raises(ValueError, match="world_size=2 divides, got 3"):
         fresh.warmup([(1, 2, 3, 4)])
 
