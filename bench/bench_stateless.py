@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.util
 import json
 import logging
@@ -104,9 +105,12 @@ def kib_both_ways(group: Any) -> None:
 
 
 def tensor_there(group: Any) -> None:
-    if not hasattr(tensor_there, "tensor"):
-        tensor_there.tensor = torch.randn(MIB_64 // 4)  # type: ignore[attr-defined]
-    round_trip(group, tensor_there.tensor, None)  # type: ignore[attr-defined]
+    round_trip(group, large_tensor(), None)
+
+
+@functools.cache
+def large_tensor() -> torch.Tensor:
+    return torch.randn(MIB_64 // 4)
 
 
 def barrier(group: Any) -> None:
@@ -121,16 +125,16 @@ CASES: list[tuple[str, int, list[str], Callable[[Any], None], int, int, int]] = 
 ]
 
 
-def time_case(case: tuple[Any, ...], upstream: type | None, rounds: int) -> dict[str, list[float]]:
+def time_case(index: int, folder: Path | None, rounds: int) -> dict[str, list[float]]:
     """Return the seconds of single calls by system, taken in turn in the same processes."""
-    _name, size, systems, *_rest = case
-    systems = [s for s in systems if upstream is not None or not s.startswith(UPSTREAM + ",")]
-    systems = [s for s in systems if upstream is not None or s != UPSTREAM]
-    ports = {system: free_port() for system in systems}
-    context = multiprocessing.get_context("fork")
+    _name, size, systems, *_rest = CASES[index]
+    has_upstream = load_upstream(folder) is not None
+    ports = {s: free_port() for s in systems if has_upstream or s in (OURS, SECRET)}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "fastvideo_comm.stateless"])
     results = context.SimpleQueue()
     ranks = [
-        context.Process(target=run_rank, args=(case, upstream, ports, rank, rounds, results))
+        context.Process(target=run_rank, args=(index, folder, ports, rank, rounds, results))
         for rank in range(size)
     ]
     for process in ranks:
@@ -142,15 +146,16 @@ def time_case(case: tuple[Any, ...], upstream: type | None, rounds: int) -> dict
 
 
 def run_rank(
-    case: tuple[Any, ...],
-    upstream: type | None,
+    index: int,
+    folder: Path | None,
     ports: dict[str, int],
     rank: int,
     rounds: int,
     results: Any,
 ) -> None:
     torch.set_num_threads(1)
-    _name, size, _systems, act, calls, messages, _bytes = case
+    upstream = load_upstream(folder)
+    _name, size, _systems, act, calls, messages, _bytes = CASES[index]
     groups = {s: open_group(s, upstream, port, rank, size) for s, port in ports.items()}
     samples: dict[str, list[float]] = {system: [] for system in groups}
     order = list(groups)
@@ -294,15 +299,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here instead of bench/results")
     parser.add_argument("--fastvideo", type=Path, help="a folder with upstream's package in it")
     arguments = parser.parse_args()
-    upstream = load_upstream(arguments.fastvideo)
-    problems = [] if upstream is not None else ["fastvideo is not installed; give --fastvideo"]
+    problems = []
+    if load_upstream(arguments.fastvideo) is None:
+        problems.append("fastvideo is not installed; give --fastvideo")
     head = machine()
     rounds = ROUNDS[arguments.size]
     rows: list[Row] = []
     with progress(len(CASES) + 2) as advance:
-        for case in CASES:
+        for index, case in enumerate(CASES):
             advance(case[0], 0)
-            for system, samples in time_case(case, upstream, rounds).items():
+            for system, samples in time_case(index, arguments.fastvideo, rounds).items():
                 rows.append(row(case[0], system, samples, case[-1]))
             advance(case[0], 1)
         for (name, system), samples in time_codec(rounds).items():

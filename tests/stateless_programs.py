@@ -1,7 +1,10 @@
 """What rank processes do in the fault tests."""
 
 import os
+import socket
 import time
+
+from fastvideo_comm.stateless import StatelessProcessGroup
 
 
 def traffic(group, _pipe, op):
@@ -85,3 +88,26 @@ def fork_and_wait(group, pipe):
         os._exit(0)
     pipe.send("forked")
     group.recv_obj(1, timeout=30)
+
+
+def call_and_let_out(group, pipe, op, seconds):
+    """One call after the word, whatever it raises."""
+    pipe.recv()
+    call(group, op, seconds)
+
+
+def join_alone(pipe, rank):
+    """Join a group whose other rank never comes."""
+    server = socket.create_server(("127.0.0.1", 0))
+    pipe.send("joining")
+    try:
+        StatelessProcessGroup.create(
+            "127.0.0.1",
+            server.getsockname()[1],
+            rank,
+            2,
+            timeout=60,
+            listen_socket=server if rank == 0 else None,
+        )
+    except KeyboardInterrupt:
+        pipe.send("KeyboardInterrupt")

@@ -15,9 +15,17 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stateless_programs import block_in, call, call_when_told, fork_and_wait, traffic
+from stateless_programs import (
+    block_in,
+    call,
+    call_and_let_out,
+    call_when_told,
+    fork_and_wait,
+    join_alone,
+    traffic,
+)
 from stateless_proxy import Proxy
-from stateless_ranks import SECRET, listener, own_groups, rank_processes, run_own
+from stateless_ranks import CONTEXT, SECRET, listener, own_groups, rank_processes, run_own
 
 from fastvideo_comm.errors import (
     ClosedError,
@@ -137,6 +145,33 @@ def test_ctrl_c_ends_a_send_and_a_close_while_the_server_is_stopped():
         assert time.monotonic() - start < 1
 
 
+def test_ctrl_c_ends_a_close_that_waits_for_the_others():
+    with rank_processes(2, call_and_let_out, "close", 60.0) as ranks:
+        ranks[0].pipe.send("call")
+        time.sleep(0.3)
+        ranks[0].signal(signal.SIGINT)
+        start = time.monotonic()
+        assert ranks[0].outcome(5)[0] == "KeyboardInterrupt"
+        assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_ends_a_join_within_a_second(rank):
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=join_alone, args=(theirs, rank))
+    process.start()
+    assert ours.poll(30)
+    ours.recv()
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGINT)
+    start = time.monotonic()
+    assert ours.poll(5)
+    assert ours.recv() == "KeyboardInterrupt"
+    assert time.monotonic() - start < 1
+    process.join()
+    ours.close()
+
+
 def test_a_dead_rank_is_known_while_its_forked_child_lives():
     with rank_processes(2, fork_and_wait) as ranks:
         ranks[1].expect("forked")
@@ -145,6 +180,8 @@ def test_a_dead_rank_is_known_while_its_forked_child_lives():
         assert ranks[0].outcome(KNOWN_WITHIN)[0] == "PeerLostError"
 
 
+# From Python 3.12 on, every fork of a process with threads warns; that is the case meant here.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_cannot_use_the_group_and_does_not_harm_it():
     def program(group):
         child = os.fork()
