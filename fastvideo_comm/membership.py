@@ -123,10 +123,14 @@ class Membership:
         return cls(group, device=device, device_group=group, unique_name=name)
 
     def destroy(self) -> None:
-        """Frees the buffers; may be called again. The groups stay the caller's to destroy."""
+        """Lets go of the buffers and of the groups; may be called again.
+
+        The groups stay the caller's to destroy. Whoever keeps one to the end of the interpreter,
+        in a communicator too, may see torch 2.13 abort there: gloo's threads are still running.
+        """
         if self._channel is not None:
-            self._channel.buffers.clear()
-        self._channel = None
+            self._channel = None
+            del self.cpu_group, self.device_group
 
     def _open(self) -> Channel:
         if self._channel is None:

@@ -11,6 +11,19 @@ from torch import Tensor
 
 from .kernels import strided_copy_
 from .layout import message_view
+from .stateless import StatelessProcessGroup
+
+__all__ = [
+    "StatelessProcessGroup",
+    "compute_padding_for_sp",
+    "divide",
+    "ensure_divisibility",
+    "logger",
+    "near_even_sizes",
+    "pad_sequence_tensor",
+    "split_tensor_along_last_dim",
+    "unpad_sequence_tensor",
+]
 
 logger = logging.getLogger("fastvideo_comm")
 

@@ -243,6 +243,7 @@ def destroyed(communicator: DeviceCommunicatorBase) -> None:
             call()
     assert issubclass(ClosedError, CommunicationError | ConnectionError)
     assert gone.world_size == 2
+    assert not hasattr(gone, "cpu_group")  # let go of, lest it outlives the interpreter's threads
     assert communicator.all_reduce(x).shape == x.shape  # the group is the caller's
 
 
