@@ -99,7 +99,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             parts += [f"## {title}", text, copy_shares(chosen)]
     if chosen := select(rows, bench="first_call"):
         parts += ["## First call of a process", table(chosen)]
-    if chosen := select(rows, bench="all_to_all", purpose="main", mode="local"):
+    chosen = select(rows, bench="all_to_all", purpose="main", mode="local")
+    if any("extra_bytes" in row for row in chosen):
         parts += ["## Memory and launches of one call", costs(chosen)]
     known = ("all_to_all", "strided_copy", "layout", "first_call")
     for bench in dict.fromkeys(row["bench"] for row in rows if row["bench"] not in known):
@@ -165,16 +166,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", type=Path, nargs="+")
     for path in parser.parse_args().json:
-        report = json.loads(path.read_text())
-        path.with_suffix(".md").write_text(markdown(report))
-        print(path.with_suffix(".md"))
-        try:
-            import plots
-        except ImportError as error:
-            print(f"no plots: {error}")
-            continue
-        for plot in plots.draw(report, path.with_suffix("")):
-            print(plot)
+        write(path)
+
+
+def write(path: Path) -> None:
+    """The Markdown and the plots beside the JSON file `path`."""
+    report = json.loads(path.read_text())
+    path.with_suffix(".md").write_text(markdown(report))
+    print(path.with_suffix(".md"))
+    try:
+        import plots
+    except ImportError as error:
+        print(f"no plots: {error}")
+        return
+    for plot in plots.draw(report, path.with_suffix("")):
+        print(plot)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def main() -> int:
                 result["problems"].append(f"{path.name} {reason}; its message is above")
                 continue
             content = json.loads(part.read_text())
-            result["rows"] += content["rows"]
+            name = path.stem.removeprefix("bench_")
+            result["rows"] += [{"bench": name, **row} for row in content["rows"]]
             news = [text for text in content["problems"] if text not in result["problems"]]
             result["problems"] += news
     result["environment"]["seconds"] = round(time.monotonic() - started)
@@ -64,7 +65,7 @@ def main() -> int:
     out = arguments.out or default_path(result["environment"])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    subprocess.run([sys.executable, str(HERE / "report.py"), str(out)], check=True)
+    report.write(out)
     print(f"\n{report.short(result)}\n")
     for problem in result["problems"]:
         print(f"not measured: {problem}")

@@ -15,6 +15,7 @@ if str(BENCH) not in sys.path:
     sys.path.append(str(BENCH))
 
 import bench_all_to_all  # noqa: E402
+import costs  # noqa: E402
 import environment  # noqa: E402
 import harness  # noqa: E402
 import peers  # noqa: E402
@@ -155,6 +156,12 @@ def test_a_system_with_another_result_is_named_and_not_timed(threads):
         bench_all_to_all._measure(case, bound, group, BRIEF, rows)
     assert {row["system"] for row in rows.rows} == set(systems.BOUNDS)
     assert rows.problems == [f"wrong gives another result in {case.name}: not timed"]
+
+
+def test_extra_memory_is_the_peak_less_the_result():
+    x = torch.zeros(1 << 18)
+    assert costs.extra_bytes(lambda: x + 1, CPU) == 0
+    assert costs.extra_bytes(lambda: (x + 1) * 2, CPU) == x.numel() * x.element_size()
 
 
 def test_a_peer_that_is_not_there_is_named_with_the_reason(monkeypatch):
