@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from itertools import takewhile
 
 from fastvideo_comm.message_seal import Address, Op
 from fastvideo_comm.transport import Transport
@@ -34,12 +35,15 @@ class Outbox:
     def expire(self, age: float, deadline: float) -> None:
         """Remove the unread messages that were sent more than `age` seconds ago."""
         oldest = time.perf_counter() - age
+        old = list(takewhile(lambda entry: entry[1] < oldest, self._entries))
         last: dict[tuple[Op, int], Address] = {}
-        while self._entries and self._entries[0][1] < oldest:
-            address = _address(self._entries.popleft()[0])
+        for key, _time in old:
+            address = _address(key)
             last[address.op, address.dst] = address
         for address in last.values():
             self._transport.expire(address, deadline)
+        for _entry in old:
+            self._entries.popleft()
 
 
 def _address(key: str) -> Address:

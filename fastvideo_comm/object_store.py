@@ -25,6 +25,7 @@ from fastvideo_comm.store_server import ServerSettings, StoreServer
 from fastvideo_comm.store_sockets import Heartbeat, is_wildcard, listen
 
 _MAX_KEY_BYTES = 8 * 1024
+_REFUSAL_SECONDS = 0.5
 
 
 class StoreOptions(NamedTuple):
@@ -112,9 +113,10 @@ class ObjectStore:
             self.client = StoreClient(
                 host, port, join, options.secret, max_body_bytes, options.heartbeat, deadline
             )
-        except BaseException:
+        except BaseException as error:
             if self._server is not None:
-                self._server.stop()
+                # So that those who come now, or run out of time now, hear why.
+                self._server.stop(_REFUSAL_SECONDS if isinstance(error, JoinError) else 0.0)
             raise
         self.host, self.port = host, port
         self._secret = options.secret

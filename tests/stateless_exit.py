@@ -23,6 +23,11 @@ def run_rank(rank, world_size, server, order):
     group.barrier()
     if order == rank % 3:
         time.sleep(0.02)  # another rank is the last one in every round
+    if rank:
+        time.sleep(0.05)  # rank 0 is at its end by now, and serves on
+        group.send_obj(rank, rank)
+        if group.recv_obj(rank) != rank:
+            sys.exit(1)
 
 
 def main(world_size, rounds):

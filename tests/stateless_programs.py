@@ -33,17 +33,10 @@ def block_in(group, pipe, op, blocked_ranks, seconds):
         return "told"
     pipe.send("calling")
     waiting_for = (group.rank + 1) % group.world_size
-    if op == "recv_obj":
-        group.recv_obj(waiting_for, timeout=seconds)
-    elif op == "broadcast_obj":
-        group.broadcast_obj(None, waiting_for, timeout=seconds)
-    elif op == "all_gather_obj":
-        group.all_gather_obj(1, timeout=seconds)
-    elif op == "send_obj":
+    if op == "send_obj":
         while True:
             group.send_obj(b"x" * 100_000, waiting_for, timeout=seconds)
-    else:
-        group.barrier(timeout=seconds)
+    wait_in(group, op, waiting_for, seconds)
     return "returned"
 
 
@@ -111,3 +104,15 @@ def join_alone(pipe, rank):
         )
     except KeyboardInterrupt:
         pipe.send("KeyboardInterrupt")
+
+
+def wait_in(group, op, waiting_for, seconds):
+    """Call what waits for that rank."""
+    if op == "recv_obj":
+        group.recv_obj(waiting_for, timeout=seconds)
+    elif op == "broadcast_obj":
+        group.broadcast_obj(None, waiting_for, timeout=seconds)
+    elif op == "all_gather_obj":
+        group.all_gather_obj(1, timeout=seconds)
+    else:
+        group.barrier(timeout=seconds)

@@ -23,6 +23,7 @@ from stateless_programs import (
     fork_and_wait,
     join_alone,
     traffic,
+    wait_in,
 )
 from stateless_proxy import Proxy
 from stateless_ranks import CONTEXT, SECRET, listener, own_groups, rank_processes, run_own
@@ -244,6 +245,21 @@ def test_a_call_that_needs_a_rank_which_left_fails_at_once_and_the_group_goes_on
     run_own(3, program)
 
 
+@pytest.mark.parametrize("op", ["recv_obj", "broadcast_obj", "all_gather_obj", "barrier"])
+def test_a_waiting_call_is_told_when_the_rank_it_needs_leaves(op):
+    def program(group):
+        group.barrier()
+        if group.rank == 1:
+            time.sleep(0.2)
+            return
+        start = time.monotonic()
+        with pytest.raises(PeerLostError, match=r"rank\(s\) \[1\] left the group"):
+            wait_in(group, op, 1, 10.0)
+        assert time.monotonic() - start < 2
+
+    run_own(2, program)
+
+
 def test_a_group_that_is_dropped_says_goodbye():
     with own_groups(2) as open_group:
 
@@ -404,6 +420,7 @@ def join_outcomes(joins, timeout=3.0):
 
     def run(index, options):
         options = {"world_size": 2, "timeout": timeout, **options}
+        time.sleep(options.pop("after", 0))
         start = time.monotonic()
         try:
             with StatelessProcessGroup.create(
@@ -425,7 +442,11 @@ def join_outcomes(joins, timeout=3.0):
 def test_different_world_sizes_are_an_error_on_every_rank():
     start = time.monotonic()
     outcomes = join_outcomes(
-        [{"rank": 0, "world_size": 3}, {"rank": 1, "world_size": 3}, {"rank": 2, "world_size": 4}],
+        [
+            {"rank": 0, "world_size": 3},
+            {"rank": 1, "world_size": 3},
+            {"rank": 2, "world_size": 4, "after": 1},
+        ],
         timeout=20,
     )
     assert time.monotonic() - start < 5
