@@ -32,6 +32,17 @@ class DeviceCommunicatorBase(Membership):
     Errors name op, group and rank. Bad arguments are a `ValueError` or `TypeError` on the rank
     that made them, before anything is sent; what the backend reports, a peer that died or a
     timeout of the group, is a `CollectiveError`, a `RuntimeError` too.
+
+    Attributes:
+        device: where tensors must be.
+        cpu_group: the group as given.
+        device_group: the group that exchanges: as given, or `cpu_group`.
+        unique_name: the name in errors.
+        rank: this process in the group; `rank_in_group` is the same.
+        world_size: P, the number of ranks in the group.
+        ranks: the global rank of every rank of the group.
+        global_rank: this process in the world.
+        global_world_size: the number of processes in the world.
     """
 
     @overload
@@ -116,7 +127,8 @@ class DeviceCommunicatorBase(Membership):
                 for all tensors or one for each. "auto": as even as can be (`near_even_sizes`).
             gather_sizes: what every rank has of `gather_dim`, where it is not the same for all.
                 "auto": asked of the ranks, in one small collective more.
-            async_op: returns at once a handle, whose `wait()` gives the result.
+            async_op: returns at once a handle, whose `wait()` gives the result; until then the
+                input must not be written.
 
         Returns:
             `[B, S, h, D]` or `[B, s, H, D]`, contiguous, with h = H/P and S = P*s, or what the

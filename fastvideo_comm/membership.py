@@ -18,19 +18,7 @@ if TYPE_CHECKING:
 
 
 class Membership:
-    """A group, its device, this process's place in it, and an end.
-
-    Attributes:
-        device: where tensors must be.
-        cpu_group: the group as given.
-        device_group: the group that exchanges: as given, or `cpu_group`.
-        unique_name: the name in errors.
-        rank: this process in the group; `rank_in_group` is the same.
-        world_size: P, the number of ranks in the group.
-        ranks: the global rank of every rank of the group.
-        global_rank: this process in the world.
-        global_world_size: the number of processes in the world.
-    """
+    """A group, its device, this process's place in it, and an end."""
 
     def __init__(
         self,
