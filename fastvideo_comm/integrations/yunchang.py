@@ -1,0 +1,86 @@
+"""yunchang's attention layers over this library's exchange.
+
+The seam is the autograd Function `SeqAllToAll4D`, which `UlyssesAttention`, `LongContextAttention`
+and their variants call: `install()` puts one of this library in its place. `SeqAllToAll5D` (packed
+q, k, v) and `AsyncLongContextAttention`, which calls `all_to_all_single` itself, stay yunchang's.
+
+At world size 1 the input is returned as it is, and sizes that do not divide are errors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .installation import Installation, checked_version, installed_on, looked_up
+from .sequence_exchange import Communicators
+
+KNOWN_VERSIONS = ("0.6.4",)
+_MODULE = "yunchang.comm.all_to_all"
+
+
+class SeqAllToAll4D:
+    """In the place of yunchang's Function: `apply`, with its arguments.
+
+    Example (what yunchang's layers do):
+        >>> SeqAllToAll4D(Communicators("yunchang")).apply(group, q, 2, 1)  # doctest: +SKIP
+    """
+
+    def __init__(self, communicators: Communicators) -> None:
+        """Exchanges through `communicators`."""
+        self._communicators = communicators
+
+    def apply(
+        self,
+        group: ProcessGroup | None,
+        input_: Tensor,
+        scatter_idx: int,
+        gather_idx: int,
+        use_sync: bool = False,
+    ) -> Tensor:
+        """`[B, s, H, D] -> [B, S, h, D]` for (2, 1), and back for (1, 2); differentiable."""
+        output = self._communicators.exchange(group, input_, scatter_idx, gather_idx)
+        if use_sync and output.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return output
+
+
+def install(*, allow_unknown_version: bool = False) -> Installation:
+    """Makes the installed yunchang use this library's exchange.
+
+    Example:
+        >>> from fastvideo_comm.integrations import yunchang
+        >>> with yunchang.install():  # doctest: +SKIP
+        ...     output = UlyssesAttention(group)(q, k, v)
+
+    Args:
+        allow_unknown_version: tries versions that this library was not tested with.
+
+    Returns:
+        The installation; a second call returns the first one's.
+
+    Raises:
+        IntegrationError: yunchang is not installed, has an unknown version, or lacks the name.
+    """
+    version = checked_version("yunchang", KNOWN_VERSIONS, allow_unknown=allow_unknown_version)
+    module = importlib.import_module(_MODULE)
+    existing = installed_on(module)
+    if existing is not None:
+        return existing
+    installation, communicators = Installation("yunchang", version), Communicators("yunchang")
+    original = looked_up(module, "SeqAllToAll4D", version)
+    installation.replace(original, SeqAllToAll4D(communicators))
+    installation.on_uninstall(communicators.clear)
+    installation.mark(module)
+    return installation
+
+
+def uninstall() -> None:
+    """Undoes `install`; does nothing where it was not called."""
+    installation = installed_on(sys.modules.get(_MODULE))
+    if installation is not None:
+        installation.uninstall()
