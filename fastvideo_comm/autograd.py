@@ -19,7 +19,14 @@ from torch import Tensor
 
 from . import collectives, validation
 from .channel import Group
-from .exchange import Exchange, Pending, exchange, start
+from .exchange import (
+    HEADS_TO_SEQUENCE,
+    SEQUENCE_TO_HEADS,
+    Exchange,
+    Pending,
+    exchange,
+    start,
+)
 
 
 class DistributedAutograd:
@@ -192,7 +199,8 @@ class DistributedAutograd:
             validation.check_world_size(group, world_size)
             ctx.group, ctx.world_size = group, world_size
             ctx.dims = validation.all_to_all_4D(input_, world_size, scatter_dim, gather_dim)
-            return exchange(group, [input_], Exchange.even(*ctx.dims))[0]
+            what = HEADS_TO_SEQUENCE if ctx.dims[0] == 2 else SEQUENCE_TO_HEADS
+            return exchange(group, [input_], what)[0]
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None, None]:

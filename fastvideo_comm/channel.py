@@ -80,16 +80,16 @@ class WireBuffers:
         """A contiguous uninitialised tensor of `shape`, with `like`'s dtype and device."""
         if like.device.type != "cpu":
             return like.new_empty(shape)
-        shape = torch.Size(shape)
         num_bytes = math.prod(shape) * like.element_size()
         with self._lock:
+            for index, wire in enumerate(self._free):
+                if wire.dtype is like.dtype and wire.shape == shape:
+                    return self._free.pop(index)
             fitting = [wire for wire in self._free if wire.untyped_storage().nbytes() >= num_bytes]
             if fitting:
-                free = min(fitting, key=lambda wire: wire.untyped_storage().nbytes())
-                self._free = [wire for wire in self._free if wire is not free]
-                if free.shape == shape and free.dtype == like.dtype:
-                    return free
-                storage = free.untyped_storage()
+                smallest = min(fitting, key=lambda wire: wire.untyped_storage().nbytes())
+                self._free = [wire for wire in self._free if wire is not smallest]
+                storage = smallest.untyped_storage()
             else:
                 if self._free:  # one that is too small makes room for one that is not
                     self._free.pop()
@@ -97,7 +97,7 @@ class WireBuffers:
         # A tensor made in inference mode could not be written outside it.
         with torch.inference_mode(False):
             wire = torch.empty(0, dtype=like.dtype)
-            wire.set_(storage, 0, shape, _contiguous_strides(shape))
+            wire.set_(storage, 0, tuple(shape), _contiguous_strides(shape))
         return wire
 
     def give_back(self, wire: Tensor) -> None:

@@ -28,14 +28,14 @@ class Exchange(NamedTuple):
     scatter: tuple[Share, ...]
     gather: tuple[Share, ...]
 
-    @staticmethod
-    def even(scatter_dim: int, gather_dim: int) -> Exchange:
-        """One tensor, shared evenly."""
-        return Exchange((Share(scatter_dim),), (Share(gather_dim),))
-
     def reverse(self) -> Exchange:
         """The exchange that undoes this one; with replicated heads, its adjoint."""
         return Exchange(self.gather, self.scatter)
+
+
+# One tensor, shared evenly.
+HEADS_TO_SEQUENCE = Exchange((Share(2),), (Share(1),))
+SEQUENCE_TO_HEADS = HEADS_TO_SEQUENCE.reverse()
 
 
 class Pending:

@@ -14,7 +14,7 @@ from ranks import Ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvideo_comm import DeviceCommunicatorBase, channel, collectives
-from fastvideo_comm.exchange import Exchange, exchange
+from fastvideo_comm.exchange import HEADS_TO_SEQUENCE, exchange
 
 DTYPES = (
     torch.bool,
@@ -413,7 +413,7 @@ def failing(communicator: DeviceCommunicatorBase) -> None:
     communicator._channel.group = Broken()
     try:
         with pytest.raises(RuntimeError, match=r"all_to_all on rank 0 of 1 in group 'test' failed"):
-            exchange(communicator._channel, [torch.rand(1, 2, 2, 2).mT], Exchange.even(2, 1))
+            exchange(communicator._channel, [torch.rand(1, 2, 2, 2).mT], HEADS_TO_SEQUENCE)
         # What the backend may still be reading is not given to the next exchange.
         assert buffers._free == []
     finally:
