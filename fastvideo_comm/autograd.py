@@ -25,6 +25,7 @@ from .exchange import (
     Exchange,
     Pending,
     exchange,
+    exchange_one,
     start,
 )
 
@@ -200,7 +201,7 @@ class DistributedAutograd:
             ctx.group, ctx.world_size = group, world_size
             ctx.dims = validation.all_to_all_4D(input_, world_size, scatter_dim, gather_dim)
             what = HEADS_TO_SEQUENCE if ctx.dims[0] == 2 else SEQUENCE_TO_HEADS
-            return exchange(group, [input_], what)[0]
+            return exchange_one(group, input_, what)
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None, None]:

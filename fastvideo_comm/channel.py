@@ -123,6 +123,8 @@ class Channel:
         self._rank = group.rank()
         self._size = group.size()
         self._backends: dict[str, str] = {}
+        self._waiting = AllToAllOptions()
+        self._waiting.asyncOp = False
 
     @staticmethod
     def of(group: Group) -> Channel:
@@ -160,6 +162,15 @@ class Channel:
             return [self.group._end_coalescing(device)]
 
         return self._named("all_to_all", start_grouped)
+
+    def all_to_all_one(self, output: Tensor, input_: Tensor) -> None:
+        """One even transfer, waited for."""
+        try:
+            work = self.group.alltoall_base(_wire(output), _wire(input_), [], [], self._waiting)
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            raise self._failure("all_to_all", error) from error
 
     def trade(
         self, outputs: Sequence[tuple[Tensor, int]], inputs: Sequence[tuple[Tensor, int]]
@@ -256,9 +267,11 @@ class Channel:
         try:
             return call()
         except RuntimeError as error:
-            raise CollectiveError(
-                f"{op} on rank {self._rank} of {self._size} in group {self.name!r} failed: {error}"
-            ) from error
+            raise self._failure(op, error) from error
+
+    def _failure(self, op: str, error: RuntimeError) -> CollectiveError:
+        where = f"rank {self._rank} of {self._size} in group {self.name!r}"
+        return CollectiveError(f"{op} on {where} failed: {error}")
 
 
 Group: TypeAlias = "dist.ProcessGroup | Channel"

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import traced
 from .channel import Channel, Group, Transfer
 from .kernels import copy_valid_
-from .layout import Share
+from .layout import Share, message_view
 
 
 class Exchange(NamedTuple):
@@ -32,6 +32,9 @@ class Exchange(NamedTuple):
         """The exchange that undoes this one; with replicated heads, its adjoint."""
         return Exchange(self.gather, self.scatter)
 
+
+# Elements up to which `exchange_one` is the shorter way; bench/NOTES.md has the measurement.
+_SMALL_NUMEL = 1 << 16
 
 # One tensor, shared evenly.
 HEADS_TO_SEQUENCE = Exchange((Share(2),), (Share(1),))
@@ -69,6 +72,41 @@ class Pending:
         wire = self.channel.buffers.take(shape, like)
         self.wires.append(wire)
         return wire
+
+
+def exchange_one(group: Group, input_: Tensor, what: Exchange) -> Tensor:
+    """`exchange` of one tensor shared evenly.
+
+    A small one takes a shorter way to the same collective: below some tens of KiB what counts is
+    the host's time, and there `start` costs more than the copy and the exchange together.
+    """
+    if torch.compiler.is_compiling():
+        return traced.exchange(group, (input_,), what)[0]
+    channel = Channel.of(group)
+    if len(input_) != 1 or input_.numel() > _SMALL_NUMEL or not input_.numel():
+        return start(channel, (input_,), what, async_op=False).wait()[0]
+    size = channel.size()
+    sent = message_view(input_, what.scatter[0].dim, size, 1)
+    wire = sent
+    if not sent.is_contiguous():
+        wire = copy_valid_(channel.buffers.take(sent.shape, sent), sent)
+    _, _, sequence, heads, width = sent.shape
+    gathers_sequence = what.gather[0].dim == 1
+    output = input_.new_empty(
+        (1, sequence * size, heads, width)
+        if gathers_sequence
+        else (1, sequence, heads * size, width)
+    )
+    if gathers_sequence:
+        channel.all_to_all_one(output, wire)
+    else:
+        received = channel.buffers.take(sent.shape, sent)
+        channel.all_to_all_one(received, wire)
+        copy_valid_(message_view(output, 2, size, 1), received)
+        channel.buffers.give_back(received)
+    if wire is not sent:
+        channel.buffers.give_back(wire)
+    return output
 
 
 def exchange(group: Group, inputs: Sequence[Tensor], what: Exchange) -> list[Tensor]:

@@ -14,7 +14,7 @@ from ranks import Ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvideo_comm import DeviceCommunicatorBase, channel, collectives
-from fastvideo_comm.exchange import HEADS_TO_SEQUENCE, exchange
+from fastvideo_comm.exchange import HEADS_TO_SEQUENCE, exchange_one
 
 DTYPES = (
     torch.bool,
@@ -402,23 +402,27 @@ def test_two_communicators_interleave(ranks: Ranks):
     ranks.run(4, pairs_and_world)
 
 
-def failing(communicator: DeviceCommunicatorBase) -> None:
+def failing(communicator: DeviceCommunicatorBase, batch: int) -> None:
     buffers = communicator._channel.buffers
     buffers.clear()
 
     class Broken:
-        def __getattr__(self, name):
+        def alltoall_base(self, *arguments):
             raise RuntimeError("connection closed by peer")
+
+        def _get_backend(self, device):
+            return communicator.device_group._get_backend(device)
 
     communicator._channel.group = Broken()
     try:
         with pytest.raises(RuntimeError, match=r"all_to_all on rank 0 of 1 in group 'test' failed"):
-            exchange(communicator._channel, [torch.rand(1, 2, 2, 2).mT], HEADS_TO_SEQUENCE)
+            exchange_one(communicator._channel, torch.rand(batch, 2, 2, 2).mT, HEADS_TO_SEQUENCE)
         # What the backend may still be reading is not given to the next exchange.
         assert buffers._free == []
     finally:
         communicator._channel.group = communicator.device_group
 
 
-def test_a_failed_exchange_says_so_and_its_buffer_is_not_reused(ranks: Ranks):
-    ranks.run(1, failing)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_failed_exchange_says_so_and_its_buffer_is_not_reused(ranks: Ranks, batch):
+    ranks.run(1, failing, batch)
