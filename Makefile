@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format lint types gpu bench build clean
+.PHONY: demo test check format lint types gpu bench wheels docs build clean
 
 demo: $(READY)  ## train a small video transformer in one process, then over 2 ranks, and compare
 	$(BIN)/python examples/train_sequence_parallel.py $(ARGS)
 
+# The peers are optional: without them their tests are skipped, and say so.
 test: $(READY)  ## every test that needs no GPU
+	@$(MAKE) --no-print-directory wheels || echo "no wheels of the peers: their tests are skipped"
 	$(BIN)/pytest $(ARGS)
 
 check: lint types test  ## what CI runs
@@ -24,16 +26,26 @@ types: $(READY)  ## mypy, strict
 	$(BIN)/mypy
 
 gpu:  ## every test and benchmark that needs a GPU, with the given interpreter; installs nothing
-	PYTHON=$(PYTHON) bash bench/run_gpu.sh
+	PYTHON=$(PYTHON) bash bench/run_gpu.sh $(ARGS)
 
-bench: $(READY)  ## every benchmark this machine can run
+bench: $(READY) .whl/.ready  ## every benchmark this machine can run
 	$(BIN)/python bench/run.py $(ARGS)
+
+wheels: .whl/.ready  ## the systems compared with, for bench and gpu
+
+docs: $(READY)  ## the documentation in site/
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group docs
+	$(BIN)/mkdocs build --strict
 
 build: $(READY)  ## sdist and wheel in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) build dist demo_output *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .whl build dist site demo_output *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+.whl/.ready: $(READY) pyproject.toml
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir .whl --group peers
+	touch $@
 
 # pip 25.1 is the first that reads dependency groups.
 $(READY): pyproject.toml constraints.txt
