@@ -418,7 +418,7 @@ for head in [*heads, b"\\xdf\\xff\\xff\\xff\\xff"]:
     else:
         sys.exit("accepted")
 address_space, memory = (after - start for after, start in zip(peaks(), before))
-sys.exit(0 if address_space < 1_000_000 and memory < 200_000 else f"{address_space} {memory} KiB")
+sys.exit(0 if address_space < 600_000 and memory < 200_000 else f"{address_space} {memory} KiB")
 """
 
 
