@@ -191,7 +191,8 @@ class Channel:
         one call costs less, and an exchange that nobody waits for must go on by itself, which
         only a collective does.
         """
-        return num_bytes >= _TRADE_BYTES * self._size and self._backend(device) == "gloo"
+        large = num_bytes >= _TRADE_BYTES * self._size
+        return large and device.type == "cpu" and self._backend(device) == "gloo"
 
     def wait(self, op: str, works: Works) -> None:
         """Waits for what a method of this class started."""
