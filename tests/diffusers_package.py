@@ -9,19 +9,14 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 import types
 from typing import Any
 
-HOW_TO_INSTALL = "diffusers is not installed: pip install --no-deps diffusers==0.42.1"
+import peer_wheels
+
 _UNUSED = ("httpx", "huggingface_hub", "importlib_metadata", "regex", "requests", "safetensors")
 _CHECK = "diffusers.dependency_versions_check"
-
-
-def is_installed() -> bool:
-    """Found, without importing it."""
-    return importlib.util.find_spec("diffusers") is not None
 
 
 def attention_dispatch() -> Any:
@@ -29,6 +24,7 @@ def attention_dispatch() -> Any:
     name = "diffusers.models.attention_dispatch"
     if name in sys.modules:
         return sys.modules[name]
+    assert peer_wheels.is_there("diffusers")
     check = types.ModuleType(_CHECK)
     check.dep_version_check = lambda *_, **__: None
     sys.modules[_CHECK] = check

@@ -14,7 +14,8 @@ import sys
 import types
 from typing import Any
 
-HOW_TO_INSTALL = "FastVideo is not installed: pip install --no-deps fastvideo==0.2.1"
+import peer_wheels
+
 # Imported by fastvideo/utils.py (FastVideo 0.2.1) for functions that are not called here.
 _UNUSED = (
     "cloudpickle",
@@ -30,19 +31,14 @@ _UNUSED = (
 )
 
 
-def is_installed() -> bool:
-    """Found, without importing it."""
-    return importlib.util.find_spec("fastvideo") is not None
-
-
 def prepare() -> None:
     """After this, `import fastvideo.distributed` works."""
     if "fastvideo" in sys.modules:
         return
     os.environ.setdefault("FASTVIDEO_CONFIGURE_LOGGING", "0")
     os.environ["FASTVIDEO_ATTENTION_BACKEND"] = "TORCH_SDPA"
+    assert peer_wheels.is_there("fastvideo")
     specification = importlib.util.find_spec("fastvideo")
-    assert specification is not None, HOW_TO_INSTALL
     package = types.ModuleType("fastvideo")
     package.__path__ = list(specification.submodule_search_locations)
     sys.modules["fastvideo"] = package

@@ -47,13 +47,18 @@ def store(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def objects_cut(rank: int, folder: Path) -> dict[str, Any]:
-    """The link is cut while rank 1 waits for an object."""
+    """The link is cut before the ranks trade objects; what they sent may never arrive."""
     group = StatelessProcessGroup.create(
         FIRST_HOST, PORT, rank, 2, timeout=30.0, secret=b"of the test"
     )
     group.barrier()
     wait_for_the_cut(rank, folder)
-    return error_of(lambda: group.recv_obj(1 - rank, timeout=TIMEOUT_SECONDS))
+
+    def trade() -> None:
+        group.send_obj("across", 1 - rank, timeout=TIMEOUT_SECONDS / 2)
+        group.recv_obj(1 - rank, timeout=TIMEOUT_SECONDS / 2)
+
+    return error_of(trade)
 
 
 def exchange_cut(rank: int, folder: Path) -> dict[str, Any]:

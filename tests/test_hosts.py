@@ -105,7 +105,7 @@ def test_a_store_listens_on_the_address_that_it_was_given_and_no_other(hosts, tm
     ("what", "kind", "words"),
     [
         ("exchange", "CollectiveError", "in group 'over the link' failed"),
-        ("objects", "CommunicationError", "recv_obj"),
+        ("objects", "CommunicationError", "_obj"),
     ],
 )
 def test_cutting_the_link_is_a_named_error_within_the_timeout(hosts, tmp_path, what, kind, words):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
+import sys
 import types
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import diffusers_package
+import peer_wheels
 import pytest
 import torch
 from ranks import Ranks
@@ -22,11 +23,10 @@ from fastvideo_comm.integrations.installation import Installation
 from fastvideo_comm.integrations.sequence_exchange import Communicators
 
 needs_yunchang = pytest.mark.skipif(
-    importlib.util.find_spec("yunchang") is None,
-    reason="yunchang is not installed: pip install --no-deps yunchang==0.6.4",
+    not peer_wheels.is_there("yunchang"), reason=peer_wheels.how_to_install("yunchang")
 )
 needs_diffusers = pytest.mark.skipif(
-    not diffusers_package.is_installed(), reason=diffusers_package.HOW_TO_INSTALL
+    not peer_wheels.is_there("diffusers"), reason=peer_wheels.how_to_install("diffusers")
 )
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -51,18 +51,19 @@ def compare(
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         exchange = Communicators.exchange
-        patch.setattr(
-            Communicators, "exchange", lambda *a: calls.append(a[2].shape) or exchange(*a)
-        )
+        patch.setattr(Communicators, "exchange", lambda *a: calls.append(a[0]) or exchange(*a))
         with install():
             got = results(attention, communicator.world_size)
             assert len(calls) == 4, "q, k, v and the output go through this library"
+        buffers = communicator.device_group.group_name
+        assert buffers not in calls[0]._by_name, "and its buffers are freed"
         results(attention, communicator.world_size)
         assert len(calls) == 4, "and after uninstall nothing does"
     return [i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if not a.equal(b)]
 
 
 def with_yunchang(communicator: DeviceCommunicatorBase) -> list[int]:
+    assert peer_wheels.is_there("yunchang")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it says of the kernels that are not installed
         layers = importlib.import_module("yunchang.ulysses.attn_layer")
@@ -139,7 +140,7 @@ def test_a_second_install_is_the_first_and_uninstall_may_be_repeated(monkeypatch
     module = types.ModuleType(integration._MODULE)
     name = {yunchang: "SeqAllToAll4D", diffusers: "SeqAllToAllDim"}[integration]
     setattr(module, name, "theirs")
-    monkeypatch.setitem(importlib.import_module("sys").modules, integration._MODULE, module)
+    monkeypatch.setitem(sys.modules, integration._MODULE, module)
     monkeypatch.setattr(importlib, "import_module", lambda _: module)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: integration.KNOWN_VERSIONS[0])
     first = integration.install()

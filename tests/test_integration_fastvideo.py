@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import fastvideo_package
+import peer_wheels
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from fastvideo_comm.integrations.installation import IntegrationError
 from fastvideo_comm.stateless import StatelessProcessGroup
 
 needs_fastvideo = pytest.mark.skipif(
-    not fastvideo_package.is_installed(), reason=fastvideo_package.HOW_TO_INSTALL
+    not peer_wheels.is_there("fastvideo"), reason=peer_wheels.how_to_install("fastvideo")
 )
 Results = dict[str, list[torch.Tensor | None]]
 BASE = "fastvideo.distributed.device_communicators.base_device_communicator"
