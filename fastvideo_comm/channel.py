@@ -42,10 +42,6 @@ _MOVABLE = frozenset(
 )
 
 
-# A rank's bytes from which its messages are worth a call each; bench/NOTES.md has the measurement.
-_TRADE_BYTES = 1 << 20
-# Of the messages of an exchange, apart from what users send; each pair of ranks is in order.
-_TAG = 4_294_401
 T = TypeVar("T")
 Works: TypeAlias = "list[dist.Work | None]"
 
@@ -171,28 +167,6 @@ class Channel:
                 work.wait()
         except RuntimeError as error:
             raise self._failure("all_to_all", error) from error
-
-    def trade(
-        self, outputs: Sequence[tuple[Tensor, int]], inputs: Sequence[tuple[Tensor, int]]
-    ) -> Works:
-        """Starts receiving `outputs` from, and sending `inputs` to, the rank beside each."""
-
-        def start() -> Works:
-            works: Works = [self.group.recv([_wire(to)], src, _TAG) for to, src in outputs]
-            works += [self.group.send([_wire(from_)], dst, _TAG) for from_, dst in inputs]
-            return works
-
-        return self._named("all_to_all", start)
-
-    def trades(self, device: torch.device, num_bytes: int) -> bool:
-        """Whether messages of so many bytes, of all ranks, are traded one by one.
-
-        On gloo, whose all_to_all also copies this rank's message to itself. For small messages the
-        one call costs less, and an exchange that nobody waits for must go on by itself, which
-        only a collective does.
-        """
-        large = num_bytes >= _TRADE_BYTES * self._size
-        return large and device.type == "cpu" and self._backend(device) == "gloo"
 
     def wait(self, op: str, works: Works) -> None:
         """Waits for what a method of this class started."""

@@ -132,17 +132,8 @@ def start(group: Group, inputs: Sequence[Tensor], what: Exchange, *, async_op: b
         if output.numel() if even else shape[0] * shape[3]:
             tasks.append(Task(input_, output, scatter, gather))
         # else no rank has anything to send
-    if not tasks:
-        return pending
-    num_bytes = 0  # of all ranks together, so that all choose alike
-    for task in tasks:
-        totals = task.input.shape[task.scatter.dim] * task.output.shape[task.gather.dim]
-        outer = task.input.shape[0] * task.input.shape[3]
-        num_bytes += totals * outer * task.input.element_size()
-    if not async_op and channel.trades(inputs[0].device, num_bytes):
-        _start_trade(pending, tasks)
-    else:
-        _start_collective(pending, tasks, async_op=async_op)
+    if tasks:
+        _start(pending, tasks, async_op=async_op)
     return pending
 
 
@@ -155,8 +146,8 @@ class Task(NamedTuple):
     gather: Share
 
 
-def _start_collective(pending: Pending, tasks: list[Task], *, async_op: bool) -> None:
-    """Message buffers into a collective: on NCCL one grouped call for all tensors and entries."""
+def _start(pending: Pending, tasks: list[Task], *, async_op: bool) -> None:
+    """Fills the message buffers and sends them, all tensors and batch entries in one go."""
     size = pending.channel.size()
     packs: list[tuple[Tensor, Tensor]] = []
     transfers: list[Transfer] = []
@@ -177,35 +168,6 @@ def _start_collective(pending: Pending, tasks: list[Task], *, async_op: bool) ->
         ]
     _copy(packs)
     pending.works = pending.channel.all_to_all(transfers, async_op=async_op)
-
-
-def _start_trade(pending: Pending, tasks: list[Task]) -> None:
-    """Message by message; what this rank has for itself goes straight to its place meanwhile."""
-    rank, size = pending.channel.rank(), pending.channel.size()
-    packs: list[tuple[Tensor, Tensor]] = []
-    own: list[tuple[Tensor, Tensor]] = []
-    outgoing: list[tuple[Tensor, int]] = []
-    incoming: list[tuple[Tensor, int]] = []
-    for input_, output, scatter, gather in tasks:
-        sent = scatter.messages(input_, size)
-        if gather.holders > 1:
-            received = list(_summed_later(pending, output, gather).unbind(1))
-        else:
-            received = gather.messages(output, size)
-        sent_from, received_at = _places(pending, sent), _places(pending, received)
-        own.append((received[rank], sent[rank]))
-        for other in (other for other in range(size) if other != rank):
-            if sent[other].numel():
-                outgoing += [(message, other) for message in sent_from[other].unbind(0)]
-                if sent_from is not sent:
-                    packs.append((sent_from[other], sent[other]))
-            if received[other].numel():
-                incoming += [(message, other) for message in received_at[other].unbind(0)]
-                if received_at is not received:
-                    pending.unpacks.append((received[other], received_at[other]))
-    _copy(packs)
-    pending.works = pending.channel.trade(incoming, outgoing)
-    _copy(own)
 
 
 def _buffers(
@@ -230,21 +192,6 @@ def _buffers(
         for part, view in zip(wire.split(sizes, 1), views, strict=True)
     ]
     return wire, list(zip(parts, views, strict=True))
-
-
-def _places(pending: Pending, messages: list[Tensor]) -> list[Tensor]:
-    """Where each rank's message is contiguous: `messages` themselves, or parts of a buffer.
-
-    Nobody asks for the place of this rank's own.
-    """
-    rank = pending.channel.rank()
-    others = [message for other, message in enumerate(messages) if other != rank]
-    if all(not message.numel() or message[0].is_contiguous() for message in others):
-        return messages
-    sizes = [message.numel() for message in others]
-    parts = pending.wire((sum(sizes),), messages[0]).split(sizes)
-    places = [part.view(message.shape) for part, message in zip(parts, others, strict=True)]
-    return [*places[:rank], messages[rank], *places[rank:]]
 
 
 def _summed_later(pending: Pending, output: Tensor, share: Share) -> Tensor:

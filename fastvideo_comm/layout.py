@@ -94,14 +94,6 @@ class Share(NamedTuple):
             return [replicated_view(tensor, self.dim, self.holders)]
         return [message_view(tensor, self.dim, world_size, 1)]
 
-    def messages(self, tensor: Tensor, world_size: int) -> list[Tensor]:
-        """The message in `tensor` to or from each rank: views `[B, ..]`."""
-        if self.holders > 1:
-            return [tensor.narrow(self.dim, r // self.holders, 1) for r in range(world_size)]
-        if self.sizes is not None:
-            return list(tensor.split(self.sizes, self.dim))
-        return list(tensor.tensor_split(world_size, self.dim))
-
     def counts(self, tensor: Tensor, world_size: int) -> list[int]:
         """Elements of one batch entry's message to or from each rank."""
         size = tensor.shape[self.dim]

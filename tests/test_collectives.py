@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +10,7 @@ from hypothesis import strategies as st
 from ranks import Ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvideo_comm import DeviceCommunicatorBase, channel, collectives
+from fastvideo_comm import DeviceCommunicatorBase, collectives
 from fastvideo_comm.exchange import HEADS_TO_SEQUENCE, exchange_one
 
 DTYPES = (
@@ -73,30 +70,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-@contextlib.contextmanager
-def messages_traded(one_by_one: bool) -> Iterator[None]:
-    """gloo's large messages are traded one by one; here small ones are too, or none."""
-    before = channel._TRADE_BYTES
-    channel._TRADE_BYTES = 0 if one_by_one else 1 << 60
-    try:
-        yield
-    finally:
-        channel._TRADE_BYTES = before
-
-
 def both_directions(
-    communicator: DeviceCommunicatorBase,
-    shape: list[int],
-    dtype: torch.dtype,
-    kind: str,
-    seed: int,
-    one_by_one: bool,
-) -> None:
-    with messages_traded(one_by_one):
-        there_and_back(communicator, shape, dtype, kind, seed)
-
-
-def there_and_back(
     communicator: DeviceCommunicatorBase,
     shape: list[int],
     dtype: torch.dtype,
@@ -123,18 +97,17 @@ def there_and_back(
     dtype=st.sampled_from(DTYPES),
     kind=STRIDES,
     seed=st.integers(0, 99),
-    one_by_one=st.booleans(),
 )
 def test_all_to_all_4D_is_the_global_tensor_sliced_the_other_way(
-    ranks: Ranks, group, shape, dtype, kind, seed, one_by_one
+    ranks: Ranks, group, shape, dtype, kind, seed
 ):
-    ranks.run(group, both_directions, list(shape), dtype, kind, seed, one_by_one)
+    ranks.run(group, both_directions, list(shape), dtype, kind, seed)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_to_all_4D_of_a_production_size(ranks: Ranks, size):
     """4 MiB a rank: past every threshold."""
-    ranks.run(size, there_and_back, [2, 341, 8, 128], torch.float32, "transposed", 1)
+    ranks.run(size, both_directions, [2, 341, 8, 128], torch.float32, "transposed", 1)
 
 
 def joined_and_parted(
@@ -293,12 +266,7 @@ class WrittenBytes(TorchDispatchMode):
         return result
 
 
-def passes(communicator: DeviceCommunicatorBase, batch: int, one_by_one: bool) -> None:
-    with messages_traded(one_by_one):
-        counted_passes(communicator, batch)
-
-
-def counted_passes(communicator: DeviceCommunicatorBase, batch: int) -> None:
+def passes(communicator: DeviceCommunicatorBase, batch: int) -> None:
     """The table of local passes: bytes written around an exchange, in units of the tensor."""
     ranks = communicator.world_size
     x = torch.rand(batch, 6, 2 * ranks, 8, requires_grad=True)
@@ -349,9 +317,8 @@ def counted_passes(communicator: DeviceCommunicatorBase, batch: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("batch", [1, 2, 3])
-@pytest.mark.parametrize("one_by_one", [False, True])
-def test_no_local_pass_but_those_of_the_table(ranks: Ranks, size, batch, one_by_one):
-    ranks.run(size, passes, batch, one_by_one)
+def test_no_local_pass_but_those_of_the_table(ranks: Ranks, size, batch):
+    ranks.run(size, passes, batch)
 
 
 def reuse(communicator: DeviceCommunicatorBase) -> None:

@@ -18,7 +18,6 @@ from test_collectives import (
     GROUPS,
     STRIDES,
     WrittenBytes,
-    messages_traded,
     restride,
     same,
     values,
@@ -39,12 +38,7 @@ def finish(result: Any) -> Any:
     return result.wait() if isinstance(result, AsyncHandle) else result
 
 
-def uneven(communicator: DeviceCommunicatorBase, one_by_one: bool, *arguments: Any) -> None:
-    with messages_traded(one_by_one):
-        shared_unevenly(communicator, *arguments)
-
-
-def shared_unevenly(
+def uneven(
     communicator: DeviceCommunicatorBase,
     shape: list[int],
     heads: list[int],
@@ -93,20 +87,14 @@ def shared_unevenly(
     kind=STRIDES,
     seed=st.integers(0, 99),
     async_op=st.booleans(),
-    one_by_one=st.booleans(),
 )
 def test_any_sizes_of_any_tensors_are_the_global_tensor_sliced_the_other_way(
-    ranks: Ranks, group, shape, heads, dtype, kind, seed, async_op, one_by_one
+    ranks: Ranks, group, shape, heads, dtype, kind, seed, async_op
 ):
-    ranks.run(group, uneven, one_by_one, list(shape), heads, dtype, kind, seed, async_op)
+    ranks.run(group, uneven, list(shape), heads, dtype, kind, seed, async_op)
 
 
-def packed(communicator: DeviceCommunicatorBase, batch: int, one_by_one: bool) -> None:
-    with messages_traded(one_by_one):
-        packed_and_counted(communicator, batch)
-
-
-def packed_and_counted(communicator: DeviceCommunicatorBase, batch: int) -> None:
+def packed(communicator: DeviceCommunicatorBase, batch: int) -> None:
     ranks, rank = communicator.world_size, communicator.rank
     whole = values([batch, 5 * ranks, 3 * 2 * ranks * 4], torch.bfloat16, 1)
     mine = whole.chunk(ranks, 1)[rank]
@@ -136,9 +124,8 @@ def packed_and_counted(communicator: DeviceCommunicatorBase, batch: int) -> None
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("one_by_one", [False, True])
-def test_packed_chunks_of_a_projection_take_one_pass_and_no_cat(ranks: Ranks, batch, one_by_one):
-    ranks.run(3, packed, batch, one_by_one)
+def test_packed_chunks_of_a_projection_take_one_pass_and_no_cat(ranks: Ranks, batch):
+    ranks.run(3, packed, batch)
 
 
 def mixed(communicator: DeviceCommunicatorBase) -> None:
@@ -154,14 +141,7 @@ def test_packed_tensors_may_differ_in_everything(ranks: Ranks):
     ranks.run(2, mixed)
 
 
-def grouped(
-    communicator: DeviceCommunicatorBase, num_heads: int, async_op: bool, one_by_one: bool
-) -> None:
-    with messages_traded(one_by_one):
-        key_heads_shared(communicator, num_heads, async_op)
-
-
-def key_heads_shared(communicator: DeviceCommunicatorBase, num_heads: int, async_op: bool) -> None:
+def grouped(communicator: DeviceCommunicatorBase, num_heads: int, async_op: bool) -> None:
     ranks, rank = communicator.world_size, communicator.rank
     holders = ranks // num_heads
     rows = [rank % 3 for rank in range(ranks)]  # some ranks have no sequence at all
@@ -186,11 +166,11 @@ def key_heads_shared(communicator: DeviceCommunicatorBase, num_heads: int, async
 
 
 @pytest.mark.parametrize(("size", "num_heads"), [(2, 1), (4, 2), (4, 1), ((0, 2, 3), 1)])
-@pytest.mark.parametrize(("async_op", "one_by_one"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("async_op", [False, True])
 def test_scarce_key_heads_go_to_the_ranks_that_use_them_and_gradients_add(
-    ranks: Ranks, size, num_heads, async_op, one_by_one
+    ranks: Ranks, size, num_heads, async_op
 ):
-    ranks.run(size, grouped, num_heads, async_op, one_by_one)
+    ranks.run(size, grouped, num_heads, async_op)
 
 
 ROWS = (2, 0, 1, 2)
