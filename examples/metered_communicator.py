@@ -1,20 +1,27 @@
 """A communicator that knows how much it sent and how long that took."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.distributed import ReduceOp
 
 from fastvideo_comm import DeviceCommunicatorBase
+from fastvideo_comm.handle import AsyncHandle
+
+T = TypeVar("T")
 
 
 class MeteredCommunicator(DeviceCommunicatorBase):
     """Counts the bytes that this rank sends and the seconds that it spends, backward included.
 
-    The seconds include its waits for the other ranks.
+    The seconds include its waits for the other ranks; of an asynchronous exchange, its start and
+    its `wait()`, but not what is between. What runs inside a compiled graph is not counted.
     """
 
     seconds = 0.0
@@ -24,27 +31,54 @@ class MeteredCommunicator(DeviceCommunicatorBase):
         """Counts from zero again."""
         self.seconds, self.sent_bytes = 0.0, 0
 
-    def all_to_all_4D(self, input_: Tensor, scatter_dim: int = 2, gather_dim: int = 1) -> Tensor:
+    def all_to_all_4D(
+        self,
+        input_: Tensor | Sequence[Tensor],
+        scatter_dim: int = 2,
+        gather_dim: int = 1,
+        *,
+        async_op: bool = False,
+    ) -> Any:
         """Sends all but the P-th part that stays on this rank."""
+        exchange = super().all_to_all_4D
+        if torch.compiler.is_compiling():
+            return exchange(input_, scatter_dim, gather_dim, async_op=async_op)
+        tensors = (input_,) if isinstance(input_, Tensor) else input_
         share = (self.world_size - 1) / self.world_size
-        return self._metered(super().all_to_all_4D, share, input_, scatter_dim, gather_dim)
+        num_bytes = round(share * sum(tensor.nbytes for tensor in tensors))
+        output = self._timed(
+            lambda: exchange(input_, scatter_dim, gather_dim, async_op=async_op), num_bytes
+        )
+        if async_op:
+            return MeteredHandle(self, output, num_bytes)
+        self._time_backward(output, num_bytes)
+        return output
 
     def all_reduce(self, input_: Tensor, op: ReduceOp | None = ReduceOp.SUM) -> Tensor:
         """Sends, in a ring, P - 1 parts of P to reduce them and P - 1 to hand them round."""
-        share = 2 * (self.world_size - 1) / self.world_size
-        return self._metered(super().all_reduce, share, input_, op)
-
-    def _metered(
-        self, op: Callable[..., Tensor], share: float, input_: Tensor, *arguments: Any
-    ) -> Tensor:
-        num_bytes = round(share * input_.nbytes)  # the backward exchanges as many
-        self._start()
-        output = op(input_, *arguments)
-        self._stop(num_bytes)
-        if output.requires_grad and output is not input_:  # it is where there is only one rank
-            output.grad_fn.register_prehook(lambda _: self._start())
-            output.grad_fn.register_hook(lambda _, __: self._stop(num_bytes))
+        reduce = super().all_reduce
+        num_bytes = round(2 * (self.world_size - 1) / self.world_size * input_.nbytes)
+        output = self._timed(lambda: reduce(input_, op), num_bytes)
+        self._time_backward(output, num_bytes)
         return output
+
+    def _timed(self, call: Callable[[], T], num_bytes: int = 0) -> T:
+        self._start()
+        output = call()
+        self._stop(num_bytes)
+        return output
+
+    def _time_backward(self, output: Tensor | Sequence[Tensor], num_bytes: int) -> Node | None:
+        """The backward exchanges as many bytes. Returns its node in the graph, if it has one."""
+        first = output if isinstance(output, Tensor) else output[0]
+        if self.world_size == 1 or not first.requires_grad:
+            return None
+        self._time_node(first.grad_fn, num_bytes)
+        return first.grad_fn
+
+    def _time_node(self, node: Node, num_bytes: int = 0) -> None:
+        node.register_prehook(lambda _: self._start())
+        node.register_hook(lambda _, __: self._stop(num_bytes))
 
     def _start(self) -> None:
         self._started = self._now()
@@ -57,3 +91,24 @@ class MeteredCommunicator(DeviceCommunicatorBase):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # kernels run behind; the clock must not
         return perf_counter()
+
+
+class MeteredHandle:
+    """An exchange in flight, of which the waiting is timed, there and in the backward."""
+
+    def __init__(
+        self, communicator: MeteredCommunicator, handle: AsyncHandle[Any], num_bytes: int
+    ) -> None:
+        """`num_bytes` were sent at the start."""
+        self._communicator = communicator
+        self._handle = handle
+        self._num_bytes = num_bytes
+
+    def wait(self) -> Any:
+        """As `AsyncHandle.wait`; called once."""
+        output = self._communicator._timed(self._handle.wait)
+        # In the backward this node sends the gradients, and the one before it waits for them.
+        node = self._communicator._time_backward(output, self._num_bytes)
+        if node is not None:
+            self._communicator._time_node(node.next_functions[0][0])
+        return output

@@ -21,11 +21,12 @@ class Run:
     """One training run; of a sequence-parallel one, what rank 0 saw."""
 
     name: str
+    flags: list[str] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     first_gradients: dict[str, Tensor] = field(default_factory=dict)
     last_gradients: dict[str, Tensor] = field(default_factory=dict)
     step_seconds: list[float] = field(default_factory=list)
-    communication_seconds: list[float] = field(default_factory=list)
+    communication_seconds: list[float] = field(default_factory=list)  # empty: not measured
     sent_bytes: int = 0  # by this rank, in one step
     pictures: dict[str, Tensor] = field(default_factory=dict)  # [channels, frames, height, width]
 
@@ -79,7 +80,8 @@ def gradient_difference(reference: dict[str, Tensor], gradients: dict[str, Tenso
 def print_table(reference: Run, run: Run, comparison: Comparison) -> None:
     table = Table(title="The same training, twice")
     table.add_column("", no_wrap=True)
-    for heading in (reference.name, run.name, "relative\ndifference"):
+    ranks = "\n".join((run.name, *run.flags))
+    for heading in (reference.name, ranks, "relative\ndifference"):
         table.add_column(heading, justify="right", no_wrap=True)
 
     differences = loss_differences(reference, run).tolist()
@@ -99,9 +101,10 @@ def print_table(reference: Run, run: Run, comparison: Comparison) -> None:
     table.add_row(
         "step time", *(f"{median(r.step_seconds) * 1e3:.0f} ms" for r in (reference, run)), ""
     )
-    communication = median(run.communication_seconds)
-    table.add_row("of it in communication", "-", f"{communication * 1e3:.0f} ms", "")
-    table.add_row("sent by a rank each step", "-", f"{run.sent_bytes / 1e6:.1f} MB", "")
+    if run.communication_seconds:
+        communication = median(run.communication_seconds)
+        table.add_row("of it in communication", "-", f"{communication * 1e3:.0f} ms", "")
+        table.add_row("sent by a rank each step", "-", f"{run.sent_bytes / 1e6:.1f} MB", "")
     table.caption = (
         "Differences of gradients: the largest over the parameters. Times: medians over the steps. "
         "In communication: forward, backward and gradients, with the waits for other ranks."

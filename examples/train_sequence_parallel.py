@@ -2,6 +2,7 @@ r"""Trains a small video diffusion transformer in one process and over ranks, an
 
     python examples/train_sequence_parallel.py             # one process, then 2 ranks
     python examples/train_sequence_parallel.py --nproc 3   # one process, then 3 ranks
+    python examples/train_sequence_parallel.py --fused --async --compile   # any of them
 
 The ranks are started by torchrun; gloo joins them on the CPU, NCCL where every rank has a GPU of
 its own. The table shows whether both runs learn the same thing: the losses of both, step by step,
@@ -20,40 +21,39 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import subprocess
 import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
 
+# Before torch loads OpenMP, which reads it once: idle threads sleep. By default they spin, and on a
+# machine whose cores others use as well, a step that takes 2 s takes 12 s and more.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 import torch.distributed as dist
 from clip import load_clip
+from launch import (
+    given_exchange_flags,
+    parse_arguments,
+    pick_device,
+    share_cores,
+    start_ranks,
+    torchrun_flags,
+)
 from metered_communicator import MeteredCommunicator
 from report import Comparison, Run, print_table, save_figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from video_transformer import Config, VideoTransformer, patchify, unpatchify
+from video_transformer import Config, Exchanges, VideoTransformer, patchify, unpatchify
 
 BATCH = 3  # noise levels that the clip is seen at in each step
 LEARNING_RATE = 2e-3
-# The runs add up the same fp32 numbers in different orders. That moves the first gradients by 1e-6;
-# training amplifies it, to 1e-4 in the gradients of the last of 36 steps. A swapped dim, a missing
-# reduction or a factor of P moves them by 0.1 and more.
-TOLERANCE = 1e-3
-# A rank whose peer is gone raises after this long; torchrun then ends the others.
-TIMEOUT = timedelta(seconds=60)
-TORCHRUN_FLAGS = (
-    "--nnodes",
-    "--node-rank",
-    "--master-addr",
-    "--master-port",
-    "--rdzv-backend",
-    "--rdzv-endpoint",
-    "--rdzv-id",
-)
+# A rank whose peer is gone raises after this long; torchrun then ends the others. Compiling takes
+# ranks that share busy cores unequally long.
+TIMEOUT, COMPILE_TIMEOUT = timedelta(seconds=60), timedelta(seconds=300)
 
 
 def backward(
@@ -99,7 +99,11 @@ def train(
     config = Config()
     torch.manual_seed(options.seed)
     with device:
-        model = VideoTransformer(config, communicator)
+        exchanges = Exchanges(fused=options.fused, async_op=getattr(options, "async"))
+        model = VideoTransformer(config, communicator, exchanges)
+    if options.compile and communicator is not None:
+        for block in model.blocks:
+            block.compile(fullgraph=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     clip = load_clip(config.frames, config.height, config.width)
     clean = patchify(clip[None], config)
@@ -111,7 +115,7 @@ def train(
         noisy = torch.lerp(clean.expand_as(noise), noise, times[:, None, None])
         return noisy.to(device), (noise - clean).to(device)
 
-    run = Run(name)
+    run = Run(name, flags=given_exchange_flags(options) if communicator is not None else [])
     with progress_bar(hidden=communicator is not None and communicator.rank > 0) as progress:
         task = progress.add_task(name, total=options.steps, loss=float("nan"))
         for step in range(options.steps):
@@ -130,7 +134,7 @@ def train(
             optimizer.step()
             run.losses.append(loss.item())
             run.step_seconds.append(perf_counter() - started)
-            if communicator is not None:
+            if communicator is not None and not options.compile:  # nothing to see in a graph
                 run.communication_seconds.append(communicator.seconds)
                 run.sent_bytes = communicator.sent_bytes
             progress.update(task, advance=1, loss=run.losses[-1])
@@ -147,6 +151,7 @@ def train(
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # one call is not worth compiling for
 def predict(
     model: VideoTransformer, tokens: Tensor, time: Tensor, communicator: MeteredCommunicator | None
 ) -> Tensor:
@@ -174,12 +179,13 @@ def progress_bar(*, hidden: bool) -> Progress:
 def train_as_rank(options: argparse.Namespace) -> Run:
     """One rank of a sequence-parallel run; torchrun's environment says which."""
     device = pick_device(int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    timeout = COMPILE_TIMEOUT if options.compile else TIMEOUT
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
-        cpu_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        cpu_group = dist.new_group(backend="gloo", timeout=timeout)
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        dist.init_process_group("gloo", timeout=timeout)
         cpu_group = dist.group.WORLD
     Config().check_num_ranks(dist.get_world_size())
     communicator = MeteredCommunicator(
@@ -193,40 +199,6 @@ def train_as_rank(options: argparse.Namespace) -> Run:
     gc.collect()
     dist.destroy_process_group()
     return run
-
-
-def pick_device(num_local_ranks: int, local_rank: int = 0) -> torch.device:
-    """A GPU for each rank of this node, or the CPU with a fair share of its cores."""
-    if torch.cuda.is_available() and torch.cuda.device_count() >= num_local_ranks:
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
-
-
-def share_cores(num_local_ranks: int) -> None:
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
-
-
-def start_ranks(options: argparse.Namespace, results: Path | None) -> int:
-    """Runs this file under torchrun; returns its exit status."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={options.nproc}"]
-    # torchrun would set it, with a warning; share_cores has the last word.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    given = [f"{flag}={value}" for flag, value in torchrun_flags(options).items()]
-    if given:
-        torchrun += given
-    else:
-        torchrun += ["--standalone", "--local-addr=127.0.0.1"]
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    script = [__file__, f"--steps={options.steps}", f"--seed={options.seed}"]
-    script += [f"--tolerance={options.tolerance}", f"--output={options.output}"]
-    if results is not None:
-        script += [f"--results={results}"]
-    return subprocess.run([*torchrun, *script], env=environment, check=False).returncode
-
-
-def torchrun_flags(options: argparse.Namespace) -> dict[str, str]:
-    values = {flag: getattr(options, flag[2:].replace("-", "_")) for flag in TORCHRUN_FLAGS}
-    return {flag: value for flag, value in values.items() if value is not None}
 
 
 def report(reference: Run, run: Run, options: argparse.Namespace) -> int:
@@ -244,31 +216,8 @@ def report(reference: Run, run: Run, options: argparse.Namespace) -> int:
     return 1
 
 
-def parse_arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=36, help="of training (default: 36)")
-    parser.add_argument("--nproc", type=int, default=2, help="ranks on this node (default: 2)")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=TOLERANCE,
-        help="largest relative difference of losses and of gradients (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo_output"), help="folder (default: demo_output)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and noise (default: 0)")
-    parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)  # rank 0 to its parent
-    group = parser.add_argument_group("several nodes (handed to torchrun as they are)")
-    for flag in TORCHRUN_FLAGS:
-        group.add_argument(flag)
-    return parser, parser.parse_args()
-
-
 def main() -> int:
-    parser, options = parse_arguments()
+    parser, options = parse_arguments(__doc__)
     if options.steps < 1 or options.nproc < 1:
         parser.error("--steps and --nproc must be at least 1")
     if "RANK" in os.environ:

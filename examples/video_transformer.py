@@ -79,20 +79,32 @@ def rotary_angles(config: Config) -> Tensor:
     return (positions[:, :, None] * frequencies).flatten(1)[:, None]
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the channel pairs of `[B, s, H, D]` by the angles of their token."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angles.cos(), angles.sin()
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Exchanges:
+    """How attention trades; what it computes is the same."""
+
+    fused: bool = False
+    """q, k and v in one exchange, as they stand in the projection; then norms and rotation."""
+    async_op: bool = False
+    """v, or with `fused` all three, travel while something else is computed."""
 
 
 class Attention(nn.Module):
     """Self-attention over all S tokens, of which each rank brings s and takes s away."""
 
-    def __init__(self, config: Config, communicator: DeviceCommunicatorBase | None) -> None:
+    def __init__(
+        self, config: Config, communicator: DeviceCommunicatorBase | None, exchanges: Exchanges
+    ) -> None:
         """Without a communicator s = S."""
         super().__init__()
         self.communicator = communicator
+        self.exchanges = exchanges
         self.heads = (config.num_heads, config.head_dim)
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
         self.query_norm = nn.RMSNorm(config.head_dim)
@@ -100,24 +112,48 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.hidden, config.hidden)
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        """`x` `[B, s, hidden]`, `angles` `[s, 1, D / 2]`; returns the shape of `x`."""
+        """`x` `[B, s, hidden]`, `angles` `[s, 1, D / 2]` or, if fused, `[S, 1, D / 2]`."""
         query, key, value = self.qkv(x).unflatten(-1, (3, *self.heads)).unbind(2)
-        # Norms and rotation know single tokens only: before the exchange they cost each rank 1/P.
-        query = rotate(self.query_norm(query), angles)
-        key = rotate(self.key_norm(key), angles)
         if self.communicator is None:
-            attended = self.attend(query, key, value)
-        else:
-            # [B, s, H, D] -> [B, S, h, D]: all tokens, this rank's heads. `value` is still a view
-            # into the fused projection; the exchange reads it where it is.
-            query, key, value = (
-                self.communicator.all_to_all_4D(t, scatter_dim=2, gather_dim=1)
-                for t in (query, key, value)
-            )
-            attended = self.attend(query, key, value)
-            # [B, S, h, D] -> [B, s, H, D]: this rank's tokens, all heads.
-            attended = self.communicator.all_to_all_4D(attended, scatter_dim=1, gather_dim=2)
+            query, key = self.norm_and_rotate(query, key, angles.cos(), angles.sin())
+            return self.out(self.attend(query, key, value).flatten(2))
+        # [B, s, H, D] -> [B, S, h, D]: all tokens, this rank's heads.
+        trade = self.trade_together if self.exchanges.fused else self.trade_one_by_one
+        attended = self.attend(*trade(self.communicator, (query, key, value), angles))
+        # [B, S, h, D] -> [B, s, H, D]: this rank's tokens, all heads.
+        attended = self.communicator.all_to_all_4D(attended, scatter_dim=1, gather_dim=2)
         return self.out(attended.flatten(2))
+
+    def trade_one_by_one(
+        self, communicator: DeviceCommunicatorBase, qkv: tuple[Tensor, ...], angles: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Three exchanges, behind the norms and the rotation."""
+        query, key, value = qkv
+        # `value` is still a view into the fused projection; the exchange reads it where it is.
+        traded = communicator.all_to_all_4D(value, async_op=self.exchanges.async_op)
+        # Meanwhile, if asynchronous.
+        query, key = self.norm_and_rotate(query, key, angles.cos(), angles.sin())
+        query, key = communicator.all_to_all_4D(query), communicator.all_to_all_4D(key)
+        return query, key, traded.wait() if self.exchanges.async_op else traded
+
+    def trade_together(
+        self, communicator: DeviceCommunicatorBase, qkv: tuple[Tensor, ...], angles: Tensor
+    ) -> tuple[Tensor, ...]:
+        """One exchange, which reads all three where they are in the projection.
+
+        The norms and the rotation know single tokens and heads only: of all tokens and this rank's
+        heads they cost what they cost of its tokens and all heads.
+        """
+        traded = communicator.all_to_all_4D(qkv, async_op=self.exchanges.async_op)
+        cos, sin = angles.cos(), angles.sin()  # meanwhile, if asynchronous
+        query, key, value = traded.wait() if self.exchanges.async_op else traded
+        return *self.norm_and_rotate(query, key, cos, sin), value
+
+    def norm_and_rotate(
+        self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Any tokens of any heads."""
+        return rotate(self.query_norm(query), cos, sin), rotate(self.key_norm(key), cos, sin)
 
     @staticmethod
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -129,12 +165,14 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each normed, scaled, shifted and gated by the condition (adaLN)."""
 
-    def __init__(self, config: Config, communicator: DeviceCommunicatorBase | None) -> None:
+    def __init__(
+        self, config: Config, communicator: DeviceCommunicatorBase | None, exchanges: Exchanges
+    ) -> None:
         """Only attention needs the communicator."""
         super().__init__()
         self.modulation = nn.Linear(config.hidden, 6 * config.hidden)
         self.attention_norm = nn.LayerNorm(config.hidden, elementwise_affine=False)
-        self.attention = Attention(config, communicator)
+        self.attention = Attention(config, communicator, exchanges)
         self.mlp_norm = nn.LayerNorm(config.hidden, elementwise_affine=False)
         self.mlp = nn.Sequential(
             nn.Linear(config.hidden, 3 * config.hidden),
@@ -164,7 +202,12 @@ class VideoTransformer(nn.Module):
     angles: Tensor
     time_frequencies: Tensor
 
-    def __init__(self, config: Config, communicator: DeviceCommunicatorBase | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        communicator: DeviceCommunicatorBase | None = None,
+        exchanges: Exchanges = Exchanges(),
+    ) -> None:
         """The parameters are the same with and without a communicator, given the same seed."""
         super().__init__()
         self.embed = nn.Linear(config.patch_dim, config.hidden)
@@ -174,11 +217,13 @@ class VideoTransformer(nn.Module):
             nn.Linear(config.hidden, config.hidden),
             nn.SiLU(),
         )
-        self.blocks = nn.ModuleList(Block(config, communicator) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(config, communicator, exchanges) for _ in range(config.depth)
+        )
         self.norm = nn.LayerNorm(config.hidden)
         self.head = nn.Linear(config.hidden, config.patch_dim)
         angles = rotary_angles(config)
-        if communicator is not None:
+        if communicator is not None and not exchanges.fused:
             angles = communicator.slice(angles, dim=0)
         self.register_buffer("angles", angles, persistent=False)
         octaves = torch.linspace(0, 5, config.hidden // 2)

@@ -15,7 +15,7 @@ TIMEOUT = 120
 pytestmark = pytest.mark.timeout(TIMEOUT + 30)
 
 
-def run_example(folder, *arguments, launcher=(), **variables):
+def run_example(folder, *arguments, launcher=(), timeout=TIMEOUT, **variables):
     """Runs the example in `folder`, outside any torchrun that the tests themselves run under."""
     torchrun_variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     environment = {k: v for k, v in os.environ.items() if k not in torchrun_variables}
@@ -31,7 +31,7 @@ def run_example(folder, *arguments, launcher=(), **variables):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=TIMEOUT,
+        timeout=timeout,
         check=False,
     )
 
@@ -72,15 +72,52 @@ def test_both_runs_learn_the_same(three_steps):
 def test_the_table_counts_every_byte_and_the_time(three_steps):
     _, result = three_steps
     table = read_table(result.stdout)
-    # Per layer q, k, v and the output, forward and backward, fp32; half of each stays on its rank.
-    exchanged = 3 * (4 * 2) * (3 * 540 * 6 * 24) * 4 / 2
-    # At P = 2 an all_reduce sends its size once: the gradients and twice the scalar loss.
-    reduced = 4 * number_of_parameters() + 2 * 4
-    assert table["sent by a rank each step"][1] == f"{(exchanged + reduced) / 1e6:.1f} MB"
+    assert table["sent by a rank each step"][1] == f"{(exchanged() + reduced()) / 1e6:.1f} MB"
     milliseconds = [int(re.fullmatch(r"(\d+) ms", cell)[1]) for cell in table["step time"][:2]]
     communication = int(re.fullmatch(r"(\d+) ms", table["of it in communication"][1])[1])
     assert all(milliseconds)
     assert 0 < communication < milliseconds[1]
+
+
+def test_one_asynchronous_exchange_of_the_fused_projection_learns_the_same(tmp_path):
+    result = run_example(tmp_path, "--steps", "2", "--fused", "--async")
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = read_table(result.stdout)
+    assert float(table["gradients, first step"][2]) < 1e-5
+    assert float(table["gradients, last step"][2]) < 1e-3
+    assert headings_of_the_ranks(result.stdout) == ["2 ranks", "fused", "async"]
+    # One exchange for three tensors sends what three send.
+    assert table["sent by a rank each step"][1] == f"{(exchanged() + reduced()) / 1e6:.1f} MB"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("flags", [(), ("--fused", "--async")])
+def test_compiled_ranks_learn_what_one_eager_process_does(tmp_path, flags):
+    result = run_example(tmp_path, "--steps", "3", *flags, "--compile", timeout=570)
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = read_table(result.stdout)
+    assert float(table["gradients, first step"][2]) < 1e-5
+    assert float(table["gradients, last step"][2]) < 1e-3
+    names = [flag.removeprefix("--") for flag in flags]
+    assert headings_of_the_ranks(result.stdout) == ["2 ranks", *names, "compile"]
+    assert "of it in communication" not in table  # nothing inside a compiled graph is counted
+
+
+def headings_of_the_ranks(output):
+    """The second heading of the printed table, line by line."""
+    rows = (line.split("┃") for line in output.splitlines() if line.startswith("┃"))
+    return [cells[3].strip() for cells in rows if cells[3].strip()]
+
+
+def exchanged():
+    """Per layer q, k, v and the output, forward and backward, fp32; half stays on its rank."""
+    return 3 * (4 * 2) * (3 * 540 * 6 * 24) * 4 / 2
+
+
+def reduced():
+    """At P = 2 an all_reduce sends its size once: the gradients and twice the scalar loss."""
+    return 4 * number_of_parameters() + 2 * 4
 
 
 def number_of_parameters():
