@@ -38,7 +38,7 @@ import msgpack
 import torch
 from torch.distributed import TCPStore
 
-from fastvideo_comm.object_codec import ObjectCodec
+from fastvideo_comm.object_channel.codec import ObjectCodec
 from fastvideo_comm.stateless import StatelessProcessGroup
 
 HERE = Path(__file__).resolve().parent

@@ -15,9 +15,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_comm.errors import ClosedError, MessageExpiredError
-from fastvideo_comm.group_call import GroupCall
-from fastvideo_comm.group_outbox import Outbox
-from fastvideo_comm.group_settings import (
+from fastvideo_comm.object_channel.call import GroupCall
+from fastvideo_comm.object_channel.message_seal import EVERYONE, Address, Op
+from fastvideo_comm.object_channel.outbox import Outbox
+from fastvideo_comm.object_channel.settings import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_SECONDS,
     DESCRIPTION_BYTES,
@@ -26,11 +27,10 @@ from fastvideo_comm.group_settings import (
     check_rank,
     to_seconds,
 )
-from fastvideo_comm.message_seal import EVERYONE, Address, Op
-from fastvideo_comm.object_store import ObjectStore, StoreOptions
-from fastvideo_comm.store_sockets import Heartbeat
-from fastvideo_comm.torch_transport import TorchTransport
-from fastvideo_comm.transport import StoreTransport, Transport
+from fastvideo_comm.object_channel.store import ObjectStore, StoreOptions
+from fastvideo_comm.object_channel.store_sockets import Heartbeat
+from fastvideo_comm.object_channel.torch_transport import TorchTransport
+from fastvideo_comm.object_channel.transport import StoreTransport, Transport
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store

@@ -17,12 +17,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fastvideo_comm.message_seal
-import fastvideo_comm.object_codec
-import fastvideo_comm.pickle_codec
+import fastvideo_comm.object_channel.codec
+import fastvideo_comm.object_channel.message_seal
+import fastvideo_comm.object_channel.pickle_codec
 from fastvideo_comm.errors import DecodeError
-from fastvideo_comm.object_codec import ObjectCodec
-from fastvideo_comm.object_format import HEAD, LONG
+from fastvideo_comm.object_channel.codec import ObjectCodec
+from fastvideo_comm.object_channel.format import HEAD, LONG
 
 
 class Color(enum.Enum):
@@ -398,8 +398,8 @@ def test_a_malformed_document_is_a_decode_error(data):
 
 LYING = """
 import sys
-from fastvideo_comm.object_codec import ObjectCodec
-from fastvideo_comm.object_format import HEAD, LONG
+from fastvideo_comm.object_channel.codec import ObjectCodec
+from fastvideo_comm.object_channel.format import HEAD, LONG
 
 def peaks():
     lines = open("/proc/self/status").read().splitlines()
@@ -429,9 +429,9 @@ def test_lengths_that_lie_reserve_no_memory():
     assert (result.returncode, result.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["object_codec", "message_seal", "pickle_codec"])
+@pytest.mark.parametrize("name", ["codec", "message_seal", "pickle_codec"])
 def test_docstring_examples_run(name):
-    module = getattr(fastvideo_comm, name)
+    module = getattr(fastvideo_comm.object_channel, name)
     failed, attempted = doctest.testmod(module, optionflags=doctest.IGNORE_EXCEPTION_DETAIL)
     assert attempted
     assert not failed

@@ -18,12 +18,17 @@ from fastvideo_comm.errors import (
     CommunicationTimeoutError,
     PeerLostError,
 )
-from fastvideo_comm.message_seal import Address, Op
+from fastvideo_comm.object_channel.message_seal import Address, Op
+from fastvideo_comm.object_channel.store_client import _shake_hands
+from fastvideo_comm.object_channel.store_handshake import HELLO_BYTES, make_hello
+from fastvideo_comm.object_channel.store_link import FrameError, Kind, Link
+from fastvideo_comm.object_channel.store_messages import (
+    JoinRequest,
+    pack_address,
+    pack_join,
+    pack_number,
+)
 from fastvideo_comm.stateless import StatelessProcessGroup
-from fastvideo_comm.store_client import _shake_hands
-from fastvideo_comm.store_handshake import HELLO_BYTES, make_hello
-from fastvideo_comm.store_link import FrameError, Kind, Link
-from fastvideo_comm.store_messages import JoinRequest, pack_address, pack_join, pack_number
 
 
 @pytest.mark.parametrize("secret", [None, SECRET])

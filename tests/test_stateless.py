@@ -21,7 +21,7 @@ from stateless_ranks import (
 
 import fastvideo_comm.stateless
 from fastvideo_comm.errors import AuthenticationError, JoinError
-from fastvideo_comm.group_settings import SECRET_VARIABLE
+from fastvideo_comm.object_channel.settings import SECRET_VARIABLE
 from fastvideo_comm.stateless import StatelessProcessGroup
 
 STORES = ["own", "own-secret", "tcp-secret", "file", "hash"]

@@ -34,8 +34,13 @@ from fastvideo_comm.errors import (
     JoinError,
     PeerLostError,
 )
+from fastvideo_comm.object_channel.store_handshake import (
+    MAGIC,
+    PROOF_BYTES,
+    SESSION_BYTES,
+    make_hello,
+)
 from fastvideo_comm.stateless import StatelessProcessGroup
-from fastvideo_comm.store_handshake import MAGIC, PROOF_BYTES, SESSION_BYTES, make_hello
 
 OPS = ["send_obj", "broadcast_obj", "all_gather_obj", "barrier", "large"]
 KNOWN_WITHIN = 5.0

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from fastvideo_comm.errors import AuthenticationError
-from fastvideo_comm.message_seal import EVERYONE, TAG_BYTES, Address, MessageSeal, Op
-from fastvideo_comm.object_codec import ObjectCodec
+from fastvideo_comm.object_channel.codec import ObjectCodec
+from fastvideo_comm.object_channel.message_seal import EVERYONE, TAG_BYTES, Address, MessageSeal, Op
 
 ADDRESS = Address(Op.SEND, 0, 1, 7)
 OBJECTS = [None, {"k": [1, 2.5, "x"]}, b"\0" * 40, (1, {2, 3}), "text" * 50]

@@ -1,7 +1,7 @@
 """Objects to bytes and back without pickle: msgpack, with markers for what msgpack does not know.
 
 Nothing received names code: dataclasses, enums and other classes are built only where this side
-registered them. `object_format` describes the bytes.
+registered them. `format` describes the bytes.
 """
 
 from __future__ import annotations
@@ -11,18 +11,24 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 
-from fastvideo_comm.array_codec import is_array_type
 from fastvideo_comm.errors import DecodeError
-from fastvideo_comm.object_decoder import Decoder, split
-from fastvideo_comm.object_encoder import LOWER, PLAIN, Encoder, UnsupportedError, lower_big_int
-from fastvideo_comm.object_format import (
+from fastvideo_comm.object_channel.array_codec import is_array_type
+from fastvideo_comm.object_channel.decoder import Decoder, split
+from fastvideo_comm.object_channel.encoder import (
+    LOWER,
+    PLAIN,
+    Encoder,
+    UnsupportedError,
+    lower_big_int,
+)
+from fastvideo_comm.object_channel.format import (
     ALIGNMENT,
     HEAD,
     LONG,
     SIZE,
     Buffer,
 )
-from fastvideo_comm.type_registry import RegisteredType, describe_type
+from fastvideo_comm.object_channel.type_registry import RegisteredType, describe_type
 
 
 class ObjectCodec:

@@ -9,9 +9,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fastvideo_comm.message_seal import EVERYONE, Address
-from fastvideo_comm.store_link import Buffer, FrameError, Kind
-from fastvideo_comm.store_messages import Channel, pack_number, pack_text
+from fastvideo_comm.object_channel.message_seal import EVERYONE, Address
+from fastvideo_comm.object_channel.store_link import Buffer, FrameError, Kind
+from fastvideo_comm.object_channel.store_messages import Channel, pack_number, pack_text
 
 
 class Waiter(NamedTuple):

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from fastvideo_comm.errors import AuthenticationError, CommunicationTimeoutError
-from fastvideo_comm.group_settings import GroupSettings
-from fastvideo_comm.message_seal import EVERYONE, Address, Op
-from fastvideo_comm.object_store import ObjectStore
-from fastvideo_comm.store_link import Kind
-from fastvideo_comm.store_messages import pack_address, pack_number, unpack_number
+from fastvideo_comm.object_channel.message_seal import EVERYONE, Address, Op
+from fastvideo_comm.object_channel.settings import GroupSettings
+from fastvideo_comm.object_channel.store import ObjectStore
+from fastvideo_comm.object_channel.store_link import Kind
+from fastvideo_comm.object_channel.store_messages import pack_address, pack_number, unpack_number
 
 Buffer = bytes | bytearray | memoryview
 

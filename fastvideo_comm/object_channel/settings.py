@@ -8,8 +8,8 @@ import re
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
-from fastvideo_comm.object_codec import ObjectCodec
-from fastvideo_comm.pickle_codec import PickleCodec
+from fastvideo_comm.object_channel.codec import ObjectCodec
+from fastvideo_comm.object_channel.pickle_codec import PickleCodec
 
 SECRET_VARIABLE = "FASTVIDEO_COMM_SECRET"
 DEFAULT_TIMEOUT_SECONDS = 300.0

@@ -16,13 +16,18 @@ from multiprocessing import util as process_exit
 from typing import NamedTuple
 
 from fastvideo_comm.errors import CommunicationTimeoutError, JoinError
-from fastvideo_comm.group_settings import DESCRIPTION_BYTES
-from fastvideo_comm.message_seal import TAG_BYTES, Address, MessageSeal, Op
-from fastvideo_comm.store_client import StoreClient
-from fastvideo_comm.store_link import Kind
-from fastvideo_comm.store_messages import TOKEN_BYTES, JoinRequest, pack_number, unpack_number
-from fastvideo_comm.store_server import ServerSettings, StoreServer
-from fastvideo_comm.store_sockets import Heartbeat, is_wildcard, listen
+from fastvideo_comm.object_channel.message_seal import TAG_BYTES, Address, MessageSeal, Op
+from fastvideo_comm.object_channel.settings import DESCRIPTION_BYTES
+from fastvideo_comm.object_channel.store_client import StoreClient
+from fastvideo_comm.object_channel.store_link import Kind
+from fastvideo_comm.object_channel.store_messages import (
+    TOKEN_BYTES,
+    JoinRequest,
+    pack_number,
+    unpack_number,
+)
+from fastvideo_comm.object_channel.store_server import ServerSettings, StoreServer
+from fastvideo_comm.object_channel.store_sockets import Heartbeat, is_wildcard, listen
 
 _MAX_KEY_BYTES = 8 * 1024
 _REFUSAL_SECONDS = 0.5

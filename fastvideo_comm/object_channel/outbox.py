@@ -6,8 +6,8 @@ import time
 from collections import deque
 from itertools import takewhile
 
-from fastvideo_comm.message_seal import Address, Op
-from fastvideo_comm.transport import Transport
+from fastvideo_comm.object_channel.message_seal import Address, Op
+from fastvideo_comm.object_channel.transport import Transport
 
 # From this many entries on, those of messages that were read are dropped.
 _PRUNE_FROM = 1024

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fastvideo_comm.array_codec import build_array, build_tensor, dtype_from_name
-from fastvideo_comm.object_format import (
+from fastvideo_comm.object_channel.array_codec import build_array, build_tensor, dtype_from_name
+from fastvideo_comm.object_channel.format import (
     ALIGNMENT,
     ARRAY,
     BIG_INT,
@@ -31,7 +31,7 @@ from fastvideo_comm.object_format import (
     TORCH_SIZE,
     TUPLE,
 )
-from fastvideo_comm.type_registry import RegisteredType
+from fastvideo_comm.object_channel.type_registry import RegisteredType
 
 
 class _Marker(int):

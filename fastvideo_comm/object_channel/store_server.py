@@ -20,10 +20,14 @@ from collections.abc import Callable
 from multiprocessing import util as process_exit
 from typing import NamedTuple
 
-from fastvideo_comm.store_handshake import SESSION_BYTES, HandshakeError, ServerHandshake
-from fastvideo_comm.store_link import Buffer, Frame, FrameError, Kind, Link
-from fastvideo_comm.store_mailbox import Mailbox, Waiter
-from fastvideo_comm.store_messages import (
+from fastvideo_comm.object_channel.store_handshake import (
+    SESSION_BYTES,
+    HandshakeError,
+    ServerHandshake,
+)
+from fastvideo_comm.object_channel.store_link import Buffer, Frame, FrameError, Kind, Link
+from fastvideo_comm.object_channel.store_mailbox import Mailbox, Waiter
+from fastvideo_comm.object_channel.store_messages import (
     TOKEN_BYTES,
     JoinRequest,
     pack_text,
@@ -31,7 +35,7 @@ from fastvideo_comm.store_messages import (
     unpack_join,
     unpack_number,
 )
-from fastvideo_comm.store_sockets import Heartbeat, call_after_fork, describe_peer
+from fastvideo_comm.object_channel.store_sockets import Heartbeat, call_after_fork, describe_peer
 
 _HANDSHAKE_SECONDS = 10.0
 _MAX_STRANGERS = 128

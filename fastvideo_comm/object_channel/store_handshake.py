@@ -16,7 +16,7 @@ import os
 import struct
 from typing import NamedTuple
 
-from fastvideo_comm.store_link import FrameError
+from fastvideo_comm.object_channel.store_link import FrameError
 
 PROTOCOL_VERSION = 1
 MAGIC = b"FVCOMM\r\n"

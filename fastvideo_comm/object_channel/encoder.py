@@ -9,8 +9,13 @@ from typing import Any, cast
 import torch
 from msgpack import ExtType  # type: ignore[import-untyped]
 
-from fastvideo_comm.array_codec import array_fields, dtype_name, is_array_type, tensor_fields
-from fastvideo_comm.object_format import (
+from fastvideo_comm.object_channel.array_codec import (
+    array_fields,
+    dtype_name,
+    is_array_type,
+    tensor_fields,
+)
+from fastvideo_comm.object_channel.format import (
     ARRAY,
     ATTACHED_FROM,
     BIG_INT,
@@ -32,7 +37,7 @@ from fastvideo_comm.object_format import (
     TORCH_SIZE,
     TUPLE,
 )
-from fastvideo_comm.type_registry import RegisteredType
+from fastvideo_comm.object_channel.type_registry import RegisteredType
 
 PLAIN = frozenset({type(None), bool, int, float, str})
 _MARK = {code: ExtType(code, b"") for code in range(2 * IN_PIECES)}

@@ -25,7 +25,7 @@ from fastvideo_comm.errors import (
     MessageExpiredError,
     PeerLostError,
 )
-from fastvideo_comm.store_handshake import (
+from fastvideo_comm.object_channel.store_handshake import (
     ANSWER_BYTES,
     MAGIC,
     PROOF_BYTES,
@@ -37,9 +37,9 @@ from fastvideo_comm.store_handshake import (
     make_hello,
     make_proof,
 )
-from fastvideo_comm.store_link import Buffer, Frame, FrameError, Kind, Link
-from fastvideo_comm.store_messages import JoinRequest, pack_join, unpack_text
-from fastvideo_comm.store_sockets import (
+from fastvideo_comm.object_channel.store_link import Buffer, Frame, FrameError, Kind, Link
+from fastvideo_comm.object_channel.store_messages import JoinRequest, pack_join, unpack_text
+from fastvideo_comm.object_channel.store_sockets import (
     Heartbeat,
     call_after_fork,
     connect,

@@ -23,10 +23,10 @@ from fastvideo_comm.errors import (
     MessageExpiredError,
     PeerLostError,
 )
-from fastvideo_comm.group_settings import DESCRIPTION_BYTES, GroupSettings
-from fastvideo_comm.message_seal import EVERYONE, Address, MessageSeal, Op
-from fastvideo_comm.store_sockets import seconds_left
-from fastvideo_comm.transport import Buffer, readers_of
+from fastvideo_comm.object_channel.message_seal import EVERYONE, Address, MessageSeal, Op
+from fastvideo_comm.object_channel.settings import DESCRIPTION_BYTES, GroupSettings
+from fastvideo_comm.object_channel.store_sockets import seconds_left
+from fastvideo_comm.object_channel.transport import Buffer, readers_of
 
 _CHUNK_BYTES = 4 * 1024 * 1024
 _WHOLE, _IN_CHUNKS = b"\0", b"\1"

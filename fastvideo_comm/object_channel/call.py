@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 from fastvideo_comm.errors import CommunicationError
-from fastvideo_comm.group_settings import GroupSettings
+from fastvideo_comm.object_channel.settings import GroupSettings
 
 
 class GroupCall:

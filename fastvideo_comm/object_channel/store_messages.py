@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from fastvideo_comm.message_seal import Address, Op
-from fastvideo_comm.store_link import FrameError
+from fastvideo_comm.object_channel.message_seal import Address, Op
+from fastvideo_comm.object_channel.store_link import FrameError
 
 TOKEN_BYTES = 16
 _ADDRESS = struct.Struct("<BiiQ")
