@@ -119,9 +119,9 @@ class Diagnosis:
             PeerLostError: a rank that has not arrived is dead.
             CommunicationTimeoutError: a rank did not arrive in time; `peers` says which.
         """
-        board, number = self._board, self._number
-        if board is None:
+        if torch.compiler.is_compiling() or self._board is None:
             return
+        board, number = self._board, self._number
         self._number = number + 1
         if not (self.validate == "always" or is_due(number)):
             return
@@ -148,7 +148,7 @@ class Diagnosis:
             PeerLostError: the other rank is dead.
             CommunicationTimeoutError: the other rank did not arrive in time.
         """
-        if self._board is None:
+        if torch.compiler.is_compiling() or self._board is None:
             return
         number = self._pair_numbers.get(peer, 0)
         self._pair_numbers[peer] = number + 1
@@ -159,13 +159,21 @@ class Diagnosis:
         record = Record(op, shape_text(shape), dtype_text(dtype), arguments=f"{src} -> {dst}")
         self._compare(self._board, record, f"{pair[0]}-{pair[1]}/{number}", pair)
 
+    @property
+    def number(self) -> int:
+        """The number of the next collective."""
+        return self._number
+
     def failed(self, op: str, error: Exception) -> None:
         """Tells the others, if they are about to compare, that this rank's arguments were bad.
 
-        Waits for nobody. Otherwise they would wait for a rank that raised before it arrived.
+        For a collective that raised before it came to `before`: the others would wait for it. Waits
+        for nobody.
         """
         board, number = self._board, self._number
-        if board is None or not (self.validate == "always" or is_due(number)):
+        if torch.compiler.is_compiling() or board is None:
+            return
+        if not (self.validate == "always" or is_due(number)):
             return
         self._number = number + 1
         record = Record(op, error=f"{type(error).__name__}: {error}")
