@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import traced
 from .channel import Channel, Group, Transfer
-from .kernels import copy_valid_
+from .kernels import copy_all_valid_, copy_valid_
 from .layout import Share, message_view
 
 
@@ -204,5 +204,4 @@ def _summed_later(pending: Pending, output: Tensor, share: Share) -> Tensor:
 
 
 def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
-    for to, from_ in copies:
-        copy_valid_(to, from_)
+    copy_all_valid_(copies)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -63,30 +64,67 @@ def copy_valid_(dst: Tensor, src: Tensor, *, impl: Implementation = "auto") -> T
 
     On the CPU looking costs more than copying a small tensor.
     """
-    if impl == "auto":
-        impl = os.environ.get(IMPLEMENTATION_VARIABLE, "auto")  # type: ignore[assignment]
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"impl (or {IMPLEMENTATION_VARIABLE}) must be one of {_IMPLEMENTATIONS}, got {impl!r}"
-        )
+    impl = _chosen(impl)
     if impl == "triton" or (impl == "auto" and _triton_pays(dst)):
-        _require_triton(dst)
-        from .tile_copy import launch_tile_copy
-
-        # A lazily conjugated or negated source is not the bytes that it shows.
-        launch_tile_copy(dst, src.resolve_conj().resolve_neg())
-        torch.autograd.graph.increment_version(dst)
+        _launch([(dst, src)])
     else:
         dst.detach().copy_(src.detach())
     return dst
 
 
-def _triton_pays(dst: Tensor) -> bool:
+def copy_all_valid_(
+    pairs: Sequence[tuple[Tensor, Tensor]], *, impl: Implementation = "auto"
+) -> None:
+    """`copy_valid_` for several pairs (dst, src) at once: one launch of Triton's for up to eight.
+
+    Pairs may differ in shape, strides and dtype. They are copied in any order or at the same time:
+    all are on one device, and no dst shares memory with another pair. "auto" goes by the bytes of
+    all pairs together.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.arange(4).view(2, 2), torch.ones(3)
+        >>> pairs = [(torch.empty_like(q), q.T), (torch.empty_like(k), k)]
+        >>> copy_all_valid_(pairs)
+        >>> pairs[0][0]
+        tensor([[0, 2],
+                [1, 3]])
+    """
+    impl = _chosen(impl)
+    if impl == "triton" or (impl == "auto" and _triton_pays(*[dst for dst, _ in pairs])):
+        _launch(pairs)
+    else:
+        for dst, src in pairs:
+            dst.detach().copy_(src.detach())
+
+
+def _chosen(impl: str) -> Implementation:
+    if impl == "auto":
+        impl = os.environ.get(IMPLEMENTATION_VARIABLE, "auto")
+    if impl not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"impl (or {IMPLEMENTATION_VARIABLE}) must be one of {_IMPLEMENTATIONS}, got {impl!r}"
+        )
+    return impl  # type: ignore[return-value]
+
+
+def _triton_pays(*dsts: Tensor) -> bool:
     return (
         _TRITON_IS_INSTALLED
-        and dst.device.type in _TRITON_DEVICES
-        and dst.nbytes >= SMALL_COPY_BYTES
+        and dsts != ()
+        and dsts[0].device.type in _TRITON_DEVICES
+        and sum(dst.nbytes for dst in dsts) >= SMALL_COPY_BYTES
     )
+
+
+def _launch(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for dst, _ in pairs:
+        _require_triton(dst)
+    from .tile_copy import launch_tile_copies
+
+    # A lazily conjugated or negated source is not the bytes that it shows.
+    launch_tile_copies([(dst, src.resolve_conj().resolve_neg()) for dst, src in pairs])
+    torch.autograd.graph.increment_version([dst for dst, _ in pairs])
 
 
 def _require_triton(dst: Tensor) -> None:

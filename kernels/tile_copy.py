@@ -1,12 +1,14 @@
 """The Triton kernel, one tile of a strided copy per program, and its launcher.
 
-Imported at the first launch, so that importing the package needs no triton.
+One launch moves one pair of tensors or several. Imported at the first launch, so that importing the
+package needs no triton.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -15,44 +17,26 @@ from torch import Tensor
 
 from .plan import ACCESS_BYTES, MAX_OUTER, coalesce, plan_copy
 
+# Pairs of one launch. Each is a branch of the code, compiled for its kind of layout.
+MAX_PAIRS = 8
 _ELEMENT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Sizes and strides change from call to call; what the generated code depends on is constexpr. Only
-# the strides that may be 1 are left to Triton's own specialisation: 1 makes an access contiguous.
-_UNIT_STRIDES = ["dst_column_stride", "src_row_stride", "src_column_stride"]
-_RUN_TIME = ["num_rows", "num_columns", "dst_row_stride"] + [
-    name.format(dim)
-    for dim in range(MAX_OUTER)
-    for name in ("outer{}", "dst{}_stride", "src{}_stride")
-]
+
+# Shape, strides of dst and src, bytes of an element, and a number with the alignment of the less
+# aligned address.
+Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int]
 
 
-# The body is builtins only, no `tl.cdiv`: those are compiled or interpreted as triton was imported.
-@triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_UNIT_STRIDES)
-def tile_copy(
-    dst,
-    src,
-    num_rows,
-    num_columns,
-    dst_row_stride,
-    dst_column_stride,
-    src_row_stride,
-    src_column_stride,
-    outer0,
-    dst0_stride,
-    src0_stride,
-    outer1,
-    dst1_stride,
-    src1_stride,
-    outer2,
-    dst2_stride,
-    src2_stride,
-    NUM_OUTER: tl.constexpr,
-    VECTOR: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
+# The bodies are builtins only, no `tl.cdiv`: those are compiled or interpreted as triton was
+# imported.
+@triton.jit
+def tile_copy(dsts, srcs, numbers, TILES: tl.constexpr):
     """Copies one `BLOCK_ROWS x BLOCK_COLUMNS` tile: `dst[o, r, c] = src[o, r, c]` for any strides.
+
+    `dsts`, `srcs`, `numbers` and `TILES` have an entry for each pair. The programs of the first
+    pair come first, then those of the second; a pair's numbers are, each as `_encoded`: programs,
+    rows, columns, dst's row and column stride, src's row and column stride, and for each outer dim
+    its size and its strides in dst and src. Its tile is `VECTOR, TRANSPOSED, BLOCK_ROWS,
+    BLOCK_COLUMNS` and which of dst's column, src's row and src's column stride is 1.
 
     Elements are integers of 1 to 8 bytes. Every stride other than a unit stride, and every size
     along a unit stride, is given in multiples of `VECTOR` elements (16 bytes where the tensors
@@ -62,43 +46,58 @@ def tile_copy(
 
     Example, checked by hand: packing `[s=2, H=4, D=2]` int64 for P = 2 ranks copies, for each rank
     p, s = 2 rows of h*D = 4 columns; rows of src are H*D = 8 apart, rows of dst h*D = 4, and rank
-    p's part begins at 4*p in src and at 8*p in dst. With VECTOR = 2 the arguments are num_rows=2,
-    num_columns=2, dst_row_stride=2, src_row_stride=4, outer0=2, dst0_stride=4, src0_stride=2. For
-    p = 1, row 1, column 3 it reads 1*(2*2) + 1*(4*2) + 3 = 15 and writes 1*(4*2) + 1*(2*2) + 3 =
-    15: the last element of both.
+    p's part begins at 4*p in src and at 8*p in dst. With VECTOR = 2 that is 2 programs, 2 rows, 2
+    columns, row strides 2 and 4, and one outer dim of size 2 with strides 4 and 2. For p = 1, row
+    1, column 3 it reads 1*(2*2) + 1*(4*2) + 3 = 15 and writes 1*(4*2) + 1*(2*2) + 3 = 15: the last
+    element of both.
     """
+    program = tl.program_id(0)
+    if len(dsts) == 1:
+        _copy_tile(program, dsts[0], srcs[0], numbers[0], TILES, 0)
+    else:
+        for pair in tl.static_range(len(dsts)):
+            num_programs = _decoded(numbers[pair][0]).to(tl.int32)
+            if (program >= 0) & (program < num_programs):
+                _copy_tile(program, dsts[pair], srcs[pair], numbers[pair], TILES, pair)
+            program -= num_programs
+
+
+@triton.jit
+def _copy_tile(program, dst, src, numbers, TILES: tl.constexpr, PAIR: tl.constexpr):
+    """A tile of one pair; `program` counts from the pair's first."""
+    VECTOR: tl.constexpr = TILES[PAIR][0]
+    TRANSPOSED: tl.constexpr = TILES[PAIR][1]
+    BLOCK_ROWS: tl.constexpr = TILES[PAIR][2]
+    BLOCK_COLUMNS: tl.constexpr = TILES[PAIR][3]
     # Which of the tile's two strides in src is the unit stride, given in elements.
     SRC_ROW_VECTOR: tl.constexpr = 1 if TRANSPOSED else VECTOR
     SRC_COLUMN_VECTOR: tl.constexpr = VECTOR if TRANSPOSED else 1
 
+    # A stride that is 1 as a constant is what makes an access contiguous.
+    dst_row_stride = _decoded(numbers[3])
+    dst_column_stride = 1 if TILES[PAIR][4] else _decoded(numbers[4])
+    src_row_stride = 1 if TILES[PAIR][5] else _decoded(numbers[5])
+    src_column_stride = 1 if TILES[PAIR][6] else _decoded(numbers[6])
+
     # 64 bits from the first multiplication on: tensors may hold more than 2**31 elements.
     # Along src's unit stride the size, too, comes in multiples of VECTOR.
-    row_limit = num_rows.to(tl.int64) * SRC_COLUMN_VECTOR
-    column_limit = num_columns.to(tl.int64) * VECTOR
+    row_limit = _decoded(numbers[1]) * SRC_COLUMN_VECTOR
+    column_limit = _decoded(numbers[2]) * VECTOR
 
     # Scalar arithmetic, once per program: column blocks are the fastest, so that neighbouring
     # programs write neighbouring memory. No thread divides.
     column_blocks = ((column_limit + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS).to(tl.int32)
     row_blocks = ((row_limit + BLOCK_ROWS - 1) // BLOCK_ROWS).to(tl.int32)
-    program = tl.program_id(0)
     column_block = program % column_blocks
     program = program // column_blocks
     row_block = program % row_blocks
     program = program // row_blocks
-    if NUM_OUTER > 0:
-        index = (program % outer0).to(tl.int64)
-        program = program // outer0
-        dst += index * dst0_stride * VECTOR
-        src += index * src0_stride * VECTOR
-    if NUM_OUTER > 1:
-        index = (program % outer1).to(tl.int64)
-        program = program // outer1
-        dst += index * dst1_stride * VECTOR
-        src += index * src1_stride * VECTOR
-    if NUM_OUTER > 2:
-        index = (program % outer2).to(tl.int64)
-        dst += index * dst2_stride * VECTOR
-        src += index * src2_stride * VECTOR
+    for outer in tl.static_range(7, len(numbers), 3):
+        size = _decoded(numbers[outer]).to(tl.int32)
+        index = (program % size).to(tl.int64)
+        program = program // size
+        dst += index * _decoded(numbers[outer + 1]) * VECTOR
+        src += index * _decoded(numbers[outer + 2]) * VECTOR
 
     rows = row_block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     columns = column_block.to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
@@ -109,67 +108,85 @@ def tile_copy(
     tl.store(dst + dst_offsets, tl.load(src + src_rows + src_columns, mask=mask), mask=mask)
 
 
-def launch_tile_copy(dst: Tensor, src: Tensor) -> None:
-    """Copies `src` into `dst`, which have one shape, dtype and device; nothing else is checked.
+@triton.jit
+def _decoded(number):
+    return ((number >> 1) - 1).to(tl.int64)
 
-    One launch; more only for what one cannot take: more than `MAX_OUTER + 2` dims that do not
-    merge, or more than 2**31 tiles.
+
+def _encoded(number: int) -> int:
+    """Odd and not 1: Triton compiles anew for integers in a tuple that are 1 or multiples of 16.
+
+    Sizes and strides change from call to call; what the code depends on is in the tiles.
     """
-    if dst.numel() == 0:
+    return 2 * number + 3
+
+
+def launch_tile_copies(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copies each src into its dst, which have one shape, dtype and device; checks nothing else.
+
+    All tensors are on one device, and no dst shares memory with another pair. One launch for up to
+    `MAX_PAIRS` pairs; more only for what one cannot take: more than `MAX_OUTER + 2` dims that do
+    not merge, or more than 2**31 tiles.
+    """
+    pairs = [pair for pair in pairs if pair[0].numel()]
+    for first in range(0, len(pairs), MAX_PAIRS):
+        _launch(pairs[first : first + MAX_PAIRS])
+
+
+def _launch(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    launch = _plan_launch(*[_layout(dst, src) for dst, src in pairs])
+    if launch is None and len(pairs) > 1:
+        for pair in pairs:
+            _launch([pair])
         return
-    dst_address, src_address = dst.data_ptr(), src.data_ptr()
-    launch = _plan_launch(
-        dst.shape,
-        dst.stride(),
-        src.stride(),
-        dst.element_size(),
-        (dst_address | src_address) % ACCESS_BYTES,
-    )
     if launch is None:
+        dst, src = pairs[0]
         dim = min((size, dim) for dim, size in enumerate(dst.shape) if size > 1)[1]
-        for dst_slice, src_slice in zip(dst.unbind(dim), src.unbind(dim), strict=True):
-            launch_tile_copy(dst_slice, src_slice)
+        launch_tile_copies(list(zip(dst.unbind(dim), src.unbind(dim), strict=True)))
         return
-    grid, element, arguments, constants = launch
-    with torch.accelerator.device_index(dst.device.index):  # None, on the CPU, changes nothing
-        tile_copy[grid](
-            triton.reinterpret(dst, element),
-            triton.reinterpret(src, element),
-            *arguments,
-            **constants,
+    with torch.accelerator.device_index(pairs[0][0].device.index):  # None, on the CPU: no change
+        tile_copy[launch.grid](
+            tuple(map(triton.reinterpret, (dst for dst, _ in pairs), launch.elements)),
+            tuple(map(triton.reinterpret, (src for _, src in pairs), launch.elements)),
+            launch.numbers,
+            TILES=launch.tiles,
         )
+
+
+def _layout(dst: Tensor, src: Tensor) -> Layout:
+    address = (dst.data_ptr() | src.data_ptr()) % ACCESS_BYTES
+    return dst.shape, dst.stride(), src.stride(), dst.element_size(), address
+
+
+class Launch(NamedTuple):
+    """One launch of `tile_copy`: what it takes beside the tensors."""
+
+    grid: tuple[int]
+    elements: tuple[torch.dtype, ...]
+    numbers: tuple[tuple[int, ...], ...]
+    tiles: tuple[tuple[int, ...], ...]
 
 
 # Planning takes longer than a launch, and a model has a handful of layouts that it copies again and
 # again. A pure function of integers: what is remembered cannot go stale.
 @functools.lru_cache(maxsize=256)
-def _plan_launch(
-    shape: tuple[int, ...],
-    dst_strides: tuple[int, ...],
-    src_strides: tuple[int, ...],
-    itemsize: int,
-    address: int,
-) -> tuple[tuple[int], torch.dtype, tuple[int, ...], dict[str, Any]] | None:
-    """Grid, element type and arguments of the one launch, or None where one is not enough.
-
-    `address` stands for both addresses: a number with the alignment of the less aligned of them.
-    """
-    dims, run = coalesce(shape, dst_strides, src_strides, itemsize)
-    if len(dims) > MAX_OUTER + 1:
+def _plan_launch(*layouts: Layout) -> Launch | None:
+    """The one launch that copies pairs of these layouts, or None where one is not enough."""
+    num_programs = 0
+    elements, numbers, tiles = [], [], []
+    for shape, dst_strides, src_strides, itemsize, address in layouts:
+        dims, run = coalesce(shape, dst_strides, src_strides, itemsize)
+        if len(dims) > MAX_OUTER + 1:
+            return None
+        plan = plan_copy(dims, run, address)
+        num_programs += plan.num_programs
+        elements.append(_ELEMENT_DTYPES[plan.element_bytes])
+        unit_strides = (plan.columns[1], plan.rows[2], plan.columns[2])
+        plain = [plan.num_programs, plan.rows[0], plan.columns[0], plan.rows[1], *unit_strides]
+        plain += [number for dim in plan.outer for number in dim]
+        numbers.append(tuple(map(_encoded, plain)))
+        tile = (plan.vector, plan.transposed, plan.block_rows, plan.block_columns)
+        tiles.append(tile + tuple(stride == 1 for stride in unit_strides))
+    if num_programs >= 2**31:
         return None
-    plan = plan_copy(dims, run, address)
-    if plan.num_programs >= 2**31:
-        return None
-    arguments = list(plan.rows[:1] + plan.columns[:1])
-    for rows, columns in zip(plan.rows[1:], plan.columns[1:], strict=True):
-        arguments += [rows, columns]
-    for dim in plan.outer + [(1, 0, 0)] * (MAX_OUTER - len(plan.outer)):
-        arguments += dim
-    constants = {
-        "NUM_OUTER": len(plan.outer),
-        "VECTOR": plan.vector,
-        "TRANSPOSED": plan.transposed,
-        "BLOCK_ROWS": plan.block_rows,
-        "BLOCK_COLUMNS": plan.block_columns,
-    }
-    return (plan.num_programs,), _ELEMENT_DTYPES[plan.element_bytes], tuple(arguments), constants
+    return Launch((num_programs,), tuple(elements), tuple(numbers), tuple(tiles))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from production_copies import production_copies
+from production_copies import ProductionCopy, production_copies
 from tile_copy_module import imported_tile_copy
 
 triton = pytest.importorskip("triton", reason="the kernel needs triton")
@@ -58,7 +58,7 @@ class Driver:
 class Code:
     """One compiled specialisation."""
 
-    def __init__(self, name: str, target: Any, kernel: Any, num_loads: int) -> None:
+    def __init__(self, name: str, target: Any, kernel: Any, num_loads: list[int]) -> None:
         self.name = name
         self.backend = target.backend
         self.ttir: str = kernel.asm["ttir"]
@@ -66,7 +66,7 @@ class Code:
         self.assembly: str = kernel.asm["ptx" if self.backend == "cuda" else "amdgcn"]
         self.binary: bytes = kernel.asm["cubin" if self.backend == "cuda" else "hsaco"]
         self.shared_bytes: int = kernel.metadata.shared
-        self.num_loads = num_loads
+        self.num_loads = num_loads  # per thread, of each pair
 
     @property
     def accesses(self) -> list[str]:
@@ -90,18 +90,23 @@ class Compiler:
         dtype: torch.dtype,
         address: int = 0,
     ) -> Code:
-        grid, element, arguments, constants = self.module._plan_launch(
-            shape, dst_strides, src_strides, dtype.itemsize, address
-        )
-        widths = tuple(argument >= 2**31 for argument in arguments)
-        key = (element, widths, *constants.values())
+        return self.compile_all(name, [(shape, dst_strides, src_strides, dtype.itemsize, address)])
+
+    def compile_all(self, name: str, layouts: list[Any]) -> Code:
+        launch = self.module._plan_launch(*layouts)
+        widths = tuple(tuple(number >= 2**31 for number in each) for each in launch.numbers)
+        key = (launch.elements, widths, launch.tiles)
         if key not in self.codes:
-            pointer = triton.reinterpret(torch.empty(16), element)
-            kernel = self.module.tile_copy.warmup(
-                pointer, pointer, *arguments, grid=grid, **constants
+            pointers = tuple(
+                triton.reinterpret(torch.empty(16), element) for element in launch.elements
             )
-            tile = constants["BLOCK_ROWS"] * constants["BLOCK_COLUMNS"] * element.itemsize
-            num_loads = tile // (4 * self.target.warp_size * 16)
+            kernel = self.module.tile_copy.warmup(
+                pointers, pointers, launch.numbers, grid=launch.grid, TILES=launch.tiles
+            )
+            num_loads = [
+                tile[2] * tile[3] * element.itemsize // (4 * self.target.warp_size * 16)
+                for element, tile in zip(launch.elements, launch.tiles, strict=True)
+            ]
             self.codes[key] = Code(name, self.target, kernel, num_loads)
         return self.codes[key]
 
@@ -127,12 +132,33 @@ def compiler(
 @pytest.fixture(scope="module")
 def production(compiler: Compiler) -> list[Code]:
     codes = []
-    for name, dst, src in production_copies():
-        address = (dst.storage_offset() | src.storage_offset()) * dst.element_size() % 16
-        code = compiler.compile(name, dst.shape, dst.stride(), src.stride(), dst.dtype, address)
+    for copy in production_copies():
+        code = compiler.compile_all(copy.name, [_layout(copy)])
         if code not in codes:
             codes.append(code)
     return codes
+
+
+@pytest.fixture(scope="module")
+def packs(compiler: Compiler) -> list[Code]:
+    """q, k and v of every production shape in one launch; k and v also with fewer heads than q."""
+    copies = {copy.name: copy for copy in production_copies()}
+    codes = []
+    for name, copy in copies.items():
+        if not (name.startswith(("scatter", "gather heads")) and "B=2" in name and "P=2" in name):
+            continue
+        fewer = copies.get(name.replace("H=24", "H=12").replace("H=40", "H=24"), copy)
+        for others in (copy, fewer):
+            code = compiler.compile_all(f"3 x {name}", list(map(_layout, (copy, others, others))))
+            if code not in codes:
+                codes.append(code)
+    return codes
+
+
+def _layout(copy: ProductionCopy) -> tuple[Any, ...]:
+    _, dst, src = copy
+    address = (dst.storage_offset() | src.storage_offset()) * dst.element_size() % 16
+    return tuple(dst.shape), dst.stride(), src.stride(), dst.element_size(), address
 
 
 @pytest.fixture(scope="module")
@@ -159,29 +185,34 @@ def narrow(compiler: Compiler) -> list[Code]:
     return codes
 
 
-def test_every_access_of_a_production_copy_is_16_bytes_wide(production):
-    for code in production:
+def test_every_access_of_a_production_copy_is_16_bytes_wide(production, packs):
+    for code in production + packs:
         assert code.accesses, code.name
         narrow = [a for a in code.accesses if not re.fullmatch(WIDE_ACCESS[code.backend], a)]
         assert not narrow, f"{code.name}: {narrow}"
 
 
-def test_every_load_of_a_tile_is_in_flight_before_the_first_store(production):
-    for code in production:
+def test_every_load_of_a_tile_is_in_flight_before_the_first_store(production, packs):
+    for code in production + packs:
         loads = [bool(re.match(r"ld|\w+_load", access)) for access in code.accesses]
-        assert loads == [True] * code.num_loads + [False] * code.num_loads, code.name
+        expected: list[bool] = []
+        for num_loads in code.num_loads:
+            expected += [True] * num_loads + [False] * num_loads
+        assert loads == expected, code.name
 
 
-def test_no_access_reaches_beyond_the_tensors(production, transposes, narrow):
+def test_no_access_reaches_beyond_the_tensors(production, packs, transposes, narrow):
     """A value beside the tensor that is read and not used shows in no result: the mask must."""
-    for code in production + transposes + narrow:
-        operands = dict(re.findall(r"tt\.(load|store) (.*?) :", code.ttir))
-        counts = {access: len(values.split(",")) for access, values in operands.items()}
-        assert counts == {"load": 2, "store": 3}, code.name  # pointer, mask; pointer, value, mask
+    for code in production + packs + transposes + narrow:
+        operands = re.findall(r"tt\.(load|store) (.*?) :", code.ttir)
+        counts = [(access, len(values.split(","))) for access, values in operands]
+        # pointer, mask; pointer, value, mask
+        assert counts == [("load", 2), ("store", 3)] * len(code.num_loads), code.name
 
 
-def test_a_production_copy_needs_no_shared_memory(production):
-    assert {code.name: code.shared_bytes for code in production if code.shared_bytes} == {}
+def test_a_production_copy_needs_no_shared_memory(production, packs):
+    codes = production + packs
+    assert {code.name: code.shared_bytes for code in codes if code.shared_bytes} == {}
 
 
 def test_both_sides_of_a_transpose_are_16_bytes_wide_through_shared_memory(transposes):
@@ -191,8 +222,10 @@ def test_both_sides_of_a_transpose_are_16_bytes_wide_through_shared_memory(trans
         assert code.shared_bytes > 0, code.name
 
 
-def test_nothing_is_spilled_and_local_memory_is_not_used(production, transposes, narrow, tmp_path):
-    for code in production + transposes + narrow:
+def test_nothing_is_spilled_and_local_memory_is_not_used(
+    production, packs, transposes, narrow, tmp_path
+):
+    for code in production + packs + transposes + narrow:
         if code.backend == "cuda":
             usage = _resource_usage(code.binary, tmp_path)
             assert re.search(r"\bSTACK:0\b.*\bLOCAL:0\b", usage), f"{code.name}: {usage}"
@@ -203,17 +236,19 @@ def test_nothing_is_spilled_and_local_memory_is_not_used(production, transposes,
             assert counts == ["0", "0", "0"], f"{code.name}: {counts}"
 
 
-def test_no_thread_divides(production, transposes, narrow):
+def test_no_thread_divides(production, packs, transposes, narrow):
     """Programs find their tile by scalar division; addresses inside it are sums and products."""
-    for code in production + transposes + narrow:
+    for code in production + packs + transposes + narrow:
         for ir in (code.ttir, code.ttgir):
             divisions = [line for line in ir.splitlines() if re.search(r"arith\.(div|rem)", line)]
             assert divisions, "program ids are divided, so the pattern must find something"
             assert not [line for line in divisions if "tensor<" in line], code.name
 
 
-def test_offsets_are_64_bits_wide_from_the_first_multiplication_on(production, transposes, narrow):
-    for code in production + transposes + narrow:
+def test_offsets_are_64_bits_wide_from_the_first_multiplication_on(
+    production, packs, transposes, narrow
+):
+    for code in production + packs + transposes + narrow:
         types = re.findall(r"arith\.muli .* : (?:tensor<[\dx]+x)?(i\d+)", code.ttir)
         assert types, code.name
         assert set(types) == {"i64"}, code.name
@@ -222,9 +257,26 @@ def test_offsets_are_64_bits_wide_from_the_first_multiplication_on(production, t
         assert set(offsets) == {"i64"}, code.name
 
 
+def test_another_length_and_batch_of_a_layout_compile_nothing(compiler):
+    """Triton would specialise numbers in a tuple that are 1 or multiples of 16."""
+    kernels = []
+    for batch, sequence in ((16, 4096), (3, 4099)):
+        row = 8 * 128
+        strides = (sequence * row, row, 1), (4 * sequence * row, 3 * row, 1)
+        launch = compiler.module._plan_launch(((batch, sequence, row), *strides, 2, 0))
+        pointers = (triton.reinterpret(torch.empty(16), *launch.elements),)
+        kernels.append(
+            compiler.module.tile_copy.warmup(
+                pointers, pointers, launch.numbers, grid=launch.grid, TILES=launch.tiles
+            )
+        )
+    assert len(launch.numbers[0]) == 10, "a batch, rows and columns"
+    assert kernels[0] is kernels[1]
+
+
 def test_strides_over_2_31_compile_to_the_same_accesses(compiler):
     code = compiler.compile("wide rows", (640, 256), (256, 1), (2**36, 1), torch.bfloat16)
-    assert "%src_row_stride: i64" in code.ttir
+    assert re.search(r"%numbers\w*: i64", code.ttir)
     assert all(re.fullmatch(WIDE_ACCESS[code.backend], access) for access in code.accesses)
 
 

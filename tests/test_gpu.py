@@ -26,7 +26,7 @@ from strided_layouts import (
 from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase
-from fastvideo_comm.kernels import strided_copy_
+from fastvideo_comm.kernels import copy_all_valid_, strided_copy_
 from fastvideo_comm.kernels.strided_copy import IMPLEMENTATION_VARIABLE, SMALL_COPY_BYTES
 from fastvideo_comm.layout import message_view
 
@@ -90,6 +90,32 @@ class TestNativeKernel:
         _triton_copy(dst, src)
         for part, expected in zip(dst.chunk(8, -1), src.chunk(8, -1), strict=True):
             assert torch.equal(part, expected)
+
+    def test_copies_q_k_and_v_in_one_launch(self):
+        x = torch.zeros(1, 300, 24, 128, dtype=torch.bfloat16, device=GPU)
+        views = [message_view(heads, 2, 4, 1) for heads in (x, x[:, :, :8], x[:, :, 8:16])]
+        pairs = [
+            (torch.empty_like(view, memory_format=torch.contiguous_format), view) for view in views
+        ]
+        copy_all_valid_(pairs, impl="triton")  # compiles
+        x.copy_(_random_like(x))
+        with torch.profiler.profile() as profile:
+            copy_all_valid_(pairs, impl="triton")
+            torch.cuda.synchronize()
+        kernels = [
+            e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        assert kernels == ["tile_copy"]
+        for wire, view in pairs:
+            assert torch.equal(wire, view)
+
+    def test_copies_pairs_of_every_kind_beside_each_other(self):
+        pairs = _a_pack_an_unpack_and_a_transpose()
+        odd = torch.arange(-100, 101, dtype=torch.int8, device=GPU)
+        pairs.append((torch.zeros_like(odd[1:]), odd[1:]))
+        copy_all_valid_(pairs, impl="triton")
+        for dst, src in pairs:
+            assert torch.equal(dst, src)
 
     def test_captured_copies_replay_on_new_values(self):
         copies = _a_pack_an_unpack_and_a_transpose()
@@ -158,7 +184,9 @@ class TestNativeKernel:
         monkeypatch.delenv(IMPLEMENTATION_VARIABLE, raising=False)
         copied: list[int] = []
         monkeypatch.setattr(
-            tile_copy, "launch_tile_copy", lambda dst, src: copied.append(dst.nbytes)
+            tile_copy,
+            "launch_tile_copies",
+            lambda pairs: copied.extend(dst.nbytes for dst, _ in pairs),
         )
         for num_bytes in (SMALL_COPY_BYTES - 1, SMALL_COPY_BYTES):
             x = torch.zeros(num_bytes, dtype=torch.uint8, device=GPU)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from strided_layouts import (
     assert_copies_like_torch,
     pairs_of_layouts,
 )
-from tile_copy_module import imported_tile_copy
+from tile_copy_module import Launch, imported_tile_copy, recorded_launches
 from torch import Tensor
 
 from fastvideo_comm.kernels import strided_copy_
@@ -38,27 +37,10 @@ def _no_implementation_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv(IMPLEMENTATION_VARIABLE, raising=False)
 
 
-class Launch(NamedTuple):
-    num_programs: int
-    access_bytes: int
-
-
 @pytest.fixture
 def launches(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     """Every launch of the kernel."""
-    recorded: list[Launch] = []
-    kernel = interpreted.tile_copy
-
-    class Recorder:
-        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-            def run(dst: Any, *arguments: Any, **constants: Any) -> None:
-                recorded.append(Launch(*grid, dst.dtype.itemsize * constants["VECTOR"]))
-                kernel[grid](dst, *arguments, **constants)
-
-            return run
-
-    monkeypatch.setattr(interpreted, "tile_copy", Recorder())
-    return recorded
+    return recorded_launches(interpreted, monkeypatch)
 
 
 def _triton_copy(dst: Tensor, src: Tensor) -> Tensor:
@@ -95,7 +77,7 @@ def test_no_access_is_wider_than_both_addresses_allow(
     dst, src = (torch.zeros(512, dtype=torch.int8) for _ in range(2))
     assert dst.data_ptr() % 16 == src.data_ptr() % 16 == 0
     _triton_copy(dst[dst_offset:][:256], src[src_offset:][:256])
-    assert launches == [Launch(1, access_bytes)]
+    assert launches == [Launch(1, (access_bytes,))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -114,7 +96,7 @@ def test_a_true_transpose_is_exact_in_every_dtype(shape, dtype):
 def test_a_run_longer_than_a_tile_takes_several_programs(launches):
     src = torch.arange(5000, dtype=torch.int64)
     assert torch.equal(_triton_copy(torch.empty_like(src), src), src)
-    assert launches == [Launch(math.ceil(5000 * 8 / 8192), 16)]
+    assert launches == [Launch(math.ceil(5000 * 8 / 8192), (16,))]
 
 
 def test_offsets_over_2_31_are_found_where_no_stride_is(tmp_path):
@@ -162,7 +144,7 @@ def test_an_empty_tensor_launches_nothing(shape, launches):
 
 def test_a_0d_tensor_is_one_element(launches):
     assert _triton_copy(torch.tensor(1.5), torch.tensor(2.5)) == 2.5
-    assert launches == [Launch(1, 4)]
+    assert launches == [Launch(1, (4,))]
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])

@@ -1,12 +1,15 @@
-"""The kernel's module, interpreted or compiled, whatever was imported before."""
+"""The kernel's module, interpreted or compiled, whatever was imported before; its launches."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
 
 NAME = "fastvideo_comm.kernels.tile_copy"
 
@@ -29,3 +32,30 @@ def imported_tile_copy(*, interpret: bool) -> Iterator[ModuleType]:
             del sys.modules[NAME]
             if before is not None:
                 sys.modules[NAME] = before
+
+
+class Launch(NamedTuple):
+    """One launch of `tile_copy`."""
+
+    num_programs: int
+    access_bytes: tuple[int, ...]  # of each pair
+
+
+def recorded_launches(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Every launch of the module's kernel from here on, as it happens."""
+    recorded: list[Launch] = []
+    kernel = module.tile_copy
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            def run(dsts: Any, *arguments: Any, TILES: Any) -> None:  # noqa: N803
+                access_bytes = [
+                    dst.dtype.itemsize * tile[0] for dst, tile in zip(dsts, TILES, strict=True)
+                ]
+                recorded.append(Launch(*grid, tuple(access_bytes)))
+                kernel[grid](dsts, *arguments, TILES=TILES)
+
+            return run
+
+    monkeypatch.setattr(module, "tile_copy", Recorder())
+    return recorded
