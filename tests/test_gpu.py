@@ -99,7 +99,7 @@ class TestNativeKernel:
         ]
         copy_all_valid_(pairs, impl="triton")  # compiles
         x.copy_(_random_like(x))
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:  # else torch 2.11 warns
             copy_all_valid_(pairs, impl="triton")
             torch.cuda.synchronize()
         kernels = [
