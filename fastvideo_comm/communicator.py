@@ -144,14 +144,31 @@ class DeviceCommunicatorBase(Membership):
             if isinstance(input_, Tensor) and not (scatter_sizes or gather_sizes or async_op):
                 dims = (scatter_dim, gather_dim)
                 return self._exchange(
+                    "all_to_all_4D",
                     DistributedAutograd.AllToAll4D,
                     lambda: validation.all_to_all_4D(input_, self.world_size, *dims),
                     input_,
                     self.world_size,
                     *dims,
                 )
-            packed = not isinstance(input_, Tensor)
             inputs = validation.tensors(input_)
+            def compare() -> None:
+                self._diagnosis.before(
+                    "all_to_all_4D",
+                    inputs,
+                    (scatter_dim, gather_dim, scatter_sizes, gather_sizes, async_op),
+                    uneven_dim=None if gather_sizes is None else gather_dim,
+                )
+
+            def sizes_of_all_ranks(sizes: list[int]) -> list[list[int]]:
+                compare()  # before anything is sent, and this is
+                return self._sizes_of_all_ranks(sizes)
+
+            for each in inputs:
+                validation.check_tensor("input_", each)
+                validation.check_device("input_", each, self.device)
+                self._count("all_to_all_4D", each)
+            packed = not isinstance(input_, Tensor)
             what = Exchange(
                 *validation.exchange_shares(
                     inputs,
@@ -159,9 +176,11 @@ class DeviceCommunicatorBase(Membership):
                     (scatter_sizes, gather_sizes),
                     (self.rank, self.world_size),
                     packed=packed,
-                    sizes_of_all_ranks=self._sizes_of_all_ranks,
+                    sizes_of_all_ranks=sizes_of_all_ranks,
                 )
             )
+            if gather_sizes != "auto":
+                compare()
             return self._trade(inputs, what, packed=packed, async_op=async_op)
 
     def all_gather(
@@ -195,6 +214,7 @@ class DeviceCommunicatorBase(Membership):
             if grad == "slice":
                 function = DistributedAutograd.Unslice
             return self._exchange(
+                "all_gather",
                 function,
                 lambda: validation.all_gather(input_, dim),
                 input_,
@@ -234,7 +254,9 @@ class DeviceCommunicatorBase(Membership):
             function: type[torch.autograd.Function] = DistributedAutograd.AllReduce
             if grad == "identity":
                 function = DistributedAutograd.ReplicatedAllReduce
-            return self._exchange(function, lambda: validation.all_reduce(input_, op), input_, op)
+            return self._exchange(
+                "all_reduce", function, lambda: validation.all_reduce(input_, op), input_, op
+            )
 
     def slice(self, input_: Tensor, dim: int = -1, *, scale_grad: bool = False) -> Tensor:
         """This rank's part of a tensor that every rank holds; nothing is sent in the forward.
@@ -256,6 +278,7 @@ class DeviceCommunicatorBase(Membership):
         """
         with self._named("slice"):
             return self._exchange(
+                "slice",
                 DistributedAutograd.Slice,
                 lambda: validation.parts(input_, self.world_size, dim),
                 input_,
@@ -286,6 +309,8 @@ class DeviceCommunicatorBase(Membership):
             validation.peer("dst", dst, self.rank, self.world_size, others_only=False)
             if self.world_size == 1:
                 return input_.detach()
+            self._diagnosis.before("gather", input_, (dst, dim))
+            self._count("gather", input_)
             with torch.no_grad():
                 return collectives.gather(channel, _plain(input_), dst, dim)
 
@@ -306,6 +331,8 @@ class DeviceCommunicatorBase(Membership):
             validation.check_tensor("tensor", tensor)
             validation.check_device("tensor", tensor, self.device)
             validation.peer("dst", dst, self.rank, self.world_size, others_only=True)
+            self._diagnosis.before_pair("send", tensor.shape, tensor.dtype, dst)
+            self._count("send", tensor)
             with torch.no_grad():
                 collectives.send(channel, _plain(tensor), dst)
 
@@ -332,7 +359,10 @@ class DeviceCommunicatorBase(Membership):
             validation.peer("src", src, self.rank, self.world_size, others_only=True)
             if not isinstance(dtype, torch.dtype):
                 raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
-            return collectives.recv(channel, size, dtype, src, self.device)
+            self._diagnosis.before_pair("recv", size, dtype, src)
+            received = collectives.recv(channel, size, dtype, src, self.device)
+            self._count("recv", received)
+            return received
 
     def warmup(
         self,
@@ -364,6 +394,7 @@ class DeviceCommunicatorBase(Membership):
 
     def _exchange(
         self,
+        op: str,
         function: type[torch.autograd.Function],
         validate: Callable[[], object],
         input_: Tensor,
@@ -371,15 +402,18 @@ class DeviceCommunicatorBase(Membership):
     ) -> Tensor:
         """The one way through for differentiable ops.
 
-        `function` validates its arguments itself, for those who apply it directly; at world size 1,
-        where it is not applied, `validate` does.
+        `function` validates its arguments itself, for those who apply it directly; `validate` does
+        where it is not applied, or where the ranks compare arguments first.
         """
         channel = self._open()
         validation.check_tensor("input_", input_)
         validation.check_device("input_", input_, self.device)
-        if self.world_size == 1:
+        if self.world_size == 1 or self._compares_next():
             validate()
+        if self.world_size == 1:
             return input_
+        self._diagnosis.before(op, input_, arguments)
+        self._count(op, input_)
         # A compiled graph holds the group; the compiler plans the buffers itself.
         group = self.device_group if torch.compiler.is_compiling() else channel
         output: Tensor = function.apply(group, _plain(input_), *arguments)
@@ -402,8 +436,6 @@ class DeviceCommunicatorBase(Membership):
     ) -> Any:
         """As `_exchange`, for an exchange with a plan."""
         channel = self._open()
-        for input_ in inputs:
-            validation.check_device("input_", input_, self.device)
 
         def result(outputs: Sequence[Tensor]) -> Any:
             return tuple(outputs) if packed else outputs[0]

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from .channel import Channel
+from .diagnosis import Diagnosis, Validate, is_due
 from .errors import ClosedError
+from .profiling import OpStats, Stats
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,6 +29,8 @@ class Membership:
         device: torch.device | None = None,
         device_group: ProcessGroup | None = None,
         unique_name: str = "",
+        *,
+        validate: Validate = "auto",
     ) -> None:
         """Wraps groups that the caller made, and goes on owning.
 
@@ -35,9 +40,11 @@ class Membership:
                 tensors on any device of its type.
             device_group: the same ranks with the device's backend (NCCL); `cpu_group` if None.
             unique_name: what errors call this communicator.
+            validate: which calls the ranks compare before they send anything: "auto" the first ones
+                and then ever fewer, "always" all of them, "off" none. See `diagnosis`.
 
         Raises:
-            ValueError: the process is not in `cpu_group`, or the two groups have different ranks.
+            ValueError: the two groups have different ranks, or another `validate`.
             TypeError: `cpu_group` is not a process group.
         """
         if not isinstance(cpu_group, ProcessGroup):
@@ -59,10 +66,17 @@ class Membership:
                 f"got {dist.get_process_group_ranks(self.device_group)}"
             )
         self._channel: Channel | None = Channel(self.device_group, unique_name)
+        self._diagnosis = Diagnosis(cpu_group, unique_name, validate=validate)
+        self._stats = Stats(unique_name)
 
     @classmethod
     def from_group(
-        cls, group: ProcessGroup, *, device: torch.device | None = None, unique_name: str = ""
+        cls,
+        group: ProcessGroup,
+        *,
+        device: torch.device | None = None,
+        unique_name: str = "",
+        validate: Validate = "auto",
     ) -> Self:
         """A communicator on one group.
 
@@ -71,17 +85,23 @@ class Membership:
             device: where the tensors will be; by default the current accelerator where the group's
                 backend serves no other (NCCL, XCCL), else the CPU.
             unique_name: what errors call this communicator.
+            validate: which calls the ranks compare: "auto", "always" or "off".
         """
         if device is None and isinstance(group, ProcessGroup):
             accelerated = dist.get_backend(group) in ("nccl", "xccl")
             device = torch.accelerator.current_accelerator() if accelerated else None
             if device is not None:
                 device = torch.device(device.type, torch.accelerator.current_device_index())
-        return cls(group, device=device, device_group=group, unique_name=unique_name)
+        return cls(group, device, group, unique_name, validate=validate)
 
     @classmethod
     def from_mesh(
-        cls, device_mesh: DeviceMesh, mesh_dim: str | int | None = None, *, unique_name: str = ""
+        cls,
+        device_mesh: DeviceMesh,
+        mesh_dim: str | int | None = None,
+        *,
+        unique_name: str = "",
+        validate: Validate = "auto",
     ) -> Self:
         """A communicator on one dim of a mesh, such as sequence parallel beside data parallel.
 
@@ -94,6 +114,7 @@ class Membership:
             device_mesh: a mesh that this process is in.
             mesh_dim: the name or number of the dim; None for a mesh of one dim.
             unique_name: what errors call this communicator; by default the name of the dim.
+            validate: which calls the ranks compare: "auto", "always" or "off".
 
         Raises:
             ValueError: a mesh of several dims and no `mesh_dim`.
@@ -108,7 +129,11 @@ class Membership:
         if device.type != "cpu":
             device = torch.device(device.type, torch.accelerator.current_device_index())
         name = unique_name or str(mesh_dim or "")
-        return cls(group, device=device, device_group=group, unique_name=name)
+        return cls(group, device, group, name, validate=validate)
+
+    def stats(self) -> dict[str, OpStats]:
+        """What each op has cost so far: calls, bytes and seconds. See `profiling.OpStats`."""
+        return self._stats.snapshot()
 
     def destroy(self) -> None:
         """Lets go of the buffers and of the groups; may be called again.
@@ -125,19 +150,35 @@ class Membership:
             raise ClosedError("the communicator was destroyed")
         return self._channel
 
-    def _named(self, op: str) -> _Named:
-        return _Named(op, self)
+    def _compares_next(self) -> bool:
+        """Whether the ranks compare the next call, before which arguments must be known good."""
+        diagnosis = self._diagnosis
+        if torch.compiler.is_compiling() or diagnosis.validate == "off":
+            return False
+        return diagnosis.validate == "always" or is_due(diagnosis.number)
+
+    def _count(self, op: str, tensor: Tensor) -> None:
+        """Adds the bytes of a call to its op's statistics."""
+        if not torch.compiler.is_compiling():
+            self._stats.add_bytes(op, tensor.nbytes)
+
+    def _named(self, op: str) -> _Call:
+        return _Call(op, self)
 
 
-class _Named:
-    """Adds op, group and rank to what is wrong with the arguments of a public call."""
+class _Call:
+    """A public call: counted, seen by profilers, and named in what is wrong with its arguments."""
 
     def __init__(self, op: str, communicator: Membership) -> None:
-        self.op = op
-        self.communicator = communicator
+        self._op = op
+        self._communicator = communicator
+        self._number = -1
 
     def __enter__(self) -> None:
-        pass
+        if not torch.compiler.is_compiling():  # a graph must not depend on the number of a call
+            self._number = self._communicator._diagnosis.number
+            self._measured = self._communicator._stats.measured(self._op)
+            self._measured.__enter__()
 
     def __exit__(
         self,
@@ -145,8 +186,15 @@ class _Named:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if isinstance(error, ValueError | TypeError | ClosedError):
-            rank, size = self.communicator.rank, self.communicator.world_size
-            name = self.communicator.unique_name
-            where = f"rank {rank} of {size} in group {name!r}" if name else f"rank {rank} of {size}"
-            raise type(error)(f"{self.op} on {where}: {error}") from None
+        if self._number >= 0:
+            self._measured.__exit__(kind, error, traceback)
+        if not isinstance(error, ValueError | TypeError | ClosedError):
+            return
+        communicator = self._communicator
+        if self._number == communicator._diagnosis.number:
+            # The others would wait for this rank's call.
+            communicator._diagnosis.failed(self._op, error)
+        where = f"rank {communicator.rank} of {communicator.world_size}"
+        if communicator.unique_name:
+            where += f" in group {communicator.unique_name!r}"
+        raise type(error)(f"{self._op} on {where}: {error}") from None
