@@ -16,6 +16,7 @@ from . import traced
 from .channel import Channel, Group
 from .kernels import copy_valid_
 from .layout import message_view
+from .profiling import span
 from .validation import REDUCE_OPS
 
 
@@ -32,7 +33,8 @@ def all_gather(group: Group, input_: Tensor, dim: int) -> Tensor:
     outputs = (
         received if received.is_contiguous() else channel.buffers.take(received.shape, received)
     )
-    channel.all_gather(outputs, inputs)
+    with span("exchange", channel.name):
+        channel.all_gather(outputs, inputs)
     _release(channel, inputs, input_)
     _unpack(channel, received, outputs)
     return output
@@ -48,7 +50,8 @@ def reduce_scatter(group: Group, input_: Tensor, dim: int) -> Tensor:
     if not output.numel():
         return output
     inputs = _packed(channel, sent, contiguous=sent.is_contiguous())
-    channel.reduce_scatter(output, inputs)
+    with span("exchange", channel.name):
+        channel.reduce_scatter(output, inputs)
     _release(channel, inputs, sent)
     return output
 
@@ -57,9 +60,12 @@ def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
     """The reduction over ranks, element by element, into a new tensor."""
     if torch.compiler.is_compiling():
         return traced.all_reduce(group, input_, op)
-    output = copy_valid_(input_.new_empty(input_.shape), input_)
+    channel = Channel.of(group)
+    with span("pack", channel.name):
+        output = copy_valid_(input_.new_empty(input_.shape), input_)
     if output.numel():
-        Channel.of(group).all_reduce(output, REDUCE_OPS[op])
+        with span("exchange", channel.name):
+            channel.all_reduce(output, REDUCE_OPS[op])
     return output
 
 
@@ -111,13 +117,17 @@ def recv(
 
 def _packed(channel: Channel, view: Tensor, *, contiguous: bool) -> Tensor:
     """`view` where the exchange can read it as it stands, else its copy in a wire buffer."""
-    return view if contiguous else copy_valid_(channel.buffers.take(view.shape, view), view)
+    if contiguous:
+        return view
+    with span("pack", channel.name):
+        return copy_valid_(channel.buffers.take(view.shape, view), view)
 
 
 def _unpack(channel: Channel, received: Tensor, wire: Tensor) -> None:
     """What the exchange did not write into the output itself goes there now."""
     if wire is not received:
-        copy_valid_(received, wire)
+        with span("unpack", channel.name):
+            copy_valid_(received, wire)
         channel.buffers.give_back(wire)
 
 

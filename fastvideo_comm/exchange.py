@@ -20,6 +20,7 @@ from . import traced
 from .channel import Channel, Group, Transfer
 from .kernels import copy_all_valid_, copy_valid_
 from .layout import Share, message_view
+from .profiling import span
 
 
 class Exchange(NamedTuple):
@@ -55,10 +56,13 @@ class Pending:
 
     def wait(self) -> list[Tensor]:
         """The outputs, once they are there; called once."""
-        self.channel.wait("all_to_all_4D", self.works)
-        _copy(self.unpacks)
-        for output, gradients in self.sums:
-            torch.sum(gradients, 2, out=output)
+        name = self.channel.name
+        with span("exchange", name):
+            self.channel.wait("all_to_all_4D", self.works)
+        with span("unpack", name):
+            _copy(self.unpacks)
+            for output, gradients in self.sums:
+                torch.sum(gradients, 2, out=output)
         for wire in self.wires:
             self.channel.buffers.give_back(wire)
         return self.outputs
@@ -89,7 +93,8 @@ def exchange_one(group: Group, input_: Tensor, what: Exchange) -> Tensor:
     sent = message_view(input_, what.scatter[0].dim, size, 1)
     wire = sent
     if not sent.is_contiguous():
-        wire = copy_valid_(channel.buffers.take(sent.shape, sent), sent)
+        with span("pack", channel.name):
+            wire = copy_valid_(channel.buffers.take(sent.shape, sent), sent)
     _, _, sequence, heads, width = sent.shape
     gathers_sequence = what.gather[0].dim == 1
     output = input_.new_empty(
@@ -98,11 +103,14 @@ def exchange_one(group: Group, input_: Tensor, what: Exchange) -> Tensor:
         else (1, sequence, heads * size, width)
     )
     if gathers_sequence:
-        channel.all_to_all_one(output, wire)
+        with span("exchange", channel.name):
+            channel.all_to_all_one(output, wire)
     else:
         received = channel.buffers.take(sent.shape, sent)
-        channel.all_to_all_one(received, wire)
-        copy_valid_(message_view(output, 2, size, 1), received)
+        with span("exchange", channel.name):
+            channel.all_to_all_one(received, wire)
+        with span("unpack", channel.name):
+            copy_valid_(message_view(output, 2, size, 1), received)
         channel.buffers.give_back(received)
     if wire is not sent:
         channel.buffers.give_back(wire)
@@ -166,8 +174,10 @@ def _start(pending: Pending, tasks: list[Task], *, async_op: bool) -> None:
             Transfer(to, from_, *splits)
             for to, from_ in zip(received.unbind(0), sent.unbind(0), strict=True)
         ]
-    _copy(packs)
-    pending.works = pending.channel.all_to_all(transfers, async_op=async_op)
+    with span("pack", pending.channel.name):
+        _copy(packs)
+    with span("exchange", pending.channel.name):
+        pending.works = pending.channel.all_to_all(transfers, async_op=async_op)
 
 
 def _buffers(

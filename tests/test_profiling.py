@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,21 +13,8 @@ from fastvideo_comm import DeviceCommunicatorBase, profiling
 from fastvideo_comm.profiling import Stats, span
 
 
-class Watched(DeviceCommunicatorBase):
-    """A communicator whose calls are measured."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.watch = Stats(self.unique_name)
-
-    @contextlib.contextmanager
-    def _named(self, op: str) -> Iterator[None]:
-        with self.watch.measured(op), super()._named(op):
-            yield
-
-
 def traced(communicator: DeviceCommunicatorBase) -> list[str]:
-    watched = Watched(communicator.cpu_group, unique_name="sp")
+    watched = DeviceCommunicatorBase(communicator.cpu_group, unique_name="sp")
     x = torch.zeros(1, 2, 4, 3)
     watched.all_to_all_4D(x)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -106,14 +91,42 @@ def test_counters_are_of_calls_bytes_and_seconds():
     assert snapshot["a"].calls == 2, "a snapshot stays as it was"
 
 
-def counted(communicator: DeviceCommunicatorBase) -> dict[str, int]:
-    watched = Watched(communicator.cpu_group)
+def tallied(communicator: DeviceCommunicatorBase) -> dict[str, int]:
+    watched = DeviceCommunicatorBase(communicator.cpu_group)
     for _ in range(3):
         watched.all_reduce(torch.ones(2))
     compiled = torch.compile(lambda x: watched.all_reduce(x) + 1, backend="eager", fullgraph=True)
     assert compiled(torch.ones(2))[0] == communicator.world_size + 1
-    return {op: stats.calls for op, stats in watched.watch.snapshot().items()}
+    return {op: stats.calls for op, stats in watched.stats().items()}
 
 
 def test_compiled_calls_are_not_counted_and_do_not_break_the_graph(ranks: Ranks):
-    assert ranks.run(2, counted) == [{"all_reduce": 3}] * 2
+    assert ranks.run(2, tallied) == [{"all_reduce": 3}] * 2
+
+
+def phases(communicator: DeviceCommunicatorBase) -> tuple[set[str], dict[str, tuple[int, int]]]:
+    watched = DeviceCommunicatorBase(communicator.cpu_group, unique_name="sp")
+    x = torch.zeros(2, 64, 4, 32)
+    watched.all_to_all_4D(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y = watched.all_to_all_4D(x)
+        watched.all_to_all_4D(y, 1, 2)
+        watched.all_gather(x, 1)
+    if watched.rank == 0:
+        watched.send(x[0])
+    else:
+        watched.recv((64, 4, 32), x.dtype)
+    names = {event.key for event in profile.key_averages() if "fastvideo_comm::" in event.key}
+    return names, {op: stats[:2] for op, stats in watched.stats().items()}
+
+
+def test_stats_count_the_calls_and_bytes_of_each_op(ranks: Ranks):
+    num_bytes = 2 * 64 * 4 * 32 * 4
+    for rank, (names, stats) in enumerate(ranks.run(2, phases)):
+        words = "all_to_all_4D", "all_gather"
+        assert {f"fastvideo_comm::{word}[sp]" for word in words} <= names
+        assert stats == {
+            "all_to_all_4D": (3, 3 * num_bytes),
+            "all_gather": (1, num_bytes),
+            ("send", "recv")[rank]: (1, num_bytes // 2),
+        }
