@@ -14,23 +14,18 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fastvideo_comm.errors import ClosedError, MessageExpiredError
-from fastvideo_comm.object_channel.call import GroupCall
+from fastvideo_comm.errors import MessageExpiredError
 from fastvideo_comm.object_channel.message_seal import EVERYONE, Address, Op
-from fastvideo_comm.object_channel.outbox import Outbox
+from fastvideo_comm.object_channel.messenger import Messenger
 from fastvideo_comm.object_channel.settings import (
     DEFAULT_MAX_MESSAGE_BYTES,
     DEFAULT_TIMEOUT_SECONDS,
-    DESCRIPTION_BYTES,
     Codec,
     GroupSettings,
     check_rank,
-    to_seconds,
 )
-from fastvideo_comm.object_channel.store import ObjectStore, StoreOptions
+from fastvideo_comm.object_channel.store import ObjectStore
 from fastvideo_comm.object_channel.store_sockets import Heartbeat
-from fastvideo_comm.object_channel.torch_transport import TorchTransport
-from fastvideo_comm.object_channel.transport import StoreTransport, Transport
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -131,22 +126,12 @@ class StatelessProcessGroup:
             self.group,
         )
         self.secret, self.codec = settings.secret, settings.codec
-        self._settings = settings
-        self._codec = settings.codec
-        self._transport: Transport = (
-            StoreTransport(self.store, settings)
-            if isinstance(self.store, ObjectStore)
-            else TorchTransport(self.store, settings)
-        )
-        self._outbox = Outbox(self.entries, self._transport)
+        self._messenger = Messenger(self.store, settings, self.entries)
         self.send_dst_counter = dict.fromkeys(range(self.world_size), 0)
         self.recv_src_counter = dict.fromkeys(range(self.world_size), 0)
         self.broadcast_recv_src_counter = dict.fromkeys(range(self.world_size), 0)
-        self._gather_counter = 0
-        self._gathers_begun = 0
-        self._barrier_counter = 0
+        self._gather_counter = self._gathers_begun = self._barrier_counter = 0
         self._owns_store = False
-        self._closed = False
 
     @staticmethod
     def create(
@@ -193,20 +178,8 @@ class StatelessProcessGroup:
         settings = GroupSettings.checked(
             rank, world_size, timeout, secret, codec, max_message_bytes, group
         )
-        options = StoreOptions(
-            world_size,
-            settings.words,
-            settings.secret,
-            max_message_bytes,
-            Heartbeat.checked(heartbeat_interval, heartbeat_limit),
-            settings.timeout,
-        )
-        if not 0 <= port <= 65535 or (port == 0 and world_size > 1 and listen_socket is None):
-            raise ValueError(f"port must be from 1 to 65535, got {port}")
-        if listen_socket is not None and rank != 0:
-            raise ValueError(f"listen_socket must be given to rank 0 only, got rank {rank}")
-        with GroupCall("create", settings, (), settings.timeout):
-            store = ObjectStore(host, port, rank, options, listen_socket)
+        heartbeat = Heartbeat.checked(heartbeat_interval, heartbeat_limit)
+        store = ObjectStore.join(host, port, settings, heartbeat, listen_socket)
         created = StatelessProcessGroup(
             rank,
             world_size,
@@ -235,9 +208,10 @@ class StatelessProcessGroup:
             TypeError: The codec is pickle, or the class needs the two functions.
             ValueError: The class is supported already, or the name is taken.
         """
-        register = getattr(self._codec, "register_type", None)
+        codec = self._messenger.codec
+        register = getattr(codec, "register_type", None)
         if register is None:
-            raise TypeError(f"codec must be msgpack to register types, got {self._codec.name!r}")
+            raise TypeError(f"codec must be msgpack to register types, got {codec.name!r}")
         register(cls, name=name, to_fields=to_fields, from_fields=from_fields)
 
     def send_obj(self, obj: Any, dst: int, *, timeout: float | timedelta | None = None) -> None:
@@ -255,9 +229,9 @@ class StatelessProcessGroup:
             PeerLostError: `dst` has left, or a rank died.
         """
         check_rank("dst", dst, self.world_size)
-        parts = self._encode(obj)
-        with self._call("send_obj", (dst,), timeout) as call:
-            self._begin(call)
+        parts = self._messenger.encode(obj)
+        with self._messenger.call("send_obj", (dst,), timeout) as call:
+            self._messenger.begin(call)
             call.number = self.send_dst_counter[dst]
             self._send(Address(Op.SEND, self.rank, dst, call.number), parts, call.deadline)
 
@@ -277,8 +251,8 @@ class StatelessProcessGroup:
             DecodeError: What came is not an object that this rank can build; it is skipped.
         """
         check_rank("src", src, self.world_size)
-        with self._call("recv_obj", (src,), timeout) as call:
-            self._begin(call)
+        with self._messenger.call("recv_obj", (src,), timeout) as call:
+            self._messenger.begin(call)
             call.number = self.recv_src_counter[src]
             address = Address(Op.SEND, src, self.rank, call.number)
             return self._receive(address, self.recv_src_counter, call.deadline)
@@ -300,15 +274,14 @@ class StatelessProcessGroup:
         """
         check_rank("src", src, self.world_size)
         if self.rank != src:
-            with self._call("broadcast_obj", (src,), timeout) as call:
-                self._begin(call)
+            with self._messenger.call("broadcast_obj", (src,), timeout) as call:
+                self._messenger.begin(call)
                 call.number = self.broadcast_recv_src_counter[src]
                 address = Address(Op.BROADCAST, src, EVERYONE, call.number)
                 return self._receive(address, self.broadcast_recv_src_counter, call.deadline)
-        parts = self._encode(obj)
-        others = tuple(rank for rank in range(self.world_size) if rank != self.rank)
-        with self._call("broadcast_obj", others, timeout) as call:
-            self._begin(call)
+        parts = self._messenger.encode(obj)
+        with self._messenger.call("broadcast_obj", self._messenger.others, timeout) as call:
+            self._messenger.begin(call)
             call.number = self.broadcast_send_counter
             self._send(Address(Op.BROADCAST, src, EVERYONE, call.number), parts, call.deadline)
         return obj
@@ -328,23 +301,22 @@ class StatelessProcessGroup:
             ValueError: The object is too large.
             CommunicationError: See `recv_obj`; `peers` are the ranks whose objects are missing.
         """
-        parts = self._encode(obj)
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        with self._call("all_gather_obj", tuple(others), timeout) as call:
-            self._begin(call)
+        parts = self._messenger.encode(obj)
+        with self._messenger.call("all_gather_obj", self._messenger.others, timeout) as call:
+            self._messenger.begin(call)
             call.number = number = self._gather_counter
             if self._gathers_begun == number:
-                own = Address(Op.GATHER, self.rank, EVERYONE, number)
                 self._gathers_begun += 1
-                self._send(own, parts, call.deadline)
+                self._send(Address(Op.GATHER, self.rank, EVERYONE, number), parts, call.deadline)
+            others = self._messenger.others
             addresses = [Address(Op.GATHER, rank, EVERYONE, number) for rank in others]
             try:
-                bodies = self._transport.receive(addresses, call.deadline)
+                bodies = self._messenger.transport.receive(addresses, call.deadline)
             except MessageExpiredError:
                 self._gather_counter += 1
                 raise
             self._gather_counter += 1
-            objects = [self._codec.decode(body) for body in bodies]
+            objects = [self._messenger.codec.decode(body) for body in bodies]
         return [*objects[: self.rank], obj, *objects[self.rank :]]
 
     def barrier(self, *, timeout: float | timedelta | None = None) -> None:
@@ -358,11 +330,10 @@ class StatelessProcessGroup:
                 wait on in the same barrier.
             PeerLostError: A rank that has not come has left, or a rank died.
         """
-        others = tuple(rank for rank in range(self.world_size) if rank != self.rank)
-        with self._call("barrier", others, timeout) as call:
-            self._begin(call)
+        with self._messenger.call("barrier", self._messenger.others, timeout) as call:
+            self._messenger.begin(call)
             call.number = self._barrier_counter
-            self._transport.barrier(call.number, call.deadline)
+            self._messenger.transport.barrier(call.number, call.deadline)
             self._barrier_counter += 1
 
     def expire_data(self, *, timeout: float | timedelta | None = None) -> None:
@@ -377,9 +348,9 @@ class StatelessProcessGroup:
             CommunicationTimeoutError: The store did not answer in time.
             PeerLostError: A rank died.
         """
-        with self._call("expire_data", (), timeout) as call:
-            self._begin(call)
-            self._outbox.expire(self.data_expiration_seconds, call.deadline)
+        with self._messenger.call("expire_data", (), timeout) as call:
+            self._messenger.begin(call)
+            self._messenger.outbox.expire(self.data_expiration_seconds, call.deadline)
 
     def close(self, *, timeout: float | timedelta | None = None) -> None:
         """Leave the group; idempotent. Rank 0 returns when all have left, or at the timeout.
@@ -390,8 +361,8 @@ class StatelessProcessGroup:
         Args:
             timeout: Seconds or timedelta; the group's where it is None.
         """
-        seconds = self._seconds(timeout)
-        self._closed = True
+        seconds = self._messenger.seconds(timeout)
+        self._messenger.closed = True
         if self._owns_store and isinstance(self.store, ObjectStore):
             self.store.close(seconds)
 
@@ -408,44 +379,20 @@ class StatelessProcessGroup:
         """Close the group."""
         self.close()
 
-    def _encode(self, obj: Any) -> list[bytes | memoryview]:
-        parts = self._codec.encode_parts(obj)
-        size = sum(len(part) for part in parts)
-        if size > self.max_message_bytes + DESCRIPTION_BYTES:
-            raise ValueError(
-                f"obj must encode to at most max_message_bytes={self.max_message_bytes} bytes, "
-                f"got {size}"
-            )
-        return parts
-
     def _send(self, address: Address, parts: list[bytes | memoryview], deadline: float) -> None:
-        self._outbox.expire(self.data_expiration_seconds, deadline)
+        self._messenger.outbox.expire(self.data_expiration_seconds, deadline)
         # The number is used up before anything can go wrong: no two messages ever share one.
         if address.op is Op.SEND:
             self.send_dst_counter[address.dst] += 1
         elif address.op is Op.BROADCAST:
             self.broadcast_send_counter += 1
-        self._outbox.note(address)
-        self._transport.send(address, parts, deadline)
+        self._messenger.send(address, parts, deadline)
 
     def _receive(self, address: Address, counters: dict[int, int], deadline: float) -> Any:
         try:
-            (body,) = self._transport.receive([address], deadline)
+            (body,) = self._messenger.transport.receive([address], deadline)
         except MessageExpiredError:
             counters[address.src] += 1
             raise
         counters[address.src] += 1
-        return self._codec.decode(body)
-
-    def _call(
-        self, op: str, peers: tuple[int, ...], timeout: float | timedelta | None
-    ) -> GroupCall:
-        return GroupCall(op, self._settings, peers, self._seconds(timeout))
-
-    def _begin(self, call: GroupCall) -> None:
-        if self._closed:
-            raise ClosedError("the group is closed")
-        call.take_turn(self._transport.turn(call.deadline))
-
-    def _seconds(self, timeout: float | timedelta | None) -> float:
-        return self._settings.timeout if timeout is None else to_seconds("timeout", timeout)
+        return self._messenger.codec.decode(body)

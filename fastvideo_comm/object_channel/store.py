@@ -16,8 +16,9 @@ from multiprocessing import util as process_exit
 from typing import NamedTuple
 
 from fastvideo_comm.errors import CommunicationTimeoutError, JoinError
+from fastvideo_comm.object_channel.call import GroupCall
 from fastvideo_comm.object_channel.message_seal import TAG_BYTES, Address, MessageSeal, Op
-from fastvideo_comm.object_channel.settings import DESCRIPTION_BYTES
+from fastvideo_comm.object_channel.settings import DESCRIPTION_BYTES, GroupSettings
 from fastvideo_comm.object_channel.store_client import StoreClient
 from fastvideo_comm.object_channel.store_link import Kind
 from fastvideo_comm.object_channel.store_messages import (
@@ -128,6 +129,37 @@ class ObjectStore:
         self._seal = MessageSeal(options.secret, "", self.client.session)
         # Also where this object is dropped without `close`, and when the process ends.
         self._leave = process_exit.Finalize(self, self.client.leave, exitpriority=0)
+
+    @classmethod
+    def join(
+        cls,
+        host: str,
+        port: int,
+        settings: GroupSettings,
+        heartbeat: Heartbeat,
+        listen_socket: socket.socket | None,
+    ) -> ObjectStore:
+        """Join as a rank of a group that the store is made for.
+
+        Raises:
+            ValueError: No such port, `listen_socket` on another rank than 0, or see `__init__`.
+            CommunicationError: See `__init__`.
+        """
+        world_size, rank = settings.world_size, settings.rank
+        if not 0 <= port <= 65535 or (port == 0 and world_size > 1 and listen_socket is None):
+            raise ValueError(f"port must be from 1 to 65535, got {port}")
+        if listen_socket is not None and rank != 0:
+            raise ValueError(f"listen_socket must be given to rank 0 only, got rank {rank}")
+        options = StoreOptions(
+            world_size,
+            settings.words,
+            settings.secret,
+            settings.max_message_bytes,
+            heartbeat,
+            settings.timeout,
+        )
+        with GroupCall("create", settings, (), settings.timeout):
+            return cls(host, port, rank, options, listen_socket)
 
     def seal(self, group: str) -> MessageSeal:
         """Return the seal of a group on this store."""
