@@ -168,10 +168,10 @@ class Diagnosis:
         """Tells the others, if they are about to compare, that this rank's arguments were bad.
 
         For a collective that raised before it came to `before`: the others would wait for it. Waits
-        for nobody.
+        for nobody. A bad `send` or `recv` is not told: no other rank's collective waits for it.
         """
         board, number = self._board, self._number
-        if torch.compiler.is_compiling() or board is None:
+        if torch.compiler.is_compiling() or board is None or op in ("send", "recv"):
             return
         if not (self.validate == "always" or is_due(number)):
             return

@@ -321,3 +321,51 @@ def test_processes_elsewhere_are_not_said_to_be_dead():
     assert process_state({**here, "start": 1}) == "is dead"
     assert process_state({**here, "start": 1, "space": "another host"}) == ""
     assert process_state({**here, "pid": 2**22 + 1}) == "is dead"
+
+
+def through_the_communicator(communicator: DeviceCommunicatorBase) -> list[str]:
+    """What each op says where the ranks disagree, and what a rank's own mistake does."""
+    always = DeviceCommunicatorBase(communicator.cpu_group, unique_name="always", validate="always")
+    rank = communicator.rank
+    calls: list[Callable[[], Any]] = [
+        lambda: always.gather(X, 0, rank),
+        lambda: always.all_to_all_4D((X, X[..., : 3 + rank])),
+        lambda: always.all_gather(X if rank else None),
+        lambda: always.send(X, 1) if rank == 0 else always.recv((2, 3), X.dtype, 0),
+    ]
+    said = []
+    for call in calls:
+        try:
+            call()
+        except (MismatchError, TypeError) as error:
+            said.append(str(error))
+    always.all_to_all_4D(torch.zeros(1, 3 + rank, 4, 2), gather_sizes=[3, 4])
+    return said
+
+
+def test_every_op_of_a_communicator_is_compared(ranks: Ranks):
+    for rank, said in enumerate(ranks.run(2, through_the_communicator)):
+        gather, packed, bad, pair = said
+        assert "<- arguments" in gather
+        assert "[2, 3, 6, 4] [2, 3, 6, 3]" in packed
+        assert "<- shape" in packed
+        assert "input_ must be a tensor, got NoneType" in bad
+        assert ("<- bad arguments" in bad) == (rank == 1)
+        assert "<- shape" in pair
+
+
+def settings(communicator: DeviceCommunicatorBase) -> None:
+    with pytest.raises(ValueError, match="validate must be one of auto, always, off, got 'on'"):
+        DeviceCommunicatorBase(communicator.cpu_group, validate="on")
+    off = DeviceCommunicatorBase.from_group(communicator.cpu_group, validate="off")
+    if communicator.rank == 0:
+        off.slice(X, 2)  # nothing is sent, and nobody is waited for
+    auto = DeviceCommunicatorBase(communicator.cpu_group)
+    if communicator.rank == 0:
+        with pytest.raises(ValueError, match="dst must be a rank of the group"):
+            auto.send(X, 9)
+    assert auto.all_reduce(torch.ones(1)).item() == 2, "a bad send is no collective"
+
+
+def test_off_compares_nothing_and_a_bad_send_concerns_nobody(ranks: Ranks):
+    ranks.run(2, settings)

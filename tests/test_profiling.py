@@ -17,7 +17,9 @@ def traced(communicator: DeviceCommunicatorBase) -> list[str]:
     watched = DeviceCommunicatorBase(communicator.cpu_group, unique_name="sp")
     x = torch.zeros(1, 2, 4, 3)
     watched.all_to_all_4D(x)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
         watched.all_to_all_4D(x)
         watched.all_gather(x)
     return [event.key for event in profile.key_averages() if "fastvideo_comm::" in event.key]
@@ -30,7 +32,9 @@ def test_a_profiler_shows_each_op_with_the_name_of_its_communicator(ranks: Ranks
 
 
 def test_a_range_encloses_what_happens_in_it():
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
         with span("op", "sp"):
             with span("pack", "sp"):
                 torch.zeros(10).add_(1)
@@ -108,7 +112,9 @@ def phases(communicator: DeviceCommunicatorBase) -> tuple[set[str], dict[str, tu
     watched = DeviceCommunicatorBase(communicator.cpu_group, unique_name="sp")
     x = torch.zeros(2, 64, 4, 32)
     watched.all_to_all_4D(x)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
         y = watched.all_to_all_4D(x)
         watched.all_to_all_4D(y, 1, 2)
         watched.all_gather(x, 1)
