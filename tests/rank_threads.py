@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -123,6 +123,12 @@ def _create(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Thre
 dist.Backend.register_backend(BACKEND, _create, devices=["cpu", "cuda"])
 
 
+class World(ThreadLocalWorld):
+    """Each thread's groups; torch 2.11 asks for `comms`, and its ThreadLocalWorld has none."""
+
+    comms: ClassVar[list[Any]] = []
+
+
 def run_ranks(size: int, job: Callable[[dist.ProcessGroup], Any]) -> list[Any]:
     """`job(group)` on every rank; its results in rank order. The first error is raised here."""
     meeting = Meeting(size)
@@ -147,7 +153,7 @@ def run_ranks(size: int, job: Callable[[dist.ProcessGroup], Any]) -> list[Any]:
 
     world = distributed_c10d._world
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    distributed_c10d._world = ThreadLocalWorld()
+    distributed_c10d._world = World()
     try:
         threads = [threading.Thread(target=rank_thread, args=(rank,)) for rank in range(size)]
         for thread in threads:
