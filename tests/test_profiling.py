@@ -118,6 +118,7 @@ def phases(communicator: DeviceCommunicatorBase) -> tuple[set[str], dict[str, tu
         y = watched.all_to_all_4D(x)
         watched.all_to_all_4D(y, 1, 2)
         watched.all_gather(x, 1)
+    watched.gather(x)
     if watched.rank == 0:
         watched.send(x[0])
     else:
@@ -126,13 +127,14 @@ def phases(communicator: DeviceCommunicatorBase) -> tuple[set[str], dict[str, tu
     return names, {op: stats[:2] for op, stats in watched.stats().items()}
 
 
-def test_stats_count_the_calls_and_bytes_of_each_op(ranks: Ranks):
+def test_ops_and_phases_are_ranges_and_stats_count_calls_and_bytes(ranks: Ranks):
     num_bytes = 2 * 64 * 4 * 32 * 4
     for rank, (names, stats) in enumerate(ranks.run(2, phases)):
-        words = "all_to_all_4D", "all_gather"
-        assert {f"fastvideo_comm::{word}[sp]" for word in words} <= names
+        words = "all_to_all_4D", "all_gather", "pack", "exchange", "unpack"
+        assert names == {f"fastvideo_comm::{word}[sp]" for word in words}
         assert stats == {
             "all_to_all_4D": (3, 3 * num_bytes),
             "all_gather": (1, num_bytes),
+            "gather": (1, num_bytes),
             ("send", "recv")[rank]: (1, num_bytes // 2),
         }
