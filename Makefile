@@ -33,9 +33,9 @@ bench: $(READY) .whl/.ready  ## every benchmark this machine can run
 
 wheels: .whl/.ready  ## the systems compared with, for bench and gpu
 
-docs: $(READY)  ## the documentation in site/
+docs: $(READY)  ## the documentation, strict, in site/
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 build: $(READY)  ## sdist and wheel in dist/
 	$(BIN)/python -m build

@@ -152,6 +152,7 @@ class DeviceCommunicatorBase(Membership):
                     *dims,
                 )
             inputs = validation.tensors(input_)
+
             def compare() -> None:
                 self._diagnosis.before(
                     "all_to_all_4D",

@@ -62,6 +62,8 @@ class Board:
             store = group.get_group_store()
         except RuntimeError:
             return None
+        if store is None:  # a group that was not made through a store
+            return None
         clone = getattr(store, "clone", None)
         if clone is not None:
             store = clone()  # waits here do not keep other users of the store waiting

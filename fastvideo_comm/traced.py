@@ -95,7 +95,10 @@ def all_gather(group: Group, input_: Tensor, dim: int) -> Tensor:
             input_.contiguous()[None], group.size(), _name(group)
         )
     )
-    return concatenate_messages(received, dim).contiguous()
+    output = concatenate_messages(received, dim)
+    # Not `contiguous()` alone, which may be `output` itself: torch 2.11 makes every intermediate of
+    # an autograd Function an output, and of one tensor under two names one loses its gradient.
+    return output if output.is_contiguous() else output.contiguous()
 
 
 def reduce_scatter(group: Group, input_: Tensor, dim: int) -> Tensor:

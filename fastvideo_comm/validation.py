@@ -245,7 +245,10 @@ def all_reduce(input_: Tensor, op: ReduceOp | None) -> str:
     """A dtype that can be reduced by `op`; returns the name of `op`."""
     check_tensor("input_", input_)
     op = dist.ReduceOp.SUM if op is None else op
-    name = next((name for name, known in REDUCE_OPS.items() if op == known), None)
+    # By identity first: torch 2.11's tracer cannot compare c10d's constants.
+    name = next((name for name, known in REDUCE_OPS.items() if op is known), None)
+    if name is None:
+        name = next((name for name, known in REDUCE_OPS.items() if op == known), None)
     if name is None:
         raise ValueError(f"op must be one of ReduceOp.{', '.join(REDUCE_OPS).upper()}, got {op}")
     if input_.dtype not in _REDUCIBLE:

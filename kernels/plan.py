@@ -16,6 +16,7 @@ ACCESS_BYTES = 16
 # Bytes of one tile: with 4 warps four independent 16-byte accesses in flight per thread. Chosen by
 # reasoning, not yet measured on a GPU; bench/NOTES.md keeps the record.
 TILE_BYTES = 8192
+NUM_WARPS = 4
 # Where alignment allows narrow accesses only, 16 per thread; more would spill their addresses.
 TILE_ACCESSES = 2048
 # Outer dims that the kernel takes; the launcher loops over what is left.

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plan
 from .plan import ACCESS_BYTES, MAX_OUTER, coalesce, plan_copy
 
 # Pairs of one launch. Each is a branch of the code, compiled for its kind of layout.
@@ -150,6 +151,7 @@ def _launch(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
             tuple(map(triton.reinterpret, (src for _, src in pairs), launch.elements)),
             launch.numbers,
             TILES=launch.tiles,
+            num_warps=plan.NUM_WARPS,
         )
 
 
@@ -178,14 +180,14 @@ def _plan_launch(*layouts: Layout) -> Launch | None:
         dims, run = coalesce(shape, dst_strides, src_strides, itemsize)
         if len(dims) > MAX_OUTER + 1:
             return None
-        plan = plan_copy(dims, run, address)
-        num_programs += plan.num_programs
-        elements.append(_ELEMENT_DTYPES[plan.element_bytes])
-        unit_strides = (plan.columns[1], plan.rows[2], plan.columns[2])
-        plain = [plan.num_programs, plan.rows[0], plan.columns[0], plan.rows[1], *unit_strides]
-        plain += [number for dim in plan.outer for number in dim]
+        copy = plan_copy(dims, run, address)
+        num_programs += copy.num_programs
+        elements.append(_ELEMENT_DTYPES[copy.element_bytes])
+        unit_strides = (copy.columns[1], copy.rows[2], copy.columns[2])
+        plain = [copy.num_programs, copy.rows[0], copy.columns[0], copy.rows[1], *unit_strides]
+        plain += [number for dim in copy.outer for number in dim]
         numbers.append(tuple(map(_encoded, plain)))
-        tile = (plan.vector, plan.transposed, plan.block_rows, plan.block_columns)
+        tile = (copy.vector, copy.transposed, copy.block_rows, copy.block_columns)
         tiles.append(tile + tuple(stride == 1 for stride in unit_strides))
     if num_programs >= 2**31:
         return None

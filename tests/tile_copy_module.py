@@ -48,12 +48,12 @@ def recorded_launches(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> li
 
     class Recorder:
         def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-            def run(dsts: Any, *arguments: Any, TILES: Any) -> None:  # noqa: N803
+            def run(dsts: Any, *arguments: Any, TILES: Any, **options: Any) -> None:  # noqa: N803
                 access_bytes = [
                     dst.dtype.itemsize * tile[0] for dst, tile in zip(dsts, TILES, strict=True)
                 ]
                 recorded.append(Launch(*grid, tuple(access_bytes)))
-                kernel[grid](dsts, *arguments, TILES=TILES)
+                kernel[grid](dsts, *arguments, TILES=TILES, **options)
 
             return run
 
