@@ -398,6 +398,7 @@ def test_a_malformed_document_is_a_decode_error(data):
 
 LYING = """
 import sys
+import tracemalloc
 from fastvideo_comm.object_channel.codec import ObjectCodec
 from fastvideo_comm.object_channel.format import HEAD, LONG
 
@@ -405,18 +406,34 @@ def peaks():
     lines = open("/proc/self/status").read().splitlines()
     return [int(line.split()[1]) for line in lines if line.startswith(("VmPeak", "VmHWM"))]
 
-before = peaks()
+def array(length):
+    return b"\\xdd" + length.to_bytes(4, "big")
+
 codec = ObjectCodec()
-header = b"\\xdc" + (LONG - 1).to_bytes(2, "big")
-heads = [b"\\xdd\\xff\\xff\\xff\\xff", b"\\xdd\\x00\\x10\\x00\\x00", header]
-for head in [*heads, b"\\xdf\\xff\\xff\\xff\\xff"]:
-    data = head * (1 << 18)
+before = peaks()
+# msgpack itself refuses what is longer than the document, 1.25 MiB here, and nests 1024 deep: a
+# length between ours and that is the one that only our limit stops before anything is reserved.
+limits = {
+    array(2**32 - 1): 1 << 20,
+    array(1 << 20): 1 << 20,
+    array(LONG + 1): 1 << 20,
+    array(LONG - 1): 160 << 20,
+    b"\\xdf\\xff\\xff\\xff\\xff": 1 << 20,
+}
+for head, limit in limits.items():
+    doc = head * (1 << 18)
+    data = HEAD.pack(len(doc), 0) + doc
+    tracemalloc.start()
     try:
-        codec.decode(HEAD.pack(len(data), 0) + data)
+        codec.decode(data)
     except ValueError:
         pass
     else:
-        sys.exit("accepted")
+        sys.exit(f"{head} accepted")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    if peak > limit:
+        sys.exit(f"{head} reserved {peak} bytes")
 address_space, memory = (after - start for after, start in zip(peaks(), before))
 sys.exit(0 if address_space < 600_000 and memory < 200_000 else f"{address_space} {memory} KiB")
 """
