@@ -229,7 +229,7 @@ def _cache_dit() -> Peer:
 
         return Bound(all_to_all, attention)
 
-    # Its collectives are the functional ones without a gradient: an inference library.
+    # An inference library: its exchange differentiates, its attention's backward raises.
     return Peer("cache-dit", version, file, False, bind)
 
 
