@@ -25,7 +25,7 @@ from strided_layouts import (
 )
 from torch import Tensor
 
-from fastvideo_comm import DeviceCommunicatorBase
+from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd
 from fastvideo_comm.kernels import copy_all_valid_, strided_copy_
 from fastvideo_comm.kernels.strided_copy import IMPLEMENTATION_VARIABLE, SMALL_COPY_BYTES
 from fastvideo_comm.layout import message_view
@@ -264,6 +264,76 @@ def _forward_and_backward(
     output = op(leaf)
     (grad,) = torch.autograd.grad(output, leaf, grad_output.contiguous())
     return output.detach(), grad
+
+
+class TestCommunicatorOnOneDevice:
+    pytestmark = needs_gpu
+
+    def test_every_op_is_captured_and_replayed(self, tmp_path):
+        """With NCCL at world size 1: the public ops, and the exchanges behind them."""
+        store = dist.FileStore(str(tmp_path / "store"), 1)
+        device = torch.device(GPU, 0)
+        dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
+        try:
+            group = dist.group.WORLD
+            communicator = DeviceCommunicatorBase(group, device, group)
+            communicator.warmup([(1, 6, 4, 128), (2, 6, 4, 128)])
+            x = torch.zeros(2, 6, 4, 128, device=device)
+            strided = torch.zeros(2, 4, 6, 128, device=device).transpose(1, 2)
+
+            def ops() -> list[Tensor]:
+                autograd = DistributedAutograd
+                outputs = [
+                    communicator.all_to_all_4D(x),
+                    communicator.all_gather(x),
+                    communicator.all_reduce(x),
+                ]
+                for input_ in (x, strided, x[:1], strided[:1]):
+                    outputs += [
+                        autograd.AllToAll4D.apply(group, input_, 1, 2, 1),
+                        autograd.AllToAll4D.apply(group, input_, 1, 1, 2),
+                        autograd.AllGather.apply(group, input_, 1, 2),
+                        autograd.ReduceScatter.apply(group, input_, 1, 2),
+                        autograd.AllReduce.apply(group, input_),
+                        autograd.Slice.apply(group, input_, 1, 2, False),
+                    ]
+                return outputs
+
+            expected = [x] * 3 + [
+                each for each in (x, strided, x[:1], strided[:1]) for _ in range(6)
+            ]
+            ops()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = ops()
+            for _ in range(2):
+                x.copy_(_random_like(x))
+                strided.copy_(_random_like(strided))
+                graph.replay()
+                for output, input_ in zip(outputs, expected, strict=True):
+                    assert torch.equal(output, input_)
+        finally:
+            dist.destroy_process_group()
+
+    def test_after_warmup_nothing_compiles(self, monkeypatch):
+        monkeypatch.setenv(IMPLEMENTATION_VARIABLE, "triton")
+        kernel = importlib.import_module("fastvideo_comm.kernels.tile_copy").tile_copy
+        shape = (1, 6, 8, 128)
+
+        def num_kernels() -> int:
+            return sum(len(caches[0]) for caches in kernel.device_caches.values())
+
+        def job(communicator: DeviceCommunicatorBase) -> tuple[int, int]:
+            communicator.warmup([shape], [torch.bfloat16])
+            before = num_kernels()
+            x = torch.rand(shape, device=communicator.device).bfloat16().requires_grad_()
+            y = communicator.all_to_all_4D(communicator.all_to_all_4D(x), 1, 2)
+            y.square().sum().backward()
+            return before, num_kernels()
+
+        for before, after in _run(2, GPU, job):
+            assert 0 < before == after
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
