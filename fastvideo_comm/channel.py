@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import (
     ReduceScatterOptions,
 )
 
-from .errors import CollectiveError
+from .errors import ClosedError, CollectiveError
 from .validation import ReduceOp
 
 # What gloo and NCCL both move; the rest (fp8, int16, complex, ..) travels as bytes.
@@ -108,6 +108,13 @@ class WireBuffers:
             self._free.clear()
 
 
+class _Closed:
+    """In the place of the group of a closed channel."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ClosedError("the communicator was destroyed before a backward that needs it")
+
+
 class Channel:
     """One group with its buffers, in the place of a `ProcessGroup` throughout this package."""
 
@@ -126,6 +133,14 @@ class Channel:
     def of(group: Group) -> Channel:
         """`group` itself where it is a channel, else a channel for this one call."""
         return group if isinstance(group, Channel) else Channel(group)
+
+    def close(self) -> None:
+        """Lets go of the group and the buffers; graphs that hold this channel keep neither alive.
+
+        A gloo group that lives until the interpreter ends makes torch 2.13 abort there.
+        """
+        self.buffers.clear()
+        self.group = _Closed()  # type: ignore[assignment]
 
     def rank(self) -> int:
         """This process's rank in the group."""
@@ -165,6 +180,8 @@ class Channel:
             work = self.group.alltoall_base(_wire(output), _wire(input_), [], [], self._waiting)
             if work is not None:
                 work.wait()
+        except ClosedError:
+            raise
         except RuntimeError as error:
             raise self._failure("all_to_all", error) from error
 
@@ -241,6 +258,8 @@ class Channel:
         """Says which op on which rank it was that failed."""
         try:
             return call()
+        except ClosedError:
+            raise
         except RuntimeError as error:
             raise self._failure(op, error) from error
 

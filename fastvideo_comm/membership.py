@@ -142,6 +142,7 @@ class Membership:
         in a communicator too, may see torch 2.13 abort there: gloo's threads are still running.
         """
         if self._channel is not None:
+            self._channel.close()
             self._channel = None
             del self.cpu_group, self.device_group
 

@@ -226,8 +226,8 @@ def test_groups_that_cannot_work_are_refused(ranks: Ranks):
 
 def destroyed(communicator: DeviceCommunicatorBase) -> None:
     gone = DeviceCommunicatorBase(communicator.cpu_group, unique_name="gone")
-    x = torch.rand(1, 2, 4, 2)
-    gone.all_to_all_4D(x)
+    x = torch.rand(1, 2, 4, 2, requires_grad=True)
+    graph = gone.all_to_all_4D(x)
     gone.destroy()
     gone.destroy()
     for call in (
@@ -244,6 +244,8 @@ def destroyed(communicator: DeviceCommunicatorBase) -> None:
     assert issubclass(ClosedError, CommunicationError | ConnectionError)
     assert gone.world_size == 2
     assert not hasattr(gone, "cpu_group")  # let go of, lest it outlives the interpreter's threads
+    with pytest.raises(ClosedError, match="destroyed before a backward that needs it"):
+        graph.sum().backward()
     assert communicator.all_reduce(x).shape == x.shape  # the group is the caller's
 
 
