@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,8 @@ class Membership:
         self._channel: Channel | None = Channel(self.device_group, unique_name)
         self._diagnosis = Diagnosis(cpu_group, unique_name, validate=validate)
         self._stats = Stats(unique_name)
+        # At the interpreter's end, if nobody has: gloo groups that live on make torch abort there.
+        weakref.finalize(self, _destroy, weakref.ref(self))
 
     @classmethod
     def from_group(
@@ -138,8 +141,8 @@ class Membership:
     def destroy(self) -> None:
         """Lets go of the buffers and of the groups; may be called again.
 
-        The groups stay the caller's to destroy. Whoever keeps one to the end of the interpreter,
-        in a communicator too, may see torch 2.13 abort there: gloo's threads are still running.
+        The groups stay the caller's to destroy. Whoever keeps one to the end of the interpreter may
+        see torch 2.13 abort there, gloo's threads still running; a communicator lets go by itself.
         """
         if self._channel is not None:
             self._channel.close()
@@ -165,6 +168,12 @@ class Membership:
 
     def _named(self, op: str) -> _Call:
         return _Call(op, self)
+
+
+def _destroy(reference: weakref.ref[Membership]) -> None:
+    communicator = reference()
+    if communicator is not None:
+        communicator.destroy()
 
 
 class _Call:
