@@ -140,7 +140,7 @@ class Channel:
         A gloo group that lives until the interpreter ends makes torch 2.13 abort there.
         """
         self.buffers.clear()
-        self.group = _Closed()  # type: ignore[assignment]
+        self.group = _Closed()  # type: ignore[assignment] # answers every use with an error
 
     def rank(self) -> int:
         """This process's rank in the group."""
