@@ -115,6 +115,13 @@ def recv(
     return tensor
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """`tensor` whose memory is its values: not lazily conjugated or negated."""
+    if torch.compiler.is_compiling() or tensor.is_conj() or tensor.is_neg():
+        return tensor.resolve_conj().resolve_neg()
+    return tensor
+
+
 def _packed(channel: Channel, view: Tensor, *, contiguous: bool) -> Tensor:
     """`view` where the exchange can read it as it stands, else its copy in a wire buffer."""
     if contiguous:

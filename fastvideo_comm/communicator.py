@@ -12,12 +12,12 @@ from torch.distributed import ReduceOp
 from . import collectives, validation
 from .autograd import DistributedAutograd, Flight, exchange_tensors
 from .exchange import Exchange
+from .forward_only import ForwardOnly
 from .handle import AsyncHandle
-from .membership import Membership
 from .validation import Sizes
 
 
-class DeviceCommunicatorBase(Membership):
+class DeviceCommunicatorBase(ForwardOnly):
     """The collectives of one group of ranks on one device, differentiable and compilable.
 
     Example:
@@ -288,83 +288,6 @@ class DeviceCommunicatorBase(Membership):
                 scale_grad,
             )
 
-    def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
-        """As `all_gather`, but the result exists on rank `dst` alone. Carries no gradient.
-
-        Args:
-            input_: `[A, c, ..]`, the same shape on every rank; any dtype and strides.
-            dst: the rank in the group that receives.
-            dim: the dim along which the tensors are joined.
-
-        Returns:
-            `[A, P*c, ..]` on `dst`, contiguous and without `requires_grad`; None elsewhere.
-
-        Raises:
-            ValueError: a 0-d tensor, `dim` or `dst` out of range, another device.
-            TypeError: not a dense tensor.
-        """
-        with self._named("gather"):
-            channel = self._open()
-            dim = validation.all_gather(input_, dim)
-            validation.check_device("input_", input_, self.device)
-            validation.peer("dst", dst, self.rank, self.world_size, others_only=False)
-            if self.world_size == 1:
-                return input_.detach()
-            self._diagnosis.before("gather", input_, (dst, dim))
-            self._count("gather", input_)
-            with torch.no_grad():
-                return collectives.gather(channel, _plain(input_), dst, dim)
-
-    def send(self, tensor: Tensor, dst: int | None = None) -> None:
-        """Sends a tensor to another rank, which calls `recv`. Carries no gradient.
-
-        Args:
-            tensor: any shape, dtype and strides.
-            dst: the rank in the group that receives; the next one if None.
-
-        Raises:
-            ValueError: `dst` is out of range or this rank itself, or another device.
-            TypeError: not a dense tensor.
-        """
-        with self._named("send"):
-            channel = self._open()
-            dst = (self.rank + 1) % self.world_size if dst is None else dst
-            validation.check_tensor("tensor", tensor)
-            validation.check_device("tensor", tensor, self.device)
-            validation.peer("dst", dst, self.rank, self.world_size, others_only=True)
-            self._diagnosis.before_pair("send", tensor.shape, tensor.dtype, dst)
-            self._count("send", tensor)
-            with torch.no_grad():
-                collectives.send(channel, _plain(tensor), dst)
-
-    def recv(
-        self, size: torch.Size | Sequence[int], dtype: torch.dtype, src: int | None = None
-    ) -> Tensor:
-        """Receives a tensor that another rank sends. Carries no gradient.
-
-        Args:
-            size: the shape that was sent.
-            dtype: the dtype that was sent.
-            src: the rank in the group that sends; the previous one if None.
-
-        Returns:
-            A new contiguous tensor on `device`.
-
-        Raises:
-            ValueError: `src` is out of range or this rank itself.
-            TypeError: `dtype` is not a dtype.
-        """
-        with self._named("recv"):
-            channel = self._open()
-            src = (self.rank - 1) % self.world_size if src is None else src
-            validation.peer("src", src, self.rank, self.world_size, others_only=True)
-            if not isinstance(dtype, torch.dtype):
-                raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
-            self._diagnosis.before_pair("recv", size, dtype, src)
-            received = collectives.recv(channel, size, dtype, src, self.device)
-            self._count("recv", received)
-            return received
-
     def warmup(
         self,
         shapes: Iterable[Sequence[int]],
@@ -417,7 +340,7 @@ class DeviceCommunicatorBase(Membership):
         self._count(op, input_)
         # A compiled graph holds the group; the compiler plans the buffers itself.
         group = self.device_group if torch.compiler.is_compiling() else channel
-        output: Tensor = function.apply(group, _plain(input_), *arguments)
+        output: Tensor = function.apply(group, collectives.plain(input_), *arguments)
         return output
 
     def _sizes_of_all_ranks(self, sizes: list[int]) -> list[list[int]]:
@@ -444,7 +367,7 @@ class DeviceCommunicatorBase(Membership):
         if self.world_size == 1:
             done = result(inputs)
             return AsyncHandle.done(done) if async_op else done
-        inputs = tuple(_plain(input_) for input_ in inputs)
+        inputs = tuple(collectives.plain(input_) for input_ in inputs)
         if torch.compiler.is_compiling() or not async_op:
             group = self.device_group if torch.compiler.is_compiling() else channel
             done = result(exchange_tensors(group, what, inputs))
@@ -456,10 +379,3 @@ class DeviceCommunicatorBase(Membership):
             lambda: result(DistributedAutograd.Finish4D.apply(channel, flight, token)),
             flight.is_completed,
         )
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """`tensor` whose memory is its values: not lazily conjugated or negated."""
-    if torch.compiler.is_compiling() or tensor.is_conj() or tensor.is_neg():
-        return tensor.resolve_conj().resolve_neg()
-    return tensor
