@@ -7,8 +7,6 @@ group make the same calls in the same order.
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -24,7 +22,9 @@ from torch._C._distributed_c10d import (
 )
 
 from .errors import ClosedError, CollectiveError
+from .shared_memory import SharedMemory, Window
 from .validation import ReduceOp
+from .wire_buffers import WireBuffers
 
 # What gloo and NCCL both move; the rest (fp8, int16, complex, ..) travels as bytes.
 _MOVABLE = frozenset(
@@ -58,56 +58,6 @@ class Transfer(NamedTuple):
     input_counts: list[int]
 
 
-class WireBuffers:
-    """Contiguous buffers for messages, reused from call to call.
-
-    On the CPU the page faults of fresh memory cost more than the copy into it, so buffers are kept.
-    On an accelerator torch's caching allocator is that pool already, and one that knows of streams
-    and graph captures. A buffer is taken by one exchange at a time, from any thread, and given back
-    only when the exchange is complete: after a failure the backend may still read it.
-    """
-
-    def __init__(self) -> None:
-        """Starts empty."""
-        self._free: list[Tensor] = []
-        self._lock = threading.Lock()
-
-    def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """A contiguous uninitialised tensor of `shape`, with `like`'s dtype and device."""
-        if like.device.type != "cpu":
-            return like.new_empty(shape)
-        num_bytes = math.prod(shape) * like.element_size()
-        with self._lock:
-            for index, wire in enumerate(self._free):
-                if wire.dtype is like.dtype and wire.shape == shape:
-                    return self._free.pop(index)
-            fitting = [wire for wire in self._free if wire.untyped_storage().nbytes() >= num_bytes]
-            if fitting:
-                smallest = min(fitting, key=lambda wire: wire.untyped_storage().nbytes())
-                self._free = [wire for wire in self._free if wire is not smallest]
-                storage = smallest.untyped_storage()
-            else:
-                if self._free:  # one that is too small makes room for one that is not
-                    self._free.pop()
-                storage = torch.UntypedStorage(num_bytes)
-        # A tensor made in inference mode could not be written outside it.
-        with torch.inference_mode(False):
-            wire = torch.empty(0, dtype=like.dtype)
-            wire.set_(storage, 0, tuple(shape), _contiguous_strides(shape))
-        return wire
-
-    def give_back(self, wire: Tensor) -> None:
-        """Ends the use of a tensor that `take` gave; no exchange may be using it."""
-        if wire.device.type == "cpu":
-            with self._lock:
-                self._free.append(wire)
-
-    def clear(self) -> None:
-        """Frees what is not in use."""
-        with self._lock:
-            self._free.clear()
-
-
 class _Closed:
     """In the place of the group of a closed channel."""
 
@@ -118,11 +68,17 @@ class _Closed:
 class Channel:
     """One group with its buffers, in the place of a `ProcessGroup` throughout this package."""
 
-    def __init__(self, group: dist.ProcessGroup, name: str = "") -> None:
-        """Wraps `group`; `name` is what errors call it."""
+    def __init__(
+        self, group: dist.ProcessGroup, name: str = "", *, shares_memory: bool = True
+    ) -> None:
+        """Wraps `group`; `name` is what errors call it.
+
+        Ranks that share memory keep it until the channel is closed.
+        """
         self.group = group
         self.name = name or group.group_desc
         self.buffers = WireBuffers()
+        self._shared_memory = SharedMemory() if shares_memory else None
         self._rank = group.rank()
         self._size = group.size()
         self._backends: dict[str, str] = {}
@@ -132,7 +88,7 @@ class Channel:
     @staticmethod
     def of(group: Group) -> Channel:
         """`group` itself where it is a channel, else a channel for this one call."""
-        return group if isinstance(group, Channel) else Channel(group)
+        return group if isinstance(group, Channel) else Channel(group, shares_memory=False)
 
     def close(self) -> None:
         """Lets go of the group and the buffers; graphs that hold this channel keep neither alive.
@@ -140,6 +96,7 @@ class Channel:
         A gloo group that lives until the interpreter ends makes torch 2.13 abort there.
         """
         self.buffers.clear()
+        self._shared_memory = None
         self.group = _Closed()  # type: ignore[assignment] # answers every use with an error
 
     def rank(self) -> int:
@@ -184,6 +141,34 @@ class Channel:
             raise
         except RuntimeError as error:
             raise self._failure("all_to_all", error) from error
+
+    def window(self, num_bytes: int) -> Window | None:
+        """Memory that all ranks can read, if they are on one host; asked for on all together."""
+        if self._shared_memory is None:
+            return None
+
+        def everyone(numbers: list[int]) -> list[list[int]]:
+            own = torch.tensor(numbers)
+            output = own.new_empty((self._size, len(numbers)))
+            self.all_gather(output, own)
+            return output.tolist()
+
+        try:
+            return self._shared_memory.window(num_bytes, everyone)
+        except ValueError as error:
+            raise self._failure("all_to_all", error) from None
+
+    def meet(self, num_bytes: int, meanwhile: Callable[[], None]) -> None:
+        """Waits until every rank's window holds its messages, `num_bytes` of them."""
+        said = torch.full((self._size,), num_bytes)
+        heard = torch.empty_like(said)
+        works = self.all_to_all([Transfer(heard, said, [], [])], async_op=True)
+        meanwhile()
+        self.wait("all_to_all", works)
+        sizes = heard.tolist()
+        if any(size != num_bytes for size in sizes):
+            text = ", ".join(map(str, sizes))
+            raise self._failure("all_to_all", f"all ranks must send as much, got {text} bytes")
 
     def wait(self, op: str, works: Works) -> None:
         """Waits for what a method of this class started."""
@@ -263,16 +248,12 @@ class Channel:
         except RuntimeError as error:
             raise self._failure(op, error) from error
 
-    def _failure(self, op: str, error: RuntimeError) -> CollectiveError:
+    def _failure(self, op: str, error: Exception | str) -> CollectiveError:
         where = f"rank {self._rank} of {self._size} in group {self.name!r}"
         return CollectiveError(f"{op} on {where} failed: {error}")
 
 
 Group: TypeAlias = "dist.ProcessGroup | Channel"
-
-
-def _contiguous_strides(shape: Sequence[int]) -> list[int]:
-    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
 
 
 def _wire(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .channel import Channel, Group, Transfer
 from .kernels import copy_all_valid_, copy_valid_
 from .layout import Share, message_view
 from .profiling import span
+from .shared_memory import ALIGNMENT, Window
 
 
 class Exchange(NamedTuple):
@@ -36,6 +37,9 @@ class Exchange(NamedTuple):
 
 # Elements up to which `exchange_one` is the shorter way; bench/NOTES.md has the measurement.
 _SMALL_NUMEL = 1 << 16
+
+# Bytes from which ranks of one host exchange through memory; bench/NOTES.md has the measurement.
+_MIN_SHARED_BYTES = 1 << 19
 
 # One tensor, shared evenly.
 HEADS_TO_SEQUENCE = Exchange((Share(2),), (Share(1),))
@@ -140,9 +144,57 @@ def start(group: Group, inputs: Sequence[Tensor], what: Exchange, *, async_op: b
         if output.numel() if even else shape[0] * shape[3]:
             tasks.append(Task(input_, output, scatter, gather))
         # else no rank has anything to send
-    if tasks:
+    num_bytes = 0 if async_op else _sharable_bytes(tasks)
+    window = channel.window(num_bytes) if num_bytes >= _MIN_SHARED_BYTES else None
+    if window is not None:
+        _exchange_in_memory(channel, tasks, window, num_bytes)
+    elif tasks:
         _start(pending, tasks, async_op=async_op)
     return pending
+
+
+def _sharable_bytes(tasks: Sequence[Task]) -> int:
+    """What the messages take in memory that ranks share; the same on all ranks, or 0 on all."""
+    for task in tasks:
+        shares = (task.scatter, task.gather)
+        if task.input.device.type != "cpu" or any(s.sizes or s.holders > 1 for s in shares):
+            return 0
+    return sum(_aligned_bytes(task.input) for task in tasks)
+
+
+def _aligned_bytes(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+
+
+def _exchange_in_memory(
+    channel: Channel, tasks: Sequence[Task], window: Window, num_bytes: int
+) -> None:
+    """Packs for the others into memory that they read, and unpacks from theirs.
+
+    What a rank sends to itself goes straight to its place, while the others pack.
+    """
+    rank, size = channel.rank(), channel.size()
+    others = (slice(0, rank), slice(rank + 1, size))
+    packs: list[tuple[Tensor, Tensor]] = []
+    own: list[tuple[Tensor, Tensor]] = []
+    unpacks: list[tuple[Tensor, Tensor]] = []
+    offset = 0
+    for input_, output, scatter, gather in tasks:
+        sent = message_view(input_, scatter.dim, size, 1)
+        received = message_view(output, gather.dim, size, 1)
+        parts = [window.view(peer, offset, sent) for peer in range(size)]
+        packs += [(parts[rank][:, ranks], sent[:, ranks]) for ranks in others]
+        own.append((received[:, rank], sent[:, rank]))
+        unpacks += [
+            (received[:, peer], parts[peer][:, rank]) for peer in range(size) if peer != rank
+        ]
+        offset += _aligned_bytes(input_)
+    with span("pack", channel.name):
+        _copy(packs)
+    with span("exchange", channel.name):
+        channel.meet(num_bytes, lambda: _copy(own))
+    with span("unpack", channel.name):
+        _copy(unpacks)
 
 
 class Task(NamedTuple):

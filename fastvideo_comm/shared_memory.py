@@ -1,0 +1,117 @@
+"""Memory that the ranks of one host share, for messages on the CPU.
+
+A socket copies every byte into the kernel and out again, and gloo's threads do that on the cores
+that the ranks compute on. Ranks of one host need none of it: each packs its messages into memory
+that the others have mapped, and reads theirs from where they were packed straight into its output.
+What still travels through the group is one number for each rank, which says that its messages are
+there.
+
+The memory is a Linux memfd: it has no name that outlives a killed process, and no share of
+`/dev/shm`, which containers keep small. A rank opens another's through `/proc`, and only after
+the link there bears the name, a random token, that the other has sent. Where one rank cannot
+(other hosts or containers, another system, `FASTVIDEO_COMM_SHARED_MEMORY=off`), none does, and
+messages travel through the group.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .wire_buffers import tensor_in
+
+ENVIRONMENT = "FASTVIDEO_COMM_SHARED_MEMORY"
+# What a window holds starts at multiples of this: a line of cache.
+ALIGNMENT = 64
+
+# `everyone(numbers)`: what every rank gave, in rank order.
+Everyone = Callable[[list[int]], list[list[int]]]
+
+
+class Window(NamedTuple):
+    """The memory of one exchange: a part for each rank, which that rank fills and the others read.
+
+    Two windows take turns. A rank that announces its second has read the first, so a window is
+    written again only when every rank has read what it held.
+    """
+
+    parts: list[torch.UntypedStorage]
+    start: int
+
+    def view(self, rank: int, offset: int, like: Tensor) -> Tensor:
+        """A contiguous tensor of `like`'s shape and dtype, `offset` bytes into a rank's part."""
+        return tensor_in(self.parts[rank], self.start + offset, like.shape, like.dtype)
+
+
+class SharedMemory:
+    """What the ranks of a group share, grown as exchanges need it."""
+
+    def __init__(self) -> None:
+        """Nothing shared yet."""
+        self._parts: list[torch.UntypedStorage] = []
+        self._capacity = 0
+        self._second = False
+        # Read once: ranks that disagree from call to call would wait for each other.
+        self._possible = os.environ.get(ENVIRONMENT, "") != "off" and hasattr(os, "memfd_create")
+        self._refused = False
+
+    def window(self, num_bytes: int, everyone: Everyone) -> Window | None:
+        """Memory of `num_bytes` in each rank's part, or None where the ranks do not share any.
+
+        All ranks ask together and for the same `num_bytes`; the first time, and when more is needed
+        than before, they map each other's parts, in two small collectives.
+
+        Raises:
+            ValueError: a rank asked for another size.
+        """
+        if self._refused:
+            return None
+        if num_bytes > self._capacity:
+            # Pages that nobody touches are not there, so the next power of two costs nothing.
+            capacity = max(1 << 20, 1 << (num_bytes - 1).bit_length())
+            self._parts = self._map(capacity, everyone)
+            self._refused = not self._parts
+            self._capacity = capacity
+            if self._refused:
+                return None
+        self._second = not self._second
+        return Window(self._parts, self._capacity if self._second else 0)
+
+    def _map(self, capacity: int, everyone: Everyone) -> list[torch.UntypedStorage]:
+        """Every rank's part, or none at all if one rank cannot map them."""
+        token = secrets.randbits(62)
+        descriptor = os.memfd_create(_name(token)) if self._possible else -1
+        try:
+            if self._possible:
+                os.ftruncate(descriptor, 2 * capacity)
+            offers = everyone([capacity, os.getpid(), descriptor, token])
+            if any(offer[0] != capacity for offer in offers):
+                sizes = ", ".join(str(offer[0]) for offer in offers)
+                raise ValueError(f"all ranks must send as much, got room for {sizes} bytes")
+            try:
+                parts = [_open(*offer[1:], num_bytes=2 * capacity) for offer in offers]
+            except (OSError, RuntimeError):  # the second from torch's mmap
+                parts = []
+            mapped = everyone([bool(parts)])
+            return parts if all(count for (count,) in mapped) else []
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def _open(process: int, descriptor: int, token: int, *, num_bytes: int) -> torch.UntypedStorage:
+    path = f"/proc/{process}/fd/{descriptor}"
+    # Another container's process of that number has other files.
+    if descriptor < 0 or os.readlink(path) != f"/memfd:{_name(token)} (deleted)":
+        raise OSError(f"{path} is not the memory that was offered")
+    storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=num_bytes)
+    return cast(torch.UntypedStorage, storage)
+
+
+def _name(token: int) -> str:
+    return f"fastvideo_comm-{token:016x}"
