@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import multiprocessing
 import os
-import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import memory_ranks
 import pytest
 import torch
 import torch.distributed as dist
@@ -280,41 +277,8 @@ def test_only_large_messages_need_it(ranks: Ranks):
     ranks.run(2, below_the_limit)
 
 
-def doomed_rank(rank: int, folder: str, answer: Any) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    timeout = datetime.timedelta(seconds=20)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
-    communicator = DeviceCommunicatorBase(dist.group.WORLD, validate="off")
-    x = torch.rand(1, 1024, 8, 64)
-    communicator.all_to_all_4D(x)
-    assert mappings() == 2
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    start = time.monotonic()
-    try:
-        communicator.all_to_all_4D(x)
-    except CollectiveError as error:
-        answer.send((str(error), time.monotonic() - start))
-
-
 def test_a_killed_rank_is_an_error_on_the_other_and_no_wait():
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=doomed_rank, args=(rank, folder, theirs), daemon=True)
-            for rank in range(2)
-        ]
-        for process in processes:
-            process.start()
-        try:
-            assert ours.poll(60)
-            text, seconds = ours.recv()
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+    text, seconds = memory_ranks.killed_between_exchanges()
     assert "all_to_all on rank 0 of 2" in text
     assert seconds < 10  # half the group's timeout
 
