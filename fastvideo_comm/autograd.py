@@ -28,6 +28,7 @@ from .exchange import (
     exchange_one,
     start,
 )
+from .layout import Share
 
 
 class DistributedAutograd:
@@ -92,20 +93,23 @@ class DistributedAutograd:
 
             y = concat_r x_r        dx_r = sum_q g_q[part r]        (reduce_scatter)
 
-        `dim` may be negative; `world_size` is the group's.
+        `dim` may be negative, or is a `Share` whose sizes are those of the parts; `world_size` is
+        the group's.
         """
 
         @staticmethod
-        def forward(ctx: Any, group: Group, input_: Tensor, world_size: int, dim: int) -> Tensor:
+        def forward(
+            ctx: Any, group: Group, input_: Tensor, world_size: int, dim: int | Share
+        ) -> Tensor:
             validation.check_world_size(group, world_size)
             ctx.group, ctx.world_size = group, world_size
-            ctx.dim = validation.all_gather(input_, dim)
-            return collectives.all_gather(group, input_, ctx.dim)
+            ctx.share = validation.all_gather(input_, dim)
+            return collectives.all_gather(group, input_, ctx.share)
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
             grad_input = DistributedAutograd.ReduceScatter.apply(
-                ctx.group, grad_output, ctx.world_size, ctx.dim
+                ctx.group, grad_output, ctx.world_size, ctx.share
             )
             return None, grad_input, None, None
 
@@ -116,16 +120,18 @@ class DistributedAutograd:
         """
 
         @staticmethod
-        def forward(ctx: Any, group: Group, input_: Tensor, world_size: int, dim: int) -> Tensor:
+        def forward(
+            ctx: Any, group: Group, input_: Tensor, world_size: int, dim: int | Share
+        ) -> Tensor:
             validation.check_world_size(group, world_size)
             ctx.group, ctx.world_size = group, world_size
-            ctx.dim = validation.parts(input_, world_size, dim)
-            return collectives.reduce_scatter(group, input_, ctx.dim)
+            ctx.share = validation.parts(input_, world_size, dim)
+            return collectives.reduce_scatter(group, input_, ctx.share)
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
             grad_input = DistributedAutograd.AllGather.apply(
-                ctx.group, grad_output, ctx.world_size, ctx.dim
+                ctx.group, grad_output, ctx.world_size, ctx.share
             )
             return None, grad_input, None, None
 
@@ -139,17 +145,22 @@ class DistributedAutograd:
 
         @staticmethod
         def forward(
-            ctx: Any, group: Group, input_: Tensor, world_size: int, dim: int, scale_grad: bool
+            ctx: Any,
+            group: Group,
+            input_: Tensor,
+            world_size: int,
+            dim: int | Share,
+            scale_grad: bool,
         ) -> Tensor:
             validation.check_world_size(group, world_size)
             ctx.group, ctx.world_size, ctx.scale_grad = group, world_size, scale_grad
-            ctx.dim = validation.parts(input_, world_size, dim)
-            return collectives.slice_(group, input_, ctx.dim)
+            ctx.share = validation.slice_(input_, world_size, dim)
+            return collectives.slice_(group, input_, ctx.share)
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None, None]:
             grad_input = DistributedAutograd.Unslice.apply(
-                ctx.group, grad_output, ctx.world_size, ctx.dim
+                ctx.group, grad_output, ctx.world_size, ctx.share
             )
             if ctx.scale_grad:
                 grad_input = grad_input / ctx.world_size
@@ -165,15 +176,17 @@ class DistributedAutograd:
         """
 
         @staticmethod
-        def forward(ctx: Any, group: Group, input_: Tensor, world_size: int, dim: int) -> Tensor:
+        def forward(
+            ctx: Any, group: Group, input_: Tensor, world_size: int, dim: int | Share
+        ) -> Tensor:
             ctx.group, ctx.world_size = group, world_size
-            ctx.dim = validation.all_gather(input_, dim)
-            return collectives.all_gather(group, input_, ctx.dim)
+            ctx.share = validation.all_gather(input_, dim)
+            return collectives.all_gather(group, input_, ctx.share)
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
             grad_input = DistributedAutograd.Slice.apply(
-                ctx.group, grad_output, ctx.world_size, ctx.dim, False
+                ctx.group, grad_output, ctx.world_size, ctx.share, False
             )
             return None, grad_input, None, None
 

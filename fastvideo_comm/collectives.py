@@ -3,6 +3,9 @@
 Each is a strided copy into messages, an exchange, a strided copy out of them; a copy is left out
 where `message_view` is contiguous already. Under torch.compile the same is written in functional
 collectives (`traced.py`), so that the compiler sees the copies and fuses them.
+
+Parts of different sizes are padded to the largest: gloo and NCCL gather and reduce equal parts
+only, and in an all_to_all a part would cross between two hosts once for every rank over there.
 """
 
 from __future__ import annotations
@@ -14,21 +17,26 @@ from torch import Tensor
 
 from . import traced
 from .channel import Channel, Group
-from .kernels import copy_valid_
-from .layout import message_view
+from .kernels import copy_all_valid_, copy_valid_
+from .layout import Share, message_view, padded_pairs
 from .profiling import span
 from .validation import REDUCE_OPS
 
 
-def all_gather(group: Group, input_: Tensor, dim: int) -> Tensor:
-    """`[A, c, ..] -> [A, P*c, ..]`: every rank's tensor side by side along `dim`."""
+def all_gather(group: Group, input_: Tensor, share: Share) -> Tensor:
+    """`[A, c, ..] -> [A, P*c, ..]`: every rank's tensor side by side along the share's dim."""
     if torch.compiler.is_compiling():
-        return traced.all_gather(group, input_, dim)
+        return traced.all_gather(group, input_, share)
     channel = Channel.of(group)
-    output = input_.new_empty(_times(input_, dim, channel.size()))
+    shape = list(input_.shape)
+    shape[share.dim] = share.whole(shape[share.dim], channel.size())
+    output = input_.new_empty(shape)
     if not output.numel():
         return output
-    received = message_view(output, dim, channel.size(), 0)
+    if share.sizes is not None:
+        _all_gather_padded(channel, input_, output, share.dim, share.sizes)
+        return output
+    received = message_view(output, share.dim, channel.size(), 0)
     inputs = _packed(channel, input_, contiguous=input_.is_contiguous())
     outputs = (
         received if received.is_contiguous() else channel.buffers.take(received.shape, received)
@@ -40,12 +48,33 @@ def all_gather(group: Group, input_: Tensor, dim: int) -> Tensor:
     return output
 
 
-def reduce_scatter(group: Group, input_: Tensor, dim: int) -> Tensor:
-    """`[A, P*c, ..] -> [A, c, ..]`: the sum over ranks of this rank's part along `dim`."""
+def _all_gather_padded(
+    channel: Channel, input_: Tensor, output: Tensor, dim: int, sizes: Sequence[int]
+) -> None:
+    """Into `output`, for parts of different sizes."""
+    slot = output.numel() // output.shape[dim] * max(sizes)
+    inputs = input_
+    if input_.numel() < slot or not input_.is_contiguous():
+        inputs = channel.buffers.take((slot,), input_)
+        with span("pack", channel.name):
+            copy_valid_(inputs[: input_.numel()].view(input_.shape), input_)
+    received = channel.buffers.take((channel.size(), slot), output)
+    with span("exchange", channel.name):
+        channel.all_gather(received, inputs)
+    _release(channel, inputs, input_)
+    with span("unpack", channel.name):
+        copy_all_valid_(padded_pairs(output, dim, sizes, received))
+    channel.buffers.give_back(received)
+
+
+def reduce_scatter(group: Group, input_: Tensor, share: Share) -> Tensor:
+    """`[A, P*c, ..] -> [A, c, ..]`: the sum over ranks of this rank's part of the share's dim."""
     if torch.compiler.is_compiling():
-        return traced.reduce_scatter(group, input_, dim)
+        return traced.reduce_scatter(group, input_, share)
     channel = Channel.of(group)
-    sent = message_view(input_, dim, channel.size(), 0)
+    if share.sizes is not None:
+        return _reduce_scatter_padded(channel, input_, share.dim, share.sizes)
+    sent = message_view(input_, share.dim, channel.size(), 0)
     output = input_.new_empty(sent.shape[1:])
     if not output.numel():
         return output
@@ -53,6 +82,32 @@ def reduce_scatter(group: Group, input_: Tensor, dim: int) -> Tensor:
     with span("exchange", channel.name):
         channel.reduce_scatter(output, inputs)
     _release(channel, inputs, sent)
+    return output
+
+
+def _reduce_scatter_padded(
+    channel: Channel, input_: Tensor, dim: int, sizes: Sequence[int]
+) -> Tensor:
+    """For parts of different sizes."""
+    shape = list(input_.shape)
+    shape[dim] = sizes[channel.rank()]
+    output = input_.new_empty(shape)
+    if not input_.numel():
+        return output
+    slot = input_.numel() // input_.shape[dim] * max(sizes)
+    inputs = channel.buffers.take((channel.size(), slot), input_)
+    with span("pack", channel.name):
+        copy_all_valid_([(to, from_) for from_, to in padded_pairs(input_, dim, sizes, inputs)])
+    received = output
+    if output.numel() < slot:
+        received = channel.buffers.take((slot,), output)
+    with span("exchange", channel.name):
+        channel.reduce_scatter(received, inputs)
+    channel.buffers.give_back(inputs)
+    if received is not output:
+        with span("unpack", channel.name):
+            copy_valid_(output, received[: output.numel()].view(shape))
+        channel.buffers.give_back(received)
     return output
 
 
@@ -69,9 +124,12 @@ def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
     return output
 
 
-def slice_(group: Group, input_: Tensor, dim: int) -> Tensor:
-    """`[A, P*c, ..] -> [A, c, ..]`: this rank's part along `dim`, in memory of its own."""
-    part = message_view(input_, dim, group.size(), 0)[group.rank()]
+def slice_(group: Group, input_: Tensor, share: Share) -> Tensor:
+    """`[A, P*c, ..] -> [A, c, ..]`: this rank's part of the share's dim, in memory of its own."""
+    if share.sizes is None:
+        part = message_view(input_, share.dim, group.size(), 0)[group.rank()]
+    else:
+        part = input_.split(share.sizes, share.dim)[group.rank()]
     if torch.compiler.is_compiling():
         return part.clone(memory_format=torch.contiguous_format)
     return copy_valid_(part.new_empty(part.shape), part)
@@ -81,7 +139,9 @@ def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
     """As `all_gather`, on rank `dst` only; None elsewhere."""
     channel = Channel.of(group)
     here = channel.rank() == dst
-    output = input_.new_empty(_times(input_, dim, channel.size())) if here else None
+    shape = list(input_.shape)
+    shape[dim] *= channel.size()
+    output = input_.new_empty(shape) if here else None
     if not input_.numel():
         return output
     inputs = _packed(channel, input_, contiguous=input_.is_contiguous())
@@ -142,9 +202,3 @@ def _release(channel: Channel, wire: Tensor, view: Tensor) -> None:
     """The exchange is complete: a wire buffer is free again."""
     if wire is not view:
         channel.buffers.give_back(wire)
-
-
-def _times(tensor: Tensor, dim: int, factor: int) -> list[int]:
-    shape = list(tensor.shape)
-    shape[dim] *= factor
-    return shape

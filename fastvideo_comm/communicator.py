@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from . import collectives, validation
-from .autograd import DistributedAutograd, Flight, exchange_tensors
+from . import validation
+from .autograd import DistributedAutograd
+from .differentiable import Differentiable
 from .exchange import Exchange
 from .forward_only import ForwardOnly
 from .handle import AsyncHandle
+from .layout import Share
 from .validation import Sizes
 
 
-class DeviceCommunicatorBase(ForwardOnly):
+class DeviceCommunicatorBase(Differentiable, ForwardOnly):
     """The collectives of one group of ranks on one device, differentiable and compilable.
 
     Example:
@@ -141,23 +143,17 @@ class DeviceCommunicatorBase(ForwardOnly):
             TypeError: not a dense tensor.
         """
         with self._named("all_to_all_4D"):
-            if isinstance(input_, Tensor) and not (scatter_sizes or gather_sizes or async_op):
-                dims = (scatter_dim, gather_dim)
-                return self._exchange(
-                    "all_to_all_4D",
-                    DistributedAutograd.AllToAll4D,
-                    lambda: validation.all_to_all_4D(input_, self.world_size, *dims),
-                    input_,
-                    self.world_size,
-                    *dims,
-                )
+            dims = (scatter_dim, gather_dim)
             inputs = validation.tensors(input_)
 
             def compare() -> None:
                 self._diagnosis.before(
                     "all_to_all_4D",
                     inputs,
-                    (scatter_dim, gather_dim, scatter_sizes, gather_sizes, async_op),
+                    dims,
+                    scatter_sizes=scatter_sizes,
+                    gather_sizes=gather_sizes,
+                    async_op=async_op or None,
                     uneven_dim=None if gather_sizes is None else gather_dim,
                 )
 
@@ -165,15 +161,24 @@ class DeviceCommunicatorBase(ForwardOnly):
                 compare()  # before anything is sent, and this is
                 return self._sizes_of_all_ranks(sizes)
 
-            for each in inputs:
-                validation.check_tensor("input_", each)
-                validation.check_device("input_", each, self.device)
-                self._count("all_to_all_4D", each)
             packed = not isinstance(input_, Tensor)
+            if not (packed or async_op) and scatter_sizes is None and gather_sizes is None:
+                return self._exchange(
+                    "all_to_all_4D",
+                    DistributedAutograd.AllToAll4D,
+                    lambda: validation.all_to_all_4D(inputs[0], self.world_size, *dims),
+                    compare,
+                    inputs[0],
+                    self.world_size,
+                    *dims,
+                )
+            for each in inputs:
+                self._check(each)
+                self._count("all_to_all_4D", each)
             what = Exchange(
                 *validation.exchange_shares(
                     inputs,
-                    (scatter_dim, gather_dim),
+                    dims,
                     (scatter_sizes, gather_sizes),
                     (self.rank, self.world_size),
                     packed=packed,
@@ -190,23 +195,29 @@ class DeviceCommunicatorBase(ForwardOnly):
         dim: int = -1,
         *,
         grad: Literal["reduce_scatter", "slice"] = "reduce_scatter",
+        gather_sizes: Sizes = None,
     ) -> Tensor:
         """Every rank's tensor side by side along `dim`, in rank order, on every rank.
 
-        The gradient is a reduce_scatter: dx_r = sum over ranks q of g_q[part r].
+        The gradient is a reduce_scatter: dx_r = sum over ranks q of g_q[part r], where part r is
+        what rank r brought: c entries of `dim`, or `gather_sizes[r]`.
 
         Args:
-            input_: `[A, c, ..]`, the same shape on every rank; any dtype and strides.
+            input_: `[A, c, ..]`, the same shape on every rank, but for `dim` if `gather_sizes` are
+                given; any dtype and strides.
             dim: the dim along which the tensors are joined.
             grad: "reduce_scatter" where every rank computes a loss of its own from the result;
                 "slice" where all ranks compute the same loss, which is then counted once:
                 dx_r = g[part r], and nothing is sent.
+            gather_sizes: what every rank has of `dim`, where it is not the same for all; the same
+                list on all ranks. "auto": asked of the ranks, in one small collective more.
 
         Returns:
-            `[A, P*c, ..]`, contiguous.
+            `[A, P*c, ..]`, or `[A, sum of the sizes, ..]`, contiguous.
 
         Raises:
-            ValueError: a 0-d tensor, `dim` out of range, another `grad`, or another device.
+            ValueError: a 0-d tensor, `dim` out of range, sizes that the tensor does not fit,
+                another `grad`, or another device.
             TypeError: not a dense tensor.
         """
         with self._named("all_gather"):
@@ -214,13 +225,39 @@ class DeviceCommunicatorBase(ForwardOnly):
             function: type[torch.autograd.Function] = DistributedAutograd.AllGather
             if grad == "slice":
                 function = DistributedAutograd.Unslice
+
+            def compare() -> None:
+                self._diagnosis.before(
+                    "all_gather",
+                    input_,
+                    (dim,),
+                    gather_sizes=gather_sizes,
+                    grad=grad if grad == "slice" else None,
+                    uneven_dim=None if gather_sizes is None else dim,
+                )
+
+            def sizes_of_all_ranks(sizes: list[int]) -> list[list[int]]:
+                compare()
+                return self._sizes_of_all_ranks(sizes)
+
+            share: int | Share = dim
+            if gather_sizes is not None:
+                self._check(input_)
+                share = validation.all_gather_sizes(
+                    input_,
+                    dim,
+                    gather_sizes,
+                    (self.rank, self.world_size),
+                    sizes_of_all_ranks=sizes_of_all_ranks,
+                )
             return self._exchange(
                 "all_gather",
                 function,
-                lambda: validation.all_gather(input_, dim),
+                lambda: validation.all_gather(input_, share),
+                None if gather_sizes == "auto" else compare,
                 input_,
                 self.world_size,
-                dim,
+                share,
             )
 
     def all_reduce(
@@ -256,10 +293,24 @@ class DeviceCommunicatorBase(ForwardOnly):
             if grad == "identity":
                 function = DistributedAutograd.ReplicatedAllReduce
             return self._exchange(
-                "all_reduce", function, lambda: validation.all_reduce(input_, op), input_, op
+                "all_reduce",
+                function,
+                lambda: validation.all_reduce(input_, op),
+                lambda: self._diagnosis.before(
+                    "all_reduce", input_, (op,), grad=grad if grad == "identity" else None
+                ),
+                input_,
+                op,
             )
 
-    def slice(self, input_: Tensor, dim: int = -1, *, scale_grad: bool = False) -> Tensor:
+    def slice(
+        self,
+        input_: Tensor,
+        dim: int = -1,
+        *,
+        scale_grad: bool = False,
+        scatter_sizes: Sizes = None,
+    ) -> Tensor:
         """This rank's part of a tensor that every rank holds; nothing is sent in the forward.
 
         The gradient is an all_gather: dx = concat over ranks of g_r, the whole gradient on every
@@ -267,24 +318,39 @@ class DeviceCommunicatorBase(ForwardOnly):
 
         Args:
             input_: `[A, P*c, ..]`, the same values on every rank; any dtype and strides.
-            dim: the dim that is dealt out to the ranks.
+            dim: the dim that is dealt out to the ranks; P divides its size, or `scatter_sizes` says
+                what each rank gets.
             scale_grad: divides the gradient by P, for losses that are averaged over ranks.
+            scatter_sizes: every rank's part of `dim`, the same list on all ranks. "auto": as even
+                as can be (`near_even_sizes`).
 
         Returns:
-            `[A, c, ..]`, contiguous, in memory of its own.
+            `[A, c, ..]`, or `[A, scatter_sizes[rank], ..]`, contiguous, in memory of its own.
 
         Raises:
-            ValueError: a size that P does not divide, `dim` out of range, another device.
+            ValueError: a size that P does not divide or that the given sizes do not fit, `dim` out
+                of range, another device.
             TypeError: not a dense tensor.
         """
         with self._named("slice"):
+            share: int | Share = dim
+            if scatter_sizes is not None:
+                self._check(input_)
+                share = validation.slice_sizes(input_, dim, scatter_sizes, self.world_size)
             return self._exchange(
                 "slice",
                 DistributedAutograd.Slice,
-                lambda: validation.parts(input_, self.world_size, dim),
+                lambda: validation.slice_(input_, self.world_size, share),
+                lambda: self._diagnosis.before(
+                    "slice",
+                    input_,
+                    (dim,),
+                    scatter_sizes=scatter_sizes,
+                    scale_grad=scale_grad or None,
+                ),
                 input_,
                 self.world_size,
-                dim,
+                share,
                 scale_grad,
             )
 
@@ -315,67 +381,3 @@ class DeviceCommunicatorBase(ForwardOnly):
         (self.all_gather(small).sum() + self.all_reduce(small).sum()).backward()
         if self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize(self.device)
-
-    def _exchange(
-        self,
-        op: str,
-        function: type[torch.autograd.Function],
-        validate: Callable[[], object],
-        input_: Tensor,
-        *arguments: Any,
-    ) -> Tensor:
-        """The one way through for differentiable ops.
-
-        `function` validates its arguments itself, for those who apply it directly; `validate` does
-        where it is not applied, or where the ranks compare arguments first.
-        """
-        channel = self._open()
-        validation.check_tensor("input_", input_)
-        validation.check_device("input_", input_, self.device)
-        if self.world_size == 1 or self._compares_next():
-            validate()
-        if self.world_size == 1:
-            return input_
-        self._diagnosis.before(op, input_, arguments)
-        self._count(op, input_)
-        # A compiled graph holds the group; the compiler plans the buffers itself.
-        group = self.device_group if torch.compiler.is_compiling() else channel
-        output: Tensor = function.apply(group, collectives.plain(input_), *arguments)
-        return output
-
-    def _sizes_of_all_ranks(self, sizes: list[int]) -> list[list[int]]:
-        """For each of this rank's sizes, what it is on every rank: one small all_gather.
-
-        Never remembered: a rank whose size did not change would not know that another's did.
-        """
-        if torch.compiler.is_compiling():
-            raise ValueError("gather_sizes must be given where a call is compiled, got 'auto'")
-        on_device = self.cpu_group is self.device_group
-        own = torch.tensor([sizes], device=self.device if on_device else "cpu")
-        every: list[list[int]] = collectives.all_gather(self.cpu_group, own, 0).T.tolist()
-        return every
-
-    def _trade(
-        self, inputs: tuple[Tensor, ...], what: Exchange, *, packed: bool, async_op: bool
-    ) -> Any:
-        """As `_exchange`, for an exchange with a plan."""
-        channel = self._open()
-
-        def result(outputs: Sequence[Tensor]) -> Any:
-            return tuple(outputs) if packed else outputs[0]
-
-        if self.world_size == 1:
-            done = result(inputs)
-            return AsyncHandle.done(done) if async_op else done
-        inputs = tuple(collectives.plain(input_) for input_ in inputs)
-        if torch.compiler.is_compiling() or not async_op:
-            group = self.device_group if torch.compiler.is_compiling() else channel
-            done = result(exchange_tensors(group, what, inputs))
-            return AsyncHandle.done(done) if async_op else done
-        flight = Flight(what)
-        token = DistributedAutograd.Start4D.apply(channel, flight, *inputs)
-        return AsyncHandle(
-            "all_to_all_4D",
-            lambda: result(DistributedAutograd.Finish4D.apply(channel, flight, token)),
-            flight.is_completed,
-        )

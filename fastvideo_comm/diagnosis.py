@@ -105,6 +105,7 @@ class Diagnosis:
         arguments: Sequence[Any] = (),
         *,
         uneven_dim: int | None = None,
+        **named: Any,
     ) -> None:
         """Compares a collective of the whole group, if its turn has come.
 
@@ -113,6 +114,7 @@ class Diagnosis:
             tensors: this rank's input, or inputs.
             arguments: dims, reduce op and whatever else must be the same on all ranks.
             uneven_dim: a dim whose size may differ between the ranks.
+            named: more such arguments, which the table shows with their names; None is not shown.
 
         Raises:
             MismatchError: the ranks asked for different things, or one had bad arguments.
@@ -125,7 +127,7 @@ class Diagnosis:
         self._number = number + 1
         if not (self.validate == "always" or is_due(number)):
             return
-        record = describe(op, tensors, arguments, uneven_dim=uneven_dim)
+        record = describe(op, tensors, arguments, uneven_dim=uneven_dim, **named)
         self._compare(board, record, str(number), range(self._size))
 
     def before_pair(

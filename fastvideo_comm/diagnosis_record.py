@@ -65,13 +65,14 @@ def describe(
     arguments: Sequence[Any],
     *,
     uneven_dim: int | None = None,
+    **named: Any,
 ) -> Record:
     """The record of a collective.
 
     Example:
         >>> import torch
-        >>> print(describe("all_gather", torch.zeros(2, 3), (-1,)))
-        all_gather [2, 3] float32 contiguous 1
+        >>> print(describe("all_gather", torch.zeros(2, 3), (-1,), gather_sizes=(3, 4)))
+        all_gather [2, 3] float32 contiguous 1, gather_sizes=[3, 4]
     """
     tensors = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
     num_dims = tensors[0].dim() if tensors else 0
@@ -80,7 +81,10 @@ def describe(
         " ".join(shape_text(tensor.shape, uneven_dim) for tensor in tensors),
         " ".join(dict.fromkeys(dtype_text(tensor.dtype) for tensor in tensors)),
         "contiguous" if all(tensor.is_contiguous() for tensor in tensors) else "strided",
-        ", ".join(_word(argument, num_dims) for argument in arguments),
+        ", ".join(
+            [_word(argument, num_dims) for argument in arguments]
+            + [f"{name}={_listed(value)}" for name, value in named.items() if value is not None]
+        ),
         any(tensor.requires_grad for tensor in tensors),
     )
 
@@ -156,6 +160,11 @@ def _comparable(record: Record, *, strict: bool) -> tuple[Any, ...]:
     strides = record.strides if strict else ""
     fields = (record.op, record.shape, record.dtype, strides, record.arguments)
     return (*fields, record.requires_grad, record.error)
+
+
+def _listed(value: Any) -> Any:
+    """Sizes as lists, whatever sequence each rank gave."""
+    return [_listed(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _word(argument: Any, num_dims: int) -> str:

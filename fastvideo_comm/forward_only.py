@@ -31,7 +31,7 @@ class ForwardOnly(Membership):
         """
         with self._named("gather"):
             channel = self._open()
-            dim = validation.all_gather(input_, dim)
+            dim = validation.all_gather(input_, dim).dim
             validation.check_device("input_", input_, self.device)
             validation.peer("dst", dst, self.rank, self.world_size, others_only=False)
             if self.world_size == 1:

@@ -19,7 +19,9 @@ or writes the tensor itself: a copy that is not needed shows in its strides.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -61,6 +63,44 @@ def concatenate_messages(messages: Tensor, dim: int) -> Tensor:
         tensor([[1, 2, 3, 4]])
     """
     return messages.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def padded_pairs(
+    tensor: Tensor, dim: int, sizes: Sequence[int], messages: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Parts of `tensor` of different sizes, and where their elements stand in messages of one size.
+
+    A part fills the front of its message; what is behind it belongs to nobody.
+
+    Example:
+        >>> import torch
+        >>> messages = torch.tensor([[1, 2], [3, 4], [5, 0]])  # slots for 2 elements
+        >>> x = torch.empty(5, dtype=torch.int64)
+        >>> for part, message in padded_pairs(x, 0, [2, 2, 1], messages):
+        ...     _ = part.copy_(message)
+        >>> x
+        tensor([1, 2, 3, 4, 5])
+
+    Args:
+        tensor: any shape, with the parts of all ranks side by side at `dim`.
+        dim: that dim.
+        sizes: every rank's size of it.
+        messages: `[P, slot]`, in which a slot holds the largest part.
+
+    Returns:
+        A pair of views of the same shape for each run of equal sizes: for near even sizes two,
+        however many ranks there are.
+    """
+    pairs = []
+    rank = start = 0
+    for size, run in itertools.groupby(sizes):
+        ranks = len(list(run))
+        parts = message_view(tensor.narrow(dim, start, ranks * size), dim, ranks, 0)
+        if parts.numel():
+            own = messages[rank : rank + ranks, : parts[0].numel()]
+            pairs.append((parts, own.view(parts.shape)))
+        rank, start = rank + ranks, start + ranks * size
+    return pairs
 
 
 class Share(NamedTuple):

@@ -74,10 +74,7 @@ def _parts(tensor: Tensor, share: Share, size: int) -> list[Tensor]:
 
 def _shape_from(rank: int, own: Tensor, share: Share) -> list[int]:
     """The shape of a rank's message to this one, given this rank's to itself."""
-    shape = list(own.shape)
-    if share.sizes is not None:
-        shape[share.dim] = share.sizes[rank]
-    return shape
+    return list(own.shape) if share.sizes is None else _with_size(own, share.dim, share.sizes[rank])
 
 
 def _together(messages: list[Tensor], share: Share) -> Tensor:
@@ -88,25 +85,65 @@ def _together(messages: list[Tensor], share: Share) -> Tensor:
     return torch.cat(messages, share.dim)
 
 
-def all_gather(group: Group, input_: Tensor, dim: int) -> Tensor:
+def all_gather(group: Group, input_: Tensor, share: Share) -> Tensor:
     """As `collectives.all_gather`."""
+    if share.sizes is not None:
+        return _all_gather_padded(group, input_, share.dim, share.sizes)
     received = _wait(
         torch.ops._c10d_functional.all_gather_into_tensor(
             input_.contiguous()[None], group.size(), _name(group)
         )
     )
-    output = concatenate_messages(received, dim)
+    output = concatenate_messages(received, share.dim)
     # Not `contiguous()` alone, which may be `output` itself: torch 2.11 makes every intermediate of
     # an autograd Function an output, and of one tensor under two names one loses its gradient.
     return output if output.is_contiguous() else output.contiguous()
 
 
-def reduce_scatter(group: Group, input_: Tensor, dim: int) -> Tensor:
+def _all_gather_padded(group: Group, input_: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    shapes = [_with_size(input_, dim, size) for size in sizes]
+    slot = max(math.prod(shape) for shape in shapes)
+    received = _wait(
+        torch.ops._c10d_functional.all_gather_into_tensor(
+            _padded(input_, slot)[None], group.size(), _name(group)
+        )
+    )
+    messages = zip(received.unbind(0), shapes, strict=True)
+    parts = [message[: math.prod(shape)].view(shape) for message, shape in messages]
+    return torch.cat(parts, dim)
+
+
+def reduce_scatter(group: Group, input_: Tensor, share: Share) -> Tensor:
     """As `collectives.reduce_scatter`: always along dim 0, the one that every backend has."""
-    sent = message_view(input_, dim, group.size(), 0).contiguous()
+    if share.sizes is not None:
+        return _reduce_scatter_padded(group, input_, share.dim, share.sizes)
+    sent = message_view(input_, share.dim, group.size(), 0).contiguous()
     return _wait(
         torch.ops._c10d_functional.reduce_scatter_tensor(sent, "sum", group.size(), _name(group))
     )[0]
+
+
+def _reduce_scatter_padded(group: Group, input_: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    parts = input_.split(list(sizes), dim)
+    own = parts[group.rank()]
+    slot = max(part.numel() for part in parts)
+    sent = torch.cat([_padded(part, slot) for part in parts])
+    received = _wait(
+        torch.ops._c10d_functional.reduce_scatter_tensor(sent, "sum", group.size(), _name(group))
+    )
+    return received[: own.numel()].view(own.shape)
+
+
+def _padded(part: Tensor, slot: int) -> Tensor:
+    """The elements in a row, and zeros up to `slot`."""
+    flat = part.reshape(-1)
+    return torch.cat((flat, flat.new_zeros(slot - flat.numel())))
+
+
+def _with_size(tensor: Tensor, dim: int, size: int) -> list[int]:
+    shape = list(tensor.shape)
+    shape[dim] = size
+    return shape
 
 
 def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:

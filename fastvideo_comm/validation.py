@@ -198,47 +198,89 @@ def share(name: str, dim: int, sizes: Sequence[int], world_size: int) -> Share:
 def scatter_share(input_: Tensor, dim: int, sizes: Any, world_size: int, *, packed: bool) -> Share:
     """How `dim` of a tensor is dealt out; among several tensors, scarce heads are replicated."""
     size = input_.shape[dim]
-    if sizes == "auto":
-        return share("scatter_sizes", dim, near_even_sizes(size, world_size), world_size)
     if sizes is not None:
-        if sum(sizes) != size:
-            raise ValueError(
-                f"scatter_sizes must add up to the {size} at scatter_dim={dim} of shape "
-                f"{list(input_.shape)}, got {list(sizes)}"
-            )
-        return share("scatter_sizes", dim, sizes, world_size)
+        return _given_scatter_share(input_, "scatter_dim", dim, sizes, world_size)
     if packed and dim == 2 and 0 < size < world_size and world_size % size == 0:
         return Share(dim, None, world_size // size)
     check_divisible(input_, "scatter_dim", dim, world_size, "; scatter_sizes= shares it unevenly")
     return Share(dim)
 
 
+def _given_scatter_share(input_: Tensor, name: str, dim: int, sizes: Any, world_size: int) -> Share:
+    """Sizes that add up to that of `dim`, which errors call `name`; or near even ones."""
+    size = input_.shape[dim]
+    if sizes == "auto":
+        return share("scatter_sizes", dim, near_even_sizes(size, world_size), world_size)
+    if sum(sizes) != size:
+        raise ValueError(
+            f"scatter_sizes must add up to the {size} at {name}={dim} of shape "
+            f"{list(input_.shape)}, got {list(sizes)}"
+        )
+    return share("scatter_sizes", dim, sizes, world_size)
+
+
 def gather_share(
-    input_: Tensor, dim: int, sizes: Sequence[int] | None, rank: int, world_size: int
+    input_: Tensor,
+    dim: int,
+    sizes: Sequence[int] | None,
+    rank: int,
+    world_size: int,
+    name: str = "gather_dim",
 ) -> Share:
-    """What every rank has of the dim that comes together."""
+    """What every rank has of the dim that comes together, which errors call `name`."""
     if sizes is None:
         return Share(dim)
     result = share("gather_sizes", dim, sizes, world_size)
     if sizes[rank] != input_.shape[dim]:
         raise ValueError(
-            f"gather_sizes must hold the {input_.shape[dim]} at gather_dim={dim} of shape "
+            f"gather_sizes must hold the {input_.shape[dim]} at {name}={dim} of shape "
             f"{list(input_.shape)} for rank {rank}, got {list(sizes)}"
         )
     return result
 
 
-def all_gather(input_: Tensor, dim: int) -> int:
-    """Any tensor with at least one dim."""
+def all_gather(input_: Tensor, dim: int | Share) -> Share:
+    """Any tensor with at least one dim; a share is taken as it is."""
     check_tensor("input_", input_)
-    return normal_dim(input_, dim)
+    return dim if isinstance(dim, Share) else Share(normal_dim(input_, dim))
 
 
-def parts(input_: Tensor, world_size: int, dim: int) -> int:
-    """A tensor whose `dim` holds a part for every rank: reduce_scatter and slice."""
-    dim = all_gather(input_, dim)
-    check_divisible(input_, "dim", dim, world_size)
-    return dim
+def all_gather_sizes(
+    input_: Tensor,
+    dim: int,
+    sizes: Sizes,
+    rank_and_world_size: tuple[int, int],
+    *,
+    sizes_of_all_ranks: Callable[[list[int]], list[list[int]]],
+) -> Share:
+    """`all_gather`, and what every rank has of `dim`."""
+    dim = all_gather(input_, dim).dim
+    (of_each,) = _sizes_of_each("gather_sizes", sizes, 1)
+    if of_each == "auto":
+        (of_each,) = sizes_of_all_ranks([input_.shape[dim]])
+    return gather_share(input_, dim, of_each, *rank_and_world_size, "dim")
+
+
+def parts(input_: Tensor, world_size: int, dim: int | Share, remedy: str = "") -> Share:
+    """A tensor whose `dim` holds a part for every rank; a share is taken as it is."""
+    result = all_gather(input_, dim)
+    if result.sizes is None:
+        check_divisible(input_, "dim", result.dim, world_size, remedy)
+    return result
+
+
+def slice_(input_: Tensor, world_size: int, dim: int | Share) -> Share:
+    """`parts`, for a caller who can say what the parts are."""
+    return parts(input_, world_size, dim, "; scatter_sizes= shares it unevenly")
+
+
+def slice_sizes(input_: Tensor, dim: int, sizes: Sizes, world_size: int) -> Share:
+    """`slice_`, and what every rank gets of `dim`."""
+    dim = all_gather(input_, dim).dim
+    (of_each,) = _sizes_of_each("scatter_sizes", sizes, 1)
+    if of_each is None:
+        return slice_(input_, world_size, dim)
+    return _given_scatter_share(input_, "dim", dim, of_each, world_size)
 
 
 def all_reduce(input_: Tensor, op: ReduceOp | None) -> str:

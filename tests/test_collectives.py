@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvideo_comm import DeviceCommunicatorBase, collectives
 from fastvideo_comm.exchange import HEADS_TO_SEQUENCE, exchange_one
+from fastvideo_comm.layout import Share
 
 DTYPES = (
     torch.bool,
@@ -204,7 +205,7 @@ def summed_parts(communicator: DeviceCommunicatorBase, dtype: torch.dtype) -> No
         stacked = stacked.real + 1j * stacked.real.flip(0)
     group = communicator.device_group
     same(
-        collectives.reduce_scatter(group, restride(stacked[rank], "stepped"), 1),
+        collectives.reduce_scatter(group, restride(stacked[rank], "stepped"), Share(1)),
         stacked.sum(0).to(dtype).chunk(ranks, 1)[rank],
     )
     same(communicator.all_reduce(stacked[rank]), stacked.sum(0).to(dtype))
