@@ -114,7 +114,7 @@ def measure_on(group: dist.ProcessGroup, cases: list[Case], options: script.Opti
         report.problem(f"peer {name} is missing: {reason}")
 
     def bind() -> dict[str, Bound]:
-        bound = {systems.OURS: systems.ours(group, options.device)}
+        bound = systems.ours(group, options.device)
         bound |= {name: peer.bind(group) for name, peer in present.items()}
         return bound | systems.bounds(group)
 

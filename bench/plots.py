@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 COLOURS = {
     "fastvideo_comm": "#0b6e4f",
+    "fastvideo_comm, sockets": "#7fb09c",
     "fastvideo": "#c8553d",
     "yunchang": "#e0a458",
     "deepspeed": "#5b6c9e",
@@ -86,7 +87,9 @@ def _local(rows: list[tables.Row]) -> Figure | None:
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         times = {row["system"]: row["median_s"] * 1e3 for row in panel}
         exchange = times["bare exchange"]
-        names = [name for name in ("floor", tables.OURS, *tables.PEERS) if name in times][::-1]
+        names = [
+            name for name in ("floor", tables.OURS, tables.SOCKETS, *tables.PEERS) if name in times
+        ][::-1]
         local = [max(0.0, times[name] - exchange) for name in names]
         axes.barh(names, [exchange] * len(names), color="#d8d8d8", label="exchange (a copy)")
         colours = [COLOURS[name] for name in names]
@@ -115,7 +118,7 @@ def _growth(rows: list[tables.Row]) -> Figure | None:
     for axes, (mode, chosen) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        for name in ("floor", tables.OURS, *tables.PEERS):
+        for name in ("floor", tables.OURS, tables.SOCKETS, *tables.PEERS):
             line = sorted(
                 (row["world_size"], row["median_s"] * 1e3)
                 for row in tables.select(chosen, system=name)

@@ -16,6 +16,7 @@ from typing import Any
 Row = Mapping[str, Any]
 
 OURS = "fastvideo_comm"
+SOCKETS = "fastvideo_comm, sockets"
 PEERS = ("fastvideo", "yunchang", "deepspeed", "diffusers", "cache-dit")
 BOUNDS = ("floor", "bare exchange", "contiguous copy")
 
@@ -36,7 +37,7 @@ def table(rows: Iterable[Row]) -> str:
 
 def whole_calls(rows: Sequence[Row]) -> str:
     """A line per case: our time, its multiple of the floor, each peer's multiple of our time."""
-    systems = [name for name in PEERS if any(row["system"] == name for row in rows)]
+    systems = [name for name in (SOCKETS, *PEERS) if any(row["system"] == name for row in rows)]
     head = ["case", OURS, "of the floor", *systems]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
     for case, by_system in _cases(rows).items():

@@ -2,11 +2,14 @@
 
 `bare exchange` is `all_to_all_single` of a contiguous tensor into a fresh one, `contiguous copy`
 one copy of the same bytes into memory that was touched before, and `floor` both. None gives the
-right layout: nobody gets under the first, nor far under the floor where a copy is needed.
+right layout. They bound what goes through the group; ranks of one host that share memory, as this
+library's do on the CPU, go beneath. `fastvideo_comm, sockets` is this library without that, as
+between hosts.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -15,17 +18,29 @@ from local_group import LocalGroup
 from peers import Bound, FirstOfThree, one_call_each
 from torch import Tensor
 
+from fastvideo_comm import DeviceCommunicatorBase
+from fastvideo_comm.shared_memory import ENVIRONMENT
+
+SOCKETS = "fastvideo_comm, sockets"
 OURS, FLOOR, EXCHANGE, COPY = "fastvideo_comm", "floor", "bare exchange", "contiguous copy"
 BOUNDS = (FLOOR, EXCHANGE, COPY)
 
 
-def ours(group: dist.ProcessGroup, device: torch.device) -> Bound:
-    """This library; around an attention, q, k and v are one exchange, without a `cat` before it."""
-    from fastvideo_comm import DeviceCommunicatorBase
+def ours(group: dist.ProcessGroup, device: torch.device) -> dict[str, Bound]:
+    """This library, on the CPU with shared memory and without."""
+    if isinstance(group, LocalGroup):  # one process, which plays all ranks
+        return {OURS: _ours(group, device, "off")}
+    bound = {OURS: _ours(group, device, "on")}
+    return bound | ({SOCKETS: _ours(group, device, "off")} if device.type == "cpu" else {})
 
+
+def _ours(group: dist.ProcessGroup, device: torch.device, shared_memory: str) -> Bound:
+    """Around an attention, q, k and v are one exchange, without a `cat` before it."""
+    os.environ[ENVIRONMENT] = shared_memory
     communicator = DeviceCommunicatorBase(
         group, device=device, device_group=group, unique_name="bench"
     )
+    del os.environ[ENVIRONMENT]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         output = FirstOfThree.apply(*communicator.all_to_all_4D((q, k, v), 2, 1))

@@ -93,31 +93,25 @@ def exchange_one(group: Group, input_: Tensor, what: Exchange) -> Tensor:
     channel = Channel.of(group)
     if len(input_) != 1 or input_.numel() > _SMALL_NUMEL or not input_.numel():
         return start(channel, (input_,), what, async_op=False).wait()[0]
-    size = channel.size()
-    sent = message_view(input_, what.scatter[0].dim, size, 1)
+    size, name = channel.size(), channel.name
+    gathers_sequence = what.gather[0].dim == 1
+    sent = message_view(input_, 2 if gathers_sequence else 1, size, 1)
     wire = sent
     if not sent.is_contiguous():
-        with span("pack", channel.name):
-            wire = copy_valid_(channel.buffers.take(sent.shape, sent), sent)
+        with span("pack", name):
+            wire = copy_valid_(sent.new_empty(sent.shape), sent)
     _, _, sequence, heads, width = sent.shape
-    gathers_sequence = what.gather[0].dim == 1
-    output = input_.new_empty(
-        (1, sequence * size, heads, width)
-        if gathers_sequence
-        else (1, sequence, heads * size, width)
-    )
     if gathers_sequence:
-        with span("exchange", channel.name):
+        output = input_.new_empty((1, sequence * size, heads, width))
+        with span("exchange", name):
             channel.all_to_all_one(output, wire)
-    else:
-        received = channel.buffers.take(sent.shape, sent)
-        with span("exchange", channel.name):
-            channel.all_to_all_one(received, wire)
-        with span("unpack", channel.name):
-            copy_valid_(message_view(output, 2, size, 1), received)
-        channel.buffers.give_back(received)
-    if wire is not sent:
-        channel.buffers.give_back(wire)
+        return output
+    received = sent.new_empty(sent.shape)
+    with span("exchange", name):
+        channel.all_to_all_one(received, wire)
+    with span("unpack", name):
+        output = input_.new_empty((1, sequence, heads * size, width))
+        copy_valid_(message_view(output, 2, size, 1), received)
     return output
 
 

@@ -64,11 +64,10 @@ def copy_valid_(dst: Tensor, src: Tensor, *, impl: Implementation = "auto") -> T
 
     On the CPU looking costs more than copying a small tensor.
     """
-    impl = _chosen(impl)
-    if impl == "triton" or (impl == "auto" and _triton_pays(dst)):
+    if _triton_runs(impl, (dst,)):
         _launch([(dst, src)])
     else:
-        dst.detach().copy_(src.detach())
+        _copy(dst, src)
     return dst
 
 
@@ -90,31 +89,35 @@ def copy_all_valid_(
         tensor([[0, 2],
                 [1, 3]])
     """
-    impl = _chosen(impl)
-    if impl == "triton" or (impl == "auto" and _triton_pays(*[dst for dst, _ in pairs])):
+    if _triton_runs(impl, [dst for dst, _ in pairs]):
         _launch(pairs)
     else:
         for dst, src in pairs:
-            dst.detach().copy_(src.detach())
+            _copy(dst, src)
 
 
-def _chosen(impl: str) -> Implementation:
+def _copy(dst: Tensor, src: Tensor) -> None:
+    if torch.is_grad_enabled():  # autograd must not see the copy
+        dst, src = dst.detach(), src.detach()
+    dst.copy_(src)
+
+
+def _triton_runs(impl: str, dsts: Sequence[Tensor]) -> bool:
+    """Whether Triton's kernel makes these copies, or torch's."""
     if impl == "auto":
         impl = os.environ.get(IMPLEMENTATION_VARIABLE, "auto")
+    if impl == "auto":
+        return (
+            bool(dsts)
+            and dsts[0].device.type in _TRITON_DEVICES
+            and _TRITON_IS_INSTALLED
+            and sum(dst.nbytes for dst in dsts) >= SMALL_COPY_BYTES
+        )
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(
             f"impl (or {IMPLEMENTATION_VARIABLE}) must be one of {_IMPLEMENTATIONS}, got {impl!r}"
         )
-    return impl  # type: ignore[return-value]
-
-
-def _triton_pays(*dsts: Tensor) -> bool:
-    return (
-        _TRITON_IS_INSTALLED
-        and dsts != ()
-        and dsts[0].device.type in _TRITON_DEVICES
-        and sum(dst.nbytes for dst in dsts) >= SMALL_COPY_BYTES
-    )
+    return impl == "triton"
 
 
 def _launch(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
