@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import collectives, validation
-from .channel import Group
+from .channel import Channel, Group
 from .exchange import (
     HEADS_TO_SEQUENCE,
     SEQUENCE_TO_HEADS,
@@ -65,6 +65,7 @@ class DistributedAutograd:
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None]:
+            _compare(ctx.group, "all_reduce", grad_output, (ctx.op,))
             op = dist.ReduceOp.AVG if ctx.op == "avg" else dist.ReduceOp.SUM
             total = DistributedAutograd.AllReduce.apply(ctx.group, grad_output, op)
             return None, _times_local_derivative(ctx, total), None
@@ -84,6 +85,8 @@ class DistributedAutograd:
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None]:
+            if ctx.op in ("min", "max", "product"):  # the others send nothing
+                _compare(ctx.group, "all_reduce", grad_output, (ctx.op,), grad="identity")
             if ctx.op == "avg":
                 grad_output = grad_output / ctx.group.size()
             return None, _times_local_derivative(ctx, grad_output), None
@@ -108,6 +111,8 @@ class DistributedAutograd:
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
+            sizes = ctx.share.sizes
+            _compare(ctx.group, "all_gather", grad_output, (ctx.share.dim,), gather_sizes=sizes)
             grad_input = DistributedAutograd.ReduceScatter.apply(
                 ctx.group, grad_output, ctx.world_size, ctx.share
             )
@@ -130,6 +135,7 @@ class DistributedAutograd:
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
+            _compare_part(ctx.group, "reduce_scatter", grad_output, ctx.share)
             grad_input = DistributedAutograd.AllGather.apply(
                 ctx.group, grad_output, ctx.world_size, ctx.share
             )
@@ -159,6 +165,7 @@ class DistributedAutograd:
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None, None]:
+            _compare_part(ctx.group, "slice", grad_output, ctx.share)
             grad_input = DistributedAutograd.Unslice.apply(
                 ctx.group, grad_output, ctx.world_size, ctx.share
             )
@@ -218,6 +225,7 @@ class DistributedAutograd:
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None, None]:
+            _compare(ctx.group, "all_to_all_4D", grad_output, ctx.dims)
             scatter_dim, gather_dim = ctx.dims
             grad_input = DistributedAutograd.AllToAll4D.apply(
                 ctx.group, grad_output, ctx.world_size, gather_dim, scatter_dim
@@ -239,6 +247,7 @@ class DistributedAutograd:
 
         @staticmethod
         def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+            _compare_exchange(ctx.group, grad_outputs, ctx.what)
             grads = exchange_tensors(ctx.group, ctx.what.reverse(), grad_outputs)
             return None, None, *grads
 
@@ -272,6 +281,7 @@ class DistributedAutograd:
 
         @staticmethod
         def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, Tensor]:
+            _compare_exchange(ctx.group, grad_outputs, ctx.flight.what, async_op=True)
             returning = Flight(ctx.flight.what.reverse())
             ctx.flight.returning = returning
             token = DistributedAutograd.Start4D.apply(ctx.group, returning, *grad_outputs)
@@ -311,6 +321,43 @@ class Flight:
             raise RuntimeError("an exchange must be started before it is finished, and only once")
         pending, self.pending = self.pending, None
         return pending.wait()
+
+
+def _compare(
+    group: Group,
+    op: str,
+    gradients: Tensor | Sequence[Tensor],
+    arguments: Sequence[Any],
+    uneven_dim: int | None = None,
+    **named: Any,
+) -> None:
+    """The ranks of a communicator compare what the backward of `op` is about to send."""
+    if isinstance(group, Channel) and group.diagnosis is not None:
+        group.diagnosis.before_backward(op, gradients, arguments, uneven_dim=uneven_dim, **named)
+
+
+def _compare_part(group: Group, op: str, gradient: Tensor, share: Share) -> None:
+    """`_compare` where every rank brings the gradient of its part."""
+    uneven_dim = None if share.sizes is None else share.dim
+    _compare(group, op, gradient, (share.dim,), uneven_dim, scatter_sizes=share.sizes)
+
+
+def _compare_exchange(
+    group: Group, gradients: Sequence[Tensor], what: Exchange, *, async_op: bool | None = None
+) -> None:
+    """`_compare` for the way back of an exchange."""
+    sizes = [share.sizes for share in what.scatter]
+    uneven = any(each is not None for each in sizes)
+    dims = (what.scatter[0].dim, what.gather[0].dim)
+    _compare(
+        group,
+        "all_to_all_4D",
+        gradients,
+        dims,
+        dims[0] if uneven else None,
+        scatter_sizes=sizes if uneven else None,
+        async_op=async_op,
+    )
 
 
 def _times_local_derivative(ctx: Any, gradient: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ group make the same calls in the same order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from .errors import ClosedError, CollectiveError
 from .shared_memory import SharedMemory, Window
 from .validation import ReduceOp
 from .wire_buffers import WireBuffers
+
+if TYPE_CHECKING:
+    from .diagnosis import Diagnosis
 
 # What gloo and NCCL both move; the rest (fp8, int16, complex, ..) travels as bytes.
 _MOVABLE = frozenset(
@@ -78,6 +81,7 @@ class Channel:
         self.group = group
         self.name = name or group.group_desc
         self.buffers = WireBuffers()
+        self.diagnosis: Diagnosis | None = None  # compares what a backward does; None: nobody
         self._shared_memory = SharedMemory() if shares_memory else None
         self._rank = group.rank()
         self._size = group.size()

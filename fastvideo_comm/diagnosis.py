@@ -7,7 +7,7 @@ table. The store is used and not a collective: a collective of ranks that disagr
 Which calls are compared under "auto" follows from the call's number alone, which all ranks share:
 numbers 0 to 8, then 16, 32, 64, .. A memory of what was compared already would differ between
 ranks and leave one of them waiting. Calls between those cost an increment and a comparison. The
-backward is not compared; `requires_grad` is, which decides whether there is one. Nothing is
+collectives of a backward are calls like those of a forward, in the same line of numbers. Nothing is
 compared at world size 1, nor in compiled code.
 
 Assumes what every backend assumes, one call at a time per communicator, and that the ranks of a
@@ -17,6 +17,7 @@ other ranks, as gloo does anyway.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from .diagnosis_board import AbsentError, Board, group_timeout
 from .diagnosis_record import Record, describe, dtype_text, shape_text, table
-from .errors import CollectiveError, CommunicationTimeoutError, PeerLostError
+from .errors import ClosedError, CollectiveError, CommunicationTimeoutError, PeerLostError
 
 Validate: TypeAlias = Literal["auto", "always", "off"]
 _MODES = ("auto", "always", "off")
@@ -91,6 +92,7 @@ class Diagnosis:
         self._rank, self._size = group.rank(), group.size()
         self._name = name
         self._number = 0
+        self._closed = False
         self._pair_numbers: dict[int, int] = {}
         self._board: Board | None = None
         if validate != "off" and self._size > 1:
@@ -121,14 +123,40 @@ class Diagnosis:
             PeerLostError: a rank that has not arrived is dead.
             CommunicationTimeoutError: a rank did not arrive in time; `peers` says which.
         """
-        if torch.compiler.is_compiling() or self._board is None:
-            return
-        board, number = self._board, self._number
-        self._number = number + 1
-        if not (self.validate == "always" or is_due(number)):
+        if self._board is None or not self._counted():
             return
         record = describe(op, tensors, arguments, uneven_dim=uneven_dim, **named)
-        self._compare(board, record, str(number), range(self._size))
+        self._compare(self._board, record, str(self._number - 1), range(self._size))
+
+    def before_backward(
+        self,
+        op: str,
+        gradients: Tensor | Sequence[Tensor],
+        arguments: Sequence[Any] = (),
+        *,
+        uneven_dim: int | None = None,
+        **named: Any,
+    ) -> None:
+        """As `before`, for the collective by which the backward of `op` begins.
+
+        The strides of gradients are left out: they follow from each rank's own loss.
+
+        Raises:
+            ClosedError: the communicator was destroyed; the other ranks are told.
+        """
+        if self._closed:
+            error = ClosedError("the communicator was destroyed before a backward that needs it")
+            self.failed(f"{op} backward", error)
+            raise error
+        if self._board is None or not self._counted():
+            return
+        record = describe(f"{op} backward", gradients, arguments, uneven_dim=uneven_dim, **named)
+        record = dataclasses.replace(record, strides="")
+        self._compare(self._board, record, str(self._number - 1), range(self._size))
+
+    def close(self) -> None:
+        """The communicator was destroyed: a backward that still comes is an error."""
+        self._closed = True
 
     def before_pair(
         self,
@@ -180,6 +208,13 @@ class Diagnosis:
         self._number = number + 1
         record = Record(op, error=f"{type(error).__name__}: {error}")
         self._guarded(op, lambda: board.put(str(number), record.encode()), self.timeout)
+
+    def _counted(self) -> bool:
+        """Takes the next number; whether the call with it is compared."""
+        if torch.compiler.is_compiling():
+            return False
+        number, self._number = self._number, self._number + 1
+        return self.validate == "always" or is_due(number)
 
     def _compare(self, board: Board, record: Record, call: str, ranks: Sequence[int]) -> None:
         """Exchanges records with `ranks` and raises unless they fit."""

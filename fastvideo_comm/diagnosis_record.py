@@ -85,7 +85,7 @@ def describe(
             [_word(argument, num_dims) for argument in arguments]
             + [f"{name}={_listed(value)}" for name, value in named.items() if value is not None]
         ),
-        any(tensor.requires_grad for tensor in tensors),
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
     )
 
 

@@ -68,6 +68,7 @@ class Membership:
             )
         self._channel: Channel | None = Channel(self.device_group, unique_name)
         self._diagnosis = Diagnosis(cpu_group, unique_name, validate=validate)
+        self._channel.diagnosis = self._diagnosis  # the backward knows the channel alone
         self._stats = Stats(unique_name)
         # At the interpreter's end, if nobody has: gloo groups that live on make torch abort there.
         weakref.finalize(self, _destroy, weakref.ref(self))
@@ -146,6 +147,7 @@ class Membership:
         """
         if self._channel is not None:
             self._channel.close()
+            self._diagnosis.close()
             self._channel = None
             del self.cpu_group, self.device_group
 
