@@ -71,8 +71,9 @@ def measure_on_ranks(options: script.Options) -> Report:
     report = Report()
     communicator = DeviceCommunicatorBase(dist.group.WORLD, unique_name="compile")
     COMMUNICATORS["compile"] = communicator
-    shapes = SHAPES[:1] if options.size == "quick" else SHAPES
-    cases = [(shape, grad) for shape in shapes for grad in (False, True)]
+    cases = [(shape, grad) for shape in SHAPES for grad in (False, True)]
+    if options.size == "quick":
+        cases = cases[:1]
     with track(cases, "compile", shown=communicator.rank == 0) as cases_in_turn:
         for shape, grad in cases_in_turn:
             _measure(communicator, shape, options, report, grad=grad)

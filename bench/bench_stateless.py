@@ -1,11 +1,11 @@
 """StatelessProcessGroup against upstream's class, and the codec against pickle.
 
-    python bench/bench_stateless.py [--quick | --full] [--json FILE] [--fastvideo DIR]
+    python bench/bench_stateless.py [--quick | --full] [--json FILE]
 
 Ranks are processes on this machine. Each opens a group of every system, and the systems take turns
-in the same processes: a round gives each one a batch. Upstream's file is loaded from the installed
-`fastvideo`, or from `DIR/fastvideo/distributed/utils.py`, with a stand-in for its logger; nothing
-of it is rewritten. Its store refuses values over 8 MiB, so for 64 MiB it is given a TCPStore
+in the same processes: a round gives each one a batch. Upstream's file is found and
+loaded as the other peers' are (by_file.py), with a stand-in for its logger; nothing of it is
+rewritten. Its store refuses values over 8 MiB, so for 64 MiB it is given a TCPStore
 without libuv. The last part sends messages for long (1 000 000 with `--full`) and notes memory,
 file descriptors, threads and keys on the way.
 """
@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import datetime
 import functools
-import importlib.util
 import json
 import logging
 import multiprocessing
@@ -29,13 +28,13 @@ import statistics
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import torch
+from by_file import find, load_file, stand_ins
 from torch.distributed import TCPStore
 
 from fastvideo_comm.object_channel.codec import ObjectCodec
@@ -47,7 +46,7 @@ MIB_64 = 1 << 26
 OURS, SECRET, UPSTREAM = "fastvideo_comm", "fastvideo_comm, secret", "fastvideo"
 UPSTREAM_LARGE = "fastvideo, no libuv"
 ROUNDS = {"quick": 4, "normal": 10, "full": 30}
-GROWTH = {"quick": 20_000, "normal": 100_000, "full": 1_000_000}
+GROWTH = {"quick": 5_000, "normal": 100_000, "full": 1_000_000}
 METADATA = {
     "model": "wan-2.1-14b", "rank": 3, "world_size": 8, "shape": (1, 32760, 40, 128),
     "dtype": torch.bfloat16, "device": torch.device("cuda:3"), "seed": 1234567890123,
@@ -59,26 +58,22 @@ METADATA = {
 Row = dict[str, Any]
 
 
-def load_upstream(folder: Path | None) -> type | None:
-    """Return upstream's class, or None where it is not there."""
-    if folder is None:
-        spec = importlib.util.find_spec("fastvideo")
-        if spec is None or not spec.submodule_search_locations:
-            return None
-        path = Path(spec.submodule_search_locations[0], "distributed", "utils.py")
-    else:
-        path = folder / "fastvideo" / "distributed" / "utils.py"
-    if not path.is_file():
+def find_upstream() -> Path | None:
+    """Upstream's file, or None where it is not there."""
+    try:
+        return find("fastvideo", "fastvideo/distributed/utils.py")[0]
+    except FileNotFoundError:
         return None
-    logger = types.ModuleType("fastvideo.logger")
-    logger.init_logger = logging.getLogger  # type: ignore[attr-defined]
-    sys.modules.setdefault("fastvideo.logger", logger)
-    spec = importlib.util.spec_from_file_location("upstream_utils", path)
-    if spec is None or spec.loader is None:
+
+
+def load_upstream(path: Path | None) -> type | None:
+    """Upstream's class; None without a file."""
+    if path is None:
         return None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.StatelessProcessGroup  # type: ignore[no-any-return]
+    with stand_ins(fastvideo__logger={"init_logger": logging.getLogger}):
+        module = load_file("upstream_utils", path)
+    upstream: type = module.StatelessProcessGroup
+    return upstream
 
 
 def open_group(system: str, upstream: type | None, port: int, rank: int, size: int) -> Any:
@@ -125,16 +120,16 @@ CASES: list[tuple[str, int, list[str], Callable[[Any], None], int, int, int]] = 
 ]
 
 
-def time_case(index: int, folder: Path | None, rounds: int) -> dict[str, list[float]]:
+def time_case(index: int, upstream_file: Path | None, rounds: int) -> dict[str, list[float]]:
     """Return the seconds of single calls by system, taken in turn in the same processes."""
     _name, size, systems, *_rest = CASES[index]
-    has_upstream = load_upstream(folder) is not None
+    has_upstream = upstream_file is not None
     ports = {s: free_port() for s in systems if has_upstream or s in (OURS, SECRET)}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "fastvideo_comm.stateless"])
     results = context.SimpleQueue()
     ranks = [
-        context.Process(target=run_rank, args=(index, folder, ports, rank, rounds, results))
+        context.Process(target=run_rank, args=(index, upstream_file, ports, rank, rounds, results))
         for rank in range(size)
     ]
     for process in ranks:
@@ -147,14 +142,14 @@ def time_case(index: int, folder: Path | None, rounds: int) -> dict[str, list[fl
 
 def run_rank(
     index: int,
-    folder: Path | None,
+    upstream_file: Path | None,
     ports: dict[str, int],
     rank: int,
     rounds: int,
     results: Any,
 ) -> None:
     torch.set_num_threads(1)
-    upstream = load_upstream(folder)
+    upstream = load_upstream(upstream_file)
     _name, size, _systems, act, calls, messages, _bytes = CASES[index]
     groups = {s: open_group(s, upstream, port, rank, size) for s, port in ports.items()}
     samples: dict[str, list[float]] = {system: [] for system in groups}
@@ -297,18 +292,18 @@ def main() -> None:
     size.add_argument("--full", dest="size", action="store_const", const="full")
     parser.add_argument("--device", default="cpu", help="ignored: objects travel through the CPU")
     parser.add_argument("--json", type=Path, help="write the rows here instead of bench/results")
-    parser.add_argument("--fastvideo", type=Path, help="a folder with upstream's package in it")
     arguments = parser.parse_args()
     problems = []
-    if load_upstream(arguments.fastvideo) is None:
-        problems.append("fastvideo is not installed; give --fastvideo")
+    upstream_file = find_upstream()
+    if upstream_file is None:
+        problems.append("peer fastvideo is missing: `make wheels` fetches it")
     head = machine()
     rounds = ROUNDS[arguments.size]
     rows: list[Row] = []
     with progress(len(CASES) + 2) as advance:
         for index, case in enumerate(CASES):
             advance(case[0], 0)
-            for system, samples in time_case(index, arguments.fastvideo, rounds).items():
+            for system, samples in time_case(index, upstream_file, rounds).items():
                 rows.append(row(case[0], system, samples, case[-1]))
             advance(case[0], 1)
         for (name, system), samples in time_codec(rounds).items():
