@@ -76,8 +76,9 @@ def near_even_sizes(size: int, num_parts: int) -> list[int]:
         raise ValueError(f"size must not be negative, got {size}")
     if num_parts < 1:
         raise ValueError(f"num_parts must be at least 1, got {num_parts}")
-    shorter, longer_parts = divmod(size, num_parts)
-    return [shorter + (part < longer_parts) for part in range(num_parts)]
+    # Not divmod: torch.compile does not trace it for a size that may change.
+    shorter, longer_parts = size // num_parts, size % num_parts
+    return [shorter + 1 if part < longer_parts else shorter for part in range(num_parts)]
 
 
 def split_tensor_along_last_dim(

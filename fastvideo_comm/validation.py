@@ -192,7 +192,8 @@ def share(name: str, dim: int, sizes: Sequence[int], world_size: int) -> Share:
         raise ValueError(
             f"{name} must hold world_size={world_size} sizes of at least 0, got {list(sizes)}"
         )
-    return Share(dim, sizes if len(set(sizes)) > 1 else None)
+    # Not `set`: what is hashed becomes a constant of a compiled graph.
+    return Share(dim, sizes if any(size != sizes[0] for size in sizes) else None)
 
 
 def scatter_share(input_: Tensor, dim: int, sizes: Any, world_size: int, *, packed: bool) -> Share:

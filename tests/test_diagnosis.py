@@ -304,6 +304,12 @@ def test_the_number_of_dims_from_the_end_is_the_one_from_the_front():
     assert (several.shape, several.dtype) == ("[2, 3, 6, 4] [3, 6, 4]", "float32 float64")
     assert str(record) == "op [2, *, 6, 4] float32 contiguous 1"
     assert table({0: record, 1: record}, strict=True) is None
+    leaf = X.clone().requires_grad_()
+    assert describe("op", leaf, ()).requires_grad
+    with torch.no_grad():  # there will be no backward
+        assert not describe("op", leaf, ()).requires_grad
+    sizes = describe("op", X, (1,), gather_sizes=((1, 2), None), grad=None)
+    assert sizes.arguments == "1, gather_sizes=[[1, 2], None]"
 
 
 def test_half_against_half_marks_everyone_and_a_majority_marks_the_others():

@@ -82,6 +82,14 @@ def no_second_order(c: DeviceCommunicatorBase, mine: bool) -> None:
     torch.autograd.grad((c.all_gather(x, 0) ** 3).sum(), x, create_graph=not mine)
 
 
+def extreme_of_one_loss(c: DeviceCommunicatorBase, mine: bool) -> None:
+    """One loss that all ranks hold: that of MAX asks who holds the extreme."""
+    x = leaf(2, 3)
+    loss = c.all_reduce(x, dist.ReduceOp.MAX, grad="identity").sum()
+    (x.sum() if mine else loss).backward()
+    c.slice(torch.ones(c.world_size))
+
+
 Program = Callable[[Any, bool], None]
 # A program, what the table says of rank 0 (who is told `mine`), and of the others.
 MISTAKES: dict[str, tuple[Program, str, str]] = {
@@ -93,6 +101,10 @@ MISTAKES: dict[str, tuple[Program, str, str]] = {
     "order": (
         *(other_order, r"all_reduce backward +\[2, 3\] +float32 +max"),
         r"all_gather backward +\[6, 3\]",
+    ),
+    "skips an extreme": (
+        *(extreme_of_one_loss, r"slice +\[3\]"),
+        r"all_reduce backward +\[2, 3\] +float32 +max, grad=identity",
     ),
     "order of handles": (
         *(other_exchange, r"all_to_all_4D backward +\[1, 6, 1, 2\] \[1, 6, 1, 4\] "),

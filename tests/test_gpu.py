@@ -382,6 +382,36 @@ class TestRanksAsThreads:
             assert torch.equal(output, x)
             assert torch.equal(grad, total.chunk(world_size, dim)[rank])
 
+    @pytest.mark.parametrize("dim", [0, 1, -1])
+    def test_parts_of_any_size_are_joined_and_dealt_out(self, world_size, device, dim):
+        shape, sizes = [2, 3, 4], [3, 0, 2, 2][:world_size]
+        shape[dim] = sum(sizes)
+        x = _values(*shape, device=device)
+        parts = x.split(sizes, dim)
+
+        def job(communicator: DeviceCommunicatorBase) -> object:
+            rank = communicator.rank
+            joined = _forward_and_backward(
+                communicator,
+                lambda leaf: communicator.all_gather(leaf, dim, gather_sizes=sizes),
+                parts[rank],
+                x * (rank + 1),
+            )
+            dealt = _forward_and_backward(
+                communicator,
+                lambda leaf: communicator.slice(leaf, dim, scatter_sizes=sizes),
+                x,
+                parts[rank],
+            )
+            return *joined, *dealt
+
+        total = x * sum(range(1, world_size + 1))
+        for rank, (joined, grad, part, whole) in enumerate(_run(world_size, device, job)):
+            assert torch.equal(joined, x)
+            assert torch.equal(grad, total.split(sizes, dim)[rank])
+            assert torch.equal(part, parts[rank])
+            assert torch.equal(whole, x)
+
     @pytest.mark.parametrize("op", ["SUM", "AVG", "MAX", "MIN", "PRODUCT"])
     def test_all_reduce_and_its_gradient_are_those_of_the_stacked_tensor(
         self, world_size, device, op

@@ -15,6 +15,7 @@ from ranks import Ranks
 from test_autograd import one_function
 from test_collectives import DTYPES, GROUPS, STRIDES, WrittenBytes, restride, same, values
 from test_exchange import sizes_of
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd
 from fastvideo_comm.diagnosis import MismatchError
@@ -338,6 +339,30 @@ def compiled(communicator: DeviceCommunicatorBase, grad: str) -> None:
 @pytest.mark.parametrize("grad", ["reduce_scatter", "slice"])
 def test_uneven_parts_trace_whole_and_their_gradients_are_those_of_eager(ranks: Ranks, grad):
     ranks.run(3, compiled, grad)
+
+
+def growing(communicator: DeviceCommunicatorBase) -> int:
+    torch._dynamo.reset()
+    torch.manual_seed(0)  # the same on every rank
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def function(x: torch.Tensor) -> torch.Tensor:
+        part = communicator.slice(x.sin(), 1, scatter_sizes="auto")
+        sizes = near_even_sizes(x.shape[1], communicator.world_size)
+        return communicator.all_gather(part, 1, gather_sizes=sizes, grad="slice")
+
+    for sequence in (7, 9, 8, 11, 13, 10):
+        x = torch.rand(2, sequence, 3, requires_grad=True)
+        output = function(x)
+        assert torch.equal(output, x.sin())
+        (grad,) = torch.autograd.grad(output.sum(), x)
+        assert torch.equal(grad, x.cos())
+    return counter.frame_count
+
+
+def test_near_even_parts_of_a_growing_sequence_are_one_graph_for_each_remainder(ranks: Ranks):
+    assert ranks.run(2, growing) == [2, 2]
 
 
 def applied_directly(communicator: DeviceCommunicatorBase) -> None:
