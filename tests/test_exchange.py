@@ -305,6 +305,7 @@ X = torch.zeros(1, 4, 6, 2)
 MISTAKES = [
     (X[:, :, :5], {}, r"divides, got 5 .*; scatter_sizes= shares it unevenly"),
     (X, {"scatter_sizes": [1, 2]}, r"scatter_sizes must add up to the 6 .*, got \[1, 2\]"),
+    (X, {"scatter_sizes": []}, r"scatter_sizes must add up to the 6 .*, got \[\]"),
     (X, {"scatter_sizes": [1, 2, 3]}, r"scatter_sizes must hold world_size=2 sizes .*\[1, 2, 3\]"),
     (X, {"scatter_sizes": [7, -1]}, r"sizes of at least 0, got \[7, -1\]"),
     (X, {"scatter_sizes": "even"}, "scatter_sizes must be None, 'auto' or sizes, got 'even'"),

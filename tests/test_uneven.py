@@ -173,6 +173,8 @@ def passes(communicator: DeviceCommunicatorBase) -> None:
         ((rank == ranks - 1) * sizes[rank] + sum(sizes), lambda: gathered(mine)),
         (sizes[rank] + sum(sizes), lambda: gathered(spread)),
         (sizes[rank], lambda: communicator.slice(whole, 1, scatter_sizes=sizes)),
+        # Equal parts are gathered in place, whether or not they are said to be equal.
+        (0, lambda: communicator.all_gather(whole, 0, gather_sizes=[2] * ranks)),
     ):
         with WrittenBytes() as written:
             call()
