@@ -70,7 +70,8 @@ class StatelessProcessGroup:
        ValueError on the sender.
     7. Joining is checked. A wrong or taken rank, different world sizes, settings, secrets or
        protocol versions, a port in other use: JoinError or AuthenticationError on the ranks
-       concerned, and JoinTimeoutError, which names the missing ranks, on those who wait for them.
+       concerned. JoinTimeoutError, which names the missing ranks, on all who wait for them, as
+       soon as the time of one is up.
 
     A torch store may be given instead: `StatelessProcessGroup(rank, world_size, store)`. Promises 1
     (each group needs its own name in a store, for good; a FileStore's file only grows), 4 and 6
@@ -173,7 +174,7 @@ class StatelessProcessGroup:
             TypeError: An argument has the wrong type.
             AuthenticationError: The ranks hold different secrets.
             JoinError: This rank is refused, or the port is in other use.
-            JoinTimeoutError: Not every rank came within the timeout.
+            JoinTimeoutError: Not every rank came within the timeout, of this rank or another.
         """
         settings = GroupSettings.checked(
             rank, world_size, timeout, secret, codec, max_message_bytes, group

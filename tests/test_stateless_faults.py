@@ -32,6 +32,7 @@ from fastvideo_comm.errors import (
     ClosedError,
     CommunicationTimeoutError,
     JoinError,
+    JoinTimeoutError,
     PeerLostError,
 )
 from fastvideo_comm.object_channel.store_handshake import (
@@ -417,7 +418,7 @@ def test_a_link_that_is_cut_is_a_lost_peer_after_the_heartbeat_limit():
 # Joining
 
 
-def join_outcomes(joins, timeout=3.0):
+def join_outcomes(joins, timeout=3.0, within=1.0):
     """Join in threads as each of `joins` says; return what came of each, and the seconds."""
     server = listener()
     port = server.getsockname()[1]
@@ -434,7 +435,7 @@ def join_outcomes(joins, timeout=3.0):
                 outcomes[index] = "joined"
         except Exception as error:
             outcomes[index] = error
-        assert time.monotonic() - start < timeout + 1
+        assert time.monotonic() - start < timeout + within
 
     threads = [threading.Thread(target=run, args=(i, options)) for i, options in enumerate(joins)]
     for thread in threads:
@@ -468,14 +469,59 @@ def test_different_limits_and_groups_are_errors():
 
 
 def test_missing_ranks_are_named_on_every_rank_that_waits():
-    for outcome in join_outcomes([{"rank": 0, "world_size": 4}, {"rank": 2, "world_size": 4}], 0.7):
-        assert isinstance(outcome, TimeoutError)
-        assert isinstance(outcome, JoinError)
-        # Whoever's time is up last may find that the other has gone too, and names it as well.
-        gone = {0, 2} & set(outcome.peers)
-        assert set(outcome.peers) == {1, 3} | gone
-        assert f"rank(s) {sorted(outcome.peers)} did not join" in str(outcome)
-        assert not gone or "went away while the group formed" in str(outcome)
+    check_missing_ranks_are_named({}, {})
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_the_first_rank_whose_time_to_join_is_up_ends_the_join_on_every_rank(first):
+    late = {"timeout": 20.0}
+    start = time.monotonic()
+    outcomes = check_missing_ranks_are_named(late if first else {}, {} if first else late)
+    assert time.monotonic() - start < 5
+    for outcome in outcomes:
+        assert f"did not join before the time of rank {first} was up" in str(outcome)
+
+
+def check_missing_ranks_are_named(options, other_options):
+    outcomes = join_outcomes(
+        [{"rank": 0, "world_size": 4, **options}, {"rank": 2, "world_size": 4, **other_options}],
+        1.5,
+        within=4.0,  # other tests of joins look at the second; this one must hold under any load
+    )
+    for outcome in outcomes:
+        assert isinstance(outcome, JoinTimeoutError)
+        assert outcome.peers == (1, 3)
+        assert "rank(s) [1, 3] did not join" in str(outcome)
+    return outcomes
+
+
+def test_a_rank_that_comes_after_the_join_has_failed_is_told_who_was_missing():
+    outcomes = join_outcomes(
+        [
+            {"rank": 0, "world_size": 4},
+            {"rank": 1, "world_size": 4, "after": 0.9, "timeout": 20.0},
+        ],
+        0.7,
+    )
+    for outcome in outcomes:
+        assert isinstance(outcome, JoinTimeoutError)
+        assert outcome.peers == (1, 2, 3)
+
+
+@pytest.mark.parametrize("op", ["all_gather_obj", "barrier"])
+def test_a_rank_that_ran_out_of_time_and_left_is_not_named_missing(op):
+    def program(group):
+        if group.rank in (1, 3):
+            over.wait(20)
+            return
+        with pytest.raises(CommunicationTimeoutError) as raised:
+            wait_in(group, op, 1, 0.3 if group.rank else 1.0)
+        assert raised.value.peers == (1, 3)
+        if group.rank == 0:
+            over.set()
+
+    over = threading.Event()
+    run_own(4, program)
 
 
 def test_a_rank_claimed_twice_is_refused_and_the_group_forms_without_it():

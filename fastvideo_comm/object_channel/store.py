@@ -28,10 +28,11 @@ from fastvideo_comm.object_channel.store_messages import (
     unpack_number,
 )
 from fastvideo_comm.object_channel.store_server import ServerSettings, StoreServer
-from fastvideo_comm.object_channel.store_sockets import Heartbeat, is_wildcard, listen
+from fastvideo_comm.object_channel.store_sockets import Heartbeat, is_wildcard, listen, seconds_left
 
 _MAX_KEY_BYTES = 8 * 1024
 _REFUSAL_SECONDS = 0.5
+_LATEST_SECONDS = 0.9  # after the deadline
 
 
 class StoreOptions(NamedTuple):
@@ -121,8 +122,9 @@ class ObjectStore:
             )
         except BaseException as error:
             if self._server is not None:
-                # So that those who come now, or run out of time now, hear why.
-                self._server.stop(_REFUSAL_SECONDS if isinstance(error, JoinError) else 0.0)
+                # So that those who come now hear why.
+                linger = min(_REFUSAL_SECONDS, seconds_left(deadline + _LATEST_SECONDS))
+                self._server.stop(linger if isinstance(error, JoinError) else 0.0)
             raise
         self.host, self.port = host, port
         self._secret = options.secret

@@ -48,8 +48,10 @@ from fastvideo_comm.object_channel.store_sockets import (
     to_milliseconds,
 )
 
-# A call that ran out of time may ask for this long who is missing, for its message.
+# A call that ran out of time may ask for this long who is missing; a join for longer, as nothing
+# else tells it.
 _ASK_SECONDS = 0.3
+_GIVE_UP_SECONDS = 0.8
 _LEAVE_SECONDS = 5.0
 
 
@@ -71,7 +73,7 @@ class StoreClient:
         Raises:
             AuthenticationError: The store does not hold the same secret.
             JoinError: The store refuses this rank, or is something else.
-            JoinTimeoutError: Not every rank joined until the deadline.
+            JoinTimeoutError: Not every rank joined until the deadline, of this rank or another.
         """
         self._lock = threading.Lock()
         self._requests = 0
@@ -90,11 +92,6 @@ class StoreClient:
             heartbeat.apply(self._links[1].sock)
             second = join._replace(is_lifeline=True, token=token)
             self._first(self._ask_now(Kind.JOIN, pack_join(second), 1), deadline)
-        except CommunicationTimeoutError as error:
-            peers, notes = self.missing(b"")
-            self._close()
-            text = f"rank(s) {list(peers)} did not join" if peers else str(error)
-            raise JoinTimeoutError("; ".join(filter(None, (text, notes))), peers=peers) from None
         except PeerLostError as error:
             self._close()
             raise JoinError(f"rank 0 ended the join: {error}", peers=(0,)) from None
@@ -186,7 +183,7 @@ class StoreClient:
         Raises:
             MessageExpiredError: The message was removed unread.
             PeerLostError: The rank that would have to act has left, or one is gone.
-            JoinError: The store refuses.
+            JoinError: The store refuses, JoinTimeoutError if that is because ranks are missing.
         """
         frame = self._answers.pop(ident)
         question = self._questions.pop(ident, None)
@@ -200,7 +197,7 @@ class StoreClient:
         if frame.kind == Kind.LEFT:
             raise PeerLostError(f"rank(s) {list(peers)} left the group", peers=peers)
         if frame.kind == Kind.REFUSED:
-            raise JoinError(text)
+            raise JoinTimeoutError(text, peers=peers) if peers else JoinError(text)
         raise self._lose(peers, text)
 
     def forget(self, ident: int) -> None:
@@ -217,15 +214,13 @@ class StoreClient:
         for link in self._links:
             link.own_unsent()
 
-    def missing(self, group: bytes) -> tuple[tuple[int, ...], str]:
-        """Return the ranks that a barrier or the join waits for, and remarks, if there is time."""
+    def missing(self, group: bytes) -> tuple[int, ...]:
+        """Return the ranks that a group's barrier waits for; none where the store is silent."""
         with contextlib.suppress(CommunicationError):
-            if self._links and self._error is None:
-                deadline = time.monotonic() + _ASK_SECONDS
-                ident = self._ask_now(Kind.MISSING, group, 0)
-                if not self.wait([ident], deadline):
-                    return unpack_text(self.take(ident).meta)
-        return (), ""
+            ident = self._ask_now(Kind.MISSING, group, 0)
+            if not self.wait([ident], time.monotonic() + _ASK_SECONDS):
+                return unpack_text(self.take(ident).meta)[0]
+        return ()
 
     def leave(self, seconds: float = _LEAVE_SECONDS) -> None:
         """Say goodbye, wait up to `seconds`, at most 5, for the store to hear it, and close."""
@@ -267,7 +262,10 @@ class StoreClient:
 
     def _first(self, ident: int, deadline: float) -> bytes:
         if self.wait([ident], deadline):
-            raise CommunicationTimeoutError("not every rank joined")
+            # The store then answers every rank that waits to join, this one included.
+            self._ask_now(Kind.GIVE_UP, b"", 0)
+            if self.wait([ident], time.monotonic() + _GIVE_UP_SECONDS):
+                raise JoinTimeoutError("not every rank joined, and the store does not answer")
         return self.take(ident).meta
 
     def _hear(self, milliseconds: int) -> None:

@@ -50,6 +50,7 @@ class Kind(IntEnum):
     CHECK = 12
     COUNT = 13
     LEAVE = 14
+    GIVE_UP = 15
     OK = 32
     REFUSED = 33
     LEFT = 34

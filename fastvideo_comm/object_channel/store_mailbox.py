@@ -163,9 +163,10 @@ class Mailbox:
             for other in barrier.arrived.values():
                 self._answer(other, Kind.LEFT, pack_text(never), b"")
 
-    def missing(self, group: bytes) -> list[int]:
-        """Return the ranks that the group's present barrier waits for."""
-        return sorted(self._ranks - self._barriers[group].arrived.keys())
+    def missing(self, waiter: Waiter, group: bytes) -> None:
+        """Answer with the ranks that the group's present barrier waits for."""
+        missing = sorted(self._ranks - self._barriers[group].arrived.keys())
+        self._answer(waiter, Kind.OK, pack_text(missing), b"")
 
     def leave(self, rank: int) -> None:
         """Forget what only this rank would read, and answer those who wait for it alone."""

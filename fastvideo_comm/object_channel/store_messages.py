@@ -78,7 +78,7 @@ def unpack_number(meta: bytes) -> tuple[int, bytes]:
 
 
 def pack_text(ranks: list[int], text: str = "") -> bytes:
-    """Return ranks and a text: what LOST, LEFT, REFUSED and MISSING carry."""
+    """Return ranks and a text: what LOST, LEFT, REFUSED and the answer to MISSING carry."""
     return struct.pack(f"<H{len(ranks)}i", len(ranks), *ranks) + text.encode()
 
 

@@ -107,7 +107,7 @@ class StoreServer:
         self._strangers: dict[_Connection, float] = {}  # and until when each may take
         self._mailbox = Mailbox(settings.world_size, self._answer)
         self._joined = False
-        self._failure: str | None = None
+        self._failure: bytes | None = None
         self._lost: bytes | None = None
         self._notes: list[str] = []
         self._stopping = False
@@ -117,6 +117,7 @@ class StoreServer:
             Kind.RECV: lambda w, f: self._mailbox.receive(w, *unpack_address(f.meta)),
             Kind.EXPIRE: lambda w, f: self._mailbox.expire(w, *unpack_address(f.meta)),
             Kind.BARRIER: lambda w, f: self._mailbox.barrier(w, *unpack_number(f.meta)),
+            Kind.MISSING: lambda w, f: self._mailbox.missing(w, f.meta),
             Kind.SET: lambda w, f: self._mailbox.set(w, f.meta, f.body),
             Kind.GET: lambda w, f: self._mailbox.get(w, f.meta, Kind.GET),
             Kind.WAIT: lambda w, f: self._mailbox.get(w, f.meta, Kind.WAIT),
@@ -241,10 +242,12 @@ class StoreServer:
     def _join(self, connection: _Connection, frame: Frame) -> None:
         request = unpack_join(frame.meta)
         waiter = Waiter(request.rank, frame.ident, connection)
-        reason = self._failure or self._refusal(request)
-        if reason is not None:
+        notice = self._failure
+        if notice is None and (reason := self._refusal(request)) is not None:
             self._note(reason)
-            self._answer(waiter, Kind.REFUSED, pack_text([], reason), b"")
+            notice = pack_text([], reason)
+        if notice is not None:
+            self._answer(waiter, Kind.REFUSED, notice, b"")
             self._drop(connection)
             return
         connection.rank = request.rank
@@ -273,7 +276,7 @@ class StoreServer:
             ]
             reason = f"rank {request.rank} joined with {', '.join(differences) or 'other settings'}"
             if not self._joined:
-                self._fail(reason)
+                self._fail([], reason)
             return reason
         member = self._members.get(request.rank)
         if request.is_lifeline:
@@ -284,13 +287,22 @@ class StoreServer:
             return f"rank must be below world_size={self._settings.world_size}, got {request.rank}"
         return None if member is None else f"rank {request.rank} is already taken"
 
-    def _fail(self, reason: str) -> None:
+    def _give_up(self, waiter: Waiter) -> None:
+        """End the join, as one rank's time is up: all then name the same ranks, and at once."""
+        if self._joined or self._failure is not None:
+            return  # the answer to its request to join is on the way
+        here = [rank for rank, member in self._members.items() if member.lifeline is not None]
+        missing = sorted(set(range(self._settings.world_size)).difference(here))
+        reason = f"rank(s) {missing} did not join before the time of rank {waiter.rank} was up"
+        self._fail(missing, "; ".join((reason, *self._notes)))
+
+    def _fail(self, missing: list[int], reason: str) -> None:
         """End a join that cannot succeed, on every rank that waits in it."""
-        self._failure = reason
+        self._failure = pack_text(missing, reason)
         for member in list(self._members.values()):
             if member.lifeline is not None and member.lifeline.waiter is not None:
                 waiter = member.lifeline.waiter
-                self._answer(waiter, Kind.REFUSED, pack_text([], reason), b"")
+                self._answer(waiter, Kind.REFUSED, self._failure, b"")
 
     # A rank's requests
 
@@ -304,20 +316,14 @@ class StoreServer:
         handler = self._handlers.get(frame.kind)
         if frame.kind == Kind.LEAVE:
             self._leave(waiter)
-        elif frame.kind == Kind.MISSING:
-            missing = self._mailbox.missing(frame.meta) if self._joined else self._not_joined()
-            self._answer(waiter, Kind.OK, pack_text(missing, "; ".join(self._notes)), b"")
+        elif frame.kind == Kind.GIVE_UP:
+            self._give_up(waiter)
         elif self._lost is not None:
             self._answer(waiter, Kind.LOST, self._lost, b"")
         elif handler is not None and self._joined:
             handler(waiter, frame)
         else:
             raise FrameError(f"there is no request {frame.kind} at this point")
-
-    def _not_joined(self) -> list[int]:
-        members = self._members
-        ranks = range(self._settings.world_size)
-        return [r for r in ranks if r not in members or members[r].lifeline is None]
 
     def _leave(self, waiter: Waiter) -> None:
         member = self._members[waiter.rank]

@@ -103,7 +103,7 @@ class StoreTransport:
         """See `Transport`; one round trip."""
         ident = self._client.ask_once(Kind.BARRIER, pack_number(number, self._group))
         if self._client.wait([ident], deadline):
-            peers, _notes = self._client.missing(self._group)
+            peers = self._client.missing(self._group)
             raise CommunicationTimeoutError("timed out", peers=peers)
         self._client.take(ident)
 
