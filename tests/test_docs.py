@@ -1,7 +1,8 @@
 """Every code block of the docs runs, every drawing is what the ops return, every page is linked.
 
 In a page, `<!-- ranks: 2 -->` before a block runs it on two ranks, `<!-- not run: reason -->` after
-it leaves it out, `<!-- file: name -->` before it saves it for the `bash` blocks behind it.
+it leaves it out, `<!-- file: name -->` before it saves it for the `bash` blocks behind it. Blocks
+on ranks know `communicator`, and what `StatelessProcessGroup.create` needs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import secrets
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +23,12 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 
-from fastvideo_comm import DeviceCommunicatorBase
+from fastvideo_comm import DeviceCommunicatorBase, StatelessProcessGroup
+from fastvideo_comm.object_channel.settings import SECRET_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-# Tested where they are written about: their blocks need names that those tests have.
-ELSEWHERE = ("benchmarks.md", "object-channel.md")
 BLOCK = re.compile(
     r"(?:<!-- (?P<key>ranks|file): (?P<value>\S+) -->\n)?"
     r"^```(?P<language>\w*)\n(?P<code>.*?)^```\n?"
@@ -48,8 +50,6 @@ class Block(NamedTuple):
 def blocks() -> list[Block]:
     found = []
     for page in PAGES:
-        if page.name in ELSEWHERE:
-            continue
         source = page.read_text()
         for match in BLOCK.finditer(source):
             key, value = match["key"], match["value"]
@@ -74,14 +74,33 @@ def name(block: Block) -> str:
     return f"{block.page}:{block.line}"
 
 
-def execute(communicator: DeviceCommunicatorBase, code: str, where: str) -> None:
-    names = {"communicator": communicator, "torch": torch, "dist": dist, "__name__": "docs"}
-    exec(compile(code, where, "exec"), names)
+def execute(code: str, where: str, **names: Any) -> None:
+    names = {"torch": torch, "dist": dist, "__name__": "docs", **names}
+    # Not with the __future__ of this module.
+    exec(compile(code, where, "exec", dont_inherit=True), names)
+
+
+def execute_on_rank(
+    communicator: DeviceCommunicatorBase, code: str, where: str, port: int, secret: bytes
+) -> None:
+    execute(
+        code,
+        where,
+        communicator=communicator,
+        host="127.0.0.1",
+        port=port,
+        rank=communicator.rank,
+        world_size=communicator.world_size,
+        secret=secret,
+    )
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.ranks and b.run], ids=name)
 def test_a_block_runs_on_ranks(ranks: Ranks, block: Block):
-    ranks.run(block.ranks, execute, block.code, name(block))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    secret = secrets.token_bytes(32)
+    ranks.run(block.ranks, execute_on_rank, block.code, name(block), port, secret)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +109,11 @@ def test_a_block_runs_on_ranks(ranks: Ranks, block: Block):
     ids=name,
 )
 def test_a_block_runs(block: Block):
-    execute(None, block.code, name(block))
+    execute(block.code, name(block), StatelessProcessGroup=StatelessProcessGroup)
+
+
+def is_export(block: Block) -> bool:
+    return block.code.startswith("export ")
 
 
 def scripts() -> list[tuple[Block, dict[str, str]]]:
@@ -98,8 +121,28 @@ def scripts() -> list[tuple[Block, dict[str, str]]]:
     return [
         (block, {b.file: b.code for b in BLOCKS if b.file and b.page == block.page})
         for block in BLOCKS
-        if block.language == "bash" and block.run
+        if block.language == "bash" and block.run and not is_export(block)
     ]
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if is_export(b)], ids=name)
+def test_an_exported_secret_is_long_and_another_each_time(block: Block):
+    variable = block.code.removeprefix("export ").partition("=")[0]
+    assert variable == SECRET_VARIABLE
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    values = {
+        subprocess.run(
+            ["bash", "-euc", f"{block.code}\nprintenv {variable}"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stdout.strip()
+        for _ in range(2)
+    }
+    assert len(values) == 2
+    assert all(len(bytes.fromhex(value)) == 32 for value in values)
 
 
 @pytest.mark.parametrize(("block", "files"), scripts(), ids=[name(b) for b, _ in scripts()])
@@ -123,7 +166,7 @@ def test_a_command_runs(block: Block, files: dict[str, str], tmp_path: Path):
 
 def test_every_block_has_a_language_and_the_blocks_are_found():
     assert {block.language for block in BLOCKS} == {"bash", "python", "text"}
-    fences = sum(p.read_text().count("\n```") // 2 for p in PAGES if p.name not in ELSEWHERE)
+    fences = sum(page.read_text().count("\n```") // 2 for page in PAGES)
     assert len(BLOCKS) == fences > 20
 
 
