@@ -6,10 +6,11 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from . import doctor_checks
-from .doctor_checks import Finding
+from .doctor_checks import Finding, backends, devices, environment, kernels, ranks, versions
+from .doctor_network import network
 
 _SIGNS = {"ok": "ok  ", "note": "note", "problem": "WRONG"}
+CHECKS = (versions, devices, backends, kernels, network, environment, ranks)
 
 
 def examine() -> list[Finding]:
@@ -21,7 +22,7 @@ def examine() -> list[Finding]:
         []
     """
     findings: list[Finding] = []
-    for check in doctor_checks.CHECKS:
+    for check in CHECKS:
         findings += _guarded(check)
     return findings
 

@@ -16,7 +16,15 @@ import torch
 import torch.distributed as dist
 
 from fastvideo_comm import __main__ as command
-from fastvideo_comm import __version__, doctor, doctor_checks, kernel_check, quick_bench, rank_pair
+from fastvideo_comm import (
+    __version__,
+    doctor,
+    doctor_checks,
+    doctor_network,
+    kernel_check,
+    quick_bench,
+    rank_pair,
+)
 from fastvideo_comm.doctor_checks import Finding
 
 ROW = {"bytes": 2e6, "heads": 2e-3, "sequence": 3e-3, "bare exchange": 1e-3}
@@ -64,9 +72,9 @@ def test_the_exit_status_is_1_where_something_is_wrong(monkeypatch, capsys):
     def broken() -> list[Finding]:
         raise OSError("no such thing")
 
-    monkeypatch.setattr(doctor_checks, "CHECKS", (fine,))
+    monkeypatch.setattr(doctor, "CHECKS", (fine,))
     assert command.main(["doctor"]) == 0
-    monkeypatch.setattr(doctor_checks, "CHECKS", (fine, wrong, broken))
+    monkeypatch.setattr(doctor, "CHECKS", (fine, wrong, broken))
     assert command.main(["doctor"]) == 1
     screen = capsys.readouterr().out
     assert "  WRONG bad\n        -> do this\n" in screen
@@ -169,18 +177,18 @@ def test_names_and_interfaces_that_do_not_exist_are_problems(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth,^docker")
     monkeypatch.setenv("MASTER_ADDR", "nowhere")
-    name, interface, master = problems(doctor_checks.network())
+    name, interface, master = problems(doctor_network.network())
     assert "own name 'nameless' does not resolve" in name.text
     assert interface.text == "GLOO_SOCKET_IFNAME names 'eth9', which is none of ['eth0', 'lo']"
     assert master.text == "MASTER_ADDR=nowhere does not resolve"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("MASTER_ADDR", "here")
-    *_, store = doctor_checks.network()
+    *_, store = doctor_network.network()
     assert store.text == (
         "a store on MASTER_ADDR listens on 127.0.0.1 (this host), no other interface"
     )
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    *_, store = doctor_checks.network()
+    *_, store = doctor_network.network()
     assert store.text == "MASTER_ADDR is 127.0.0.1 for several nodes"
 
 

@@ -10,14 +10,11 @@ The log-sum-exp, `[B, S, h, 1]`, goes the same way. Sizes that do not divide are
 
 from __future__ import annotations
 
-import importlib
-import sys
-
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .installation import Installation, checked_version, installed_on, looked_up
-from .sequence_exchange import Communicators
+from .installation import Installation, checked_version, uninstall_from
+from .sequence_exchange import Communicators, install_function
 
 KNOWN_VERSIONS = ("0.42.1",)
 _MODULE = "diffusers.models.attention_dispatch"
@@ -63,20 +60,9 @@ def install(*, allow_unknown_version: bool = False) -> Installation:
         IntegrationError: diffusers is not installed, has an unknown version, or lacks the name.
     """
     version = checked_version("diffusers", KNOWN_VERSIONS, allow_unknown=allow_unknown_version)
-    module = importlib.import_module(_MODULE)
-    existing = installed_on(module)
-    if existing is not None:
-        return existing
-    installation, communicators = Installation("diffusers", version), Communicators("diffusers")
-    original = looked_up(module, "SeqAllToAllDim", version)
-    installation.replace(original, SeqAllToAllDim(communicators))
-    installation.on_uninstall(communicators.clear)
-    installation.mark(module)
-    return installation
+    return install_function("diffusers", version, _MODULE, SeqAllToAllDim)
 
 
 def uninstall() -> None:
     """Undoes `install`; does nothing where it was not called."""
-    installation = installed_on(sys.modules.get(_MODULE))
-    if installation is not None:
-        installation.uninstall()
+    uninstall_from(_MODULE)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import sys
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from fastvideo_comm.autograd import DistributedAutograd
 from fastvideo_comm.communicator import DeviceCommunicatorBase
 from fastvideo_comm.stateless import StatelessProcessGroup
 
-from .installation import Installation, checked_version, installed_on, looked_up
+from .installation import Installation, checked_version, installed_on, looked_up, uninstall_from
 
 KNOWN_VERSIONS = ("0.2.1",)
 
@@ -111,9 +110,7 @@ def install(*, allow_unknown_version: bool = False) -> Installation:
 
 def uninstall() -> None:
     """Undoes `install`; does nothing where it was not called."""
-    installation = installed_on(sys.modules.get(_BASE))
-    if installation is not None:
-        installation.uninstall()
+    uninstall_from(_BASE)
 
 
 def _replace_communicator(installation: Installation, coordinator: Any) -> None:

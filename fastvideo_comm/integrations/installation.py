@@ -93,6 +93,13 @@ def installed_on(module: ModuleType | None) -> Installation | None:
     return found
 
 
+def uninstall_from(module: str) -> None:
+    """Undoes the installation that hangs on the module of this name, if there is one."""
+    installation = installed_on(sys.modules.get(module))
+    if installation is not None:
+        installation.uninstall()
+
+
 def checked_version(package: str, known: Sequence[str], *, allow_unknown: bool) -> str:
     """The installed version of `package`.
 

@@ -6,10 +6,15 @@ reused; one is made anew where a group of the same name is another one.
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
 from fastvideo_comm.communicator import DeviceCommunicatorBase
+
+from .installation import Installation, installed_on, looked_up
 
 
 class Communicators:
@@ -44,3 +49,26 @@ class Communicators:
         for communicator in self._by_name.values():
             communicator.destroy()
         self._by_name.clear()
+
+
+def install_function(
+    package: str, version: str, module_name: str, function: type[Any]
+) -> Installation:
+    """Puts `function`, made with `Communicators`, in the place of the package's one of its name.
+
+    Returns:
+        The installation; the one that is there already, if there is one.
+
+    Raises:
+        IntegrationError: the module has no such name.
+    """
+    module = importlib.import_module(module_name)
+    existing = installed_on(module)
+    if existing is not None:
+        return existing
+    original = looked_up(module, function.__name__, version)
+    installation, communicators = Installation(package, version), Communicators(package)
+    installation.replace(original, function(communicators))
+    installation.on_uninstall(communicators.clear)
+    installation.mark(module)
+    return installation

@@ -9,15 +9,12 @@ At world size 1 the input is returned as it is, and sizes that do not divide are
 
 from __future__ import annotations
 
-import importlib
-import sys
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .installation import Installation, checked_version, installed_on, looked_up
-from .sequence_exchange import Communicators
+from .installation import Installation, checked_version, uninstall_from
+from .sequence_exchange import Communicators, install_function
 
 KNOWN_VERSIONS = ("0.6.4",)
 _MODULE = "yunchang.comm.all_to_all"
@@ -67,20 +64,9 @@ def install(*, allow_unknown_version: bool = False) -> Installation:
         IntegrationError: yunchang is not installed, has an unknown version, or lacks the name.
     """
     version = checked_version("yunchang", KNOWN_VERSIONS, allow_unknown=allow_unknown_version)
-    module = importlib.import_module(_MODULE)
-    existing = installed_on(module)
-    if existing is not None:
-        return existing
-    installation, communicators = Installation("yunchang", version), Communicators("yunchang")
-    original = looked_up(module, "SeqAllToAll4D", version)
-    installation.replace(original, SeqAllToAll4D(communicators))
-    installation.on_uninstall(communicators.clear)
-    installation.mark(module)
-    return installation
+    return install_function("yunchang", version, _MODULE, SeqAllToAll4D)
 
 
 def uninstall() -> None:
     """Undoes `install`; does nothing where it was not called."""
-    installation = installed_on(sys.modules.get(_MODULE))
-    if installation is not None:
-        installation.uninstall()
+    uninstall_from(_MODULE)
