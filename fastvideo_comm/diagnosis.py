@@ -194,6 +194,12 @@ class Diagnosis:
         """The number of the next collective."""
         return self._number
 
+    def compares_next(self) -> bool:
+        """Whether the ranks compare the next collective; its arguments must be known good then."""
+        if torch.compiler.is_compiling() or self._board is None:
+            return False
+        return self.validate == "always" or is_due(self._number)
+
     def failed(self, op: str, error: Exception) -> None:
         """Tells the others, if they are about to compare, that this rank's arguments were bad.
 
@@ -201,9 +207,7 @@ class Diagnosis:
         for nobody. A bad `send` or `recv` is not told: no other rank's collective waits for it.
         """
         board, number = self._board, self._number
-        if torch.compiler.is_compiling() or board is None or op in ("send", "recv"):
-            return
-        if not (self.validate == "always" or is_due(number)):
+        if board is None or op in ("send", "recv") or not self.compares_next():
             return
         self._number = number + 1
         record = Record(op, error=f"{type(error).__name__}: {error}")
@@ -211,10 +215,10 @@ class Diagnosis:
 
     def _counted(self) -> bool:
         """Takes the next number; whether the call with it is compared."""
-        if torch.compiler.is_compiling():
-            return False
-        number, self._number = self._number, self._number + 1
-        return self.validate == "always" or is_due(number)
+        compared = self.compares_next()
+        if not torch.compiler.is_compiling():
+            self._number += 1
+        return compared
 
     def _compare(self, board: Board, record: Record, call: str, ranks: Sequence[int]) -> None:
         """Exchanges records with `ranks` and raises unless they fit."""

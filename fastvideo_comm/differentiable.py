@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import collectives, validation
 from .autograd import DistributedAutograd, Flight, exchange_tensors
@@ -36,7 +37,7 @@ class Differentiable(Membership):
         they have done so.
         """
         channel = self._check(input_)
-        if self.world_size == 1 or self._compares_next():
+        if self.world_size == 1 or self._diagnosis.compares_next():
             validate()
         if self.world_size == 1:
             return input_
@@ -45,7 +46,11 @@ class Differentiable(Membership):
         self._count(op, input_)
         # A compiled graph holds the group; the compiler plans the buffers itself.
         group = self.device_group if torch.compiler.is_compiling() else channel
-        output: Tensor = function.apply(group, collectives.plain(input_), *arguments)
+        input_ = collectives.plain(input_)
+        if _is_observed(input_):
+            output: Tensor = function.apply(group, input_, *arguments)
+        else:  # an autograd Function's bookkeeping is a third of a tiny call
+            output = function.forward(_Unrecorded(), group, input_, *arguments)
         return output
 
     def _trade(
@@ -91,3 +96,24 @@ class Differentiable(Membership):
         own = torch.tensor([sizes], device=self.device if on_device else "cpu")
         every: list[list[int]] = collectives.all_gather(self.cpu_group, own, Share(0)).T.tolist()
         return every
+
+
+def _is_observed(input_: Tensor) -> bool:
+    """Whether a transformation of torch has to see the autograd Function of an op on `input_`.
+
+    Autograd does, and so do the compiler, forward-mode derivatives and functorch, if only to say
+    that they cannot.
+    """
+    return (
+        (input_.requires_grad and torch.is_grad_enabled())
+        or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+class _Unrecorded:
+    """A `ctx` for a `forward` that nobody will differentiate."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keeps nothing."""

@@ -91,26 +91,25 @@ def exchange_one(group: Group, input_: Tensor, what: Exchange) -> Tensor:
     if torch.compiler.is_compiling():
         return traced.exchange(group, (input_,), what)[0]
     channel = Channel.of(group)
-    if len(input_) != 1 or input_.numel() > _SMALL_NUMEL or not input_.numel():
+    batch, sequence, heads, width = input_.shape
+    if batch != 1 or not 0 < input_.numel() <= _SMALL_NUMEL:
         return start(channel, (input_,), what, async_op=False).wait()[0]
     size, name = channel.size(), channel.name
     gathers_sequence = what.gather[0].dim == 1
-    sent = message_view(input_, 2 if gathers_sequence else 1, size, 1)
-    wire = sent
+    sent = message_view(input_, 2, size, 1) if gathers_sequence else input_
     if not sent.is_contiguous():
         with span("pack", name):
-            wire = copy_valid_(sent.new_empty(sent.shape), sent)
-    _, _, sequence, heads, width = sent.shape
+            sent = copy_valid_(sent.new_empty(sent.shape), sent)
     if gathers_sequence:
-        output = input_.new_empty((1, sequence * size, heads, width))
+        output = input_.new_empty((1, sequence * size, heads // size, width))
         with span("exchange", name):
-            channel.all_to_all_one(output, wire)
+            channel.all_to_all_one(output, sent)
         return output
-    received = sent.new_empty(sent.shape)
+    received = input_.new_empty((1, size, sequence // size, heads, width))
     with span("exchange", name):
-        channel.all_to_all_one(received, wire)
+        channel.all_to_all_one(received, sent)
     with span("unpack", name):
-        output = input_.new_empty((1, sequence, heads * size, width))
+        output = input_.new_empty((1, sequence // size, heads * size, width))
         copy_valid_(message_view(output, 2, size, 1), received)
     return output
 

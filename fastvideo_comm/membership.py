@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from .channel import Channel
-from .diagnosis import Diagnosis, Validate, is_due
+from .diagnosis import Diagnosis, Validate
 from .errors import ClosedError
-from .profiling import OpStats, Stats
+from .profiling import OpStats, Stats, span
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -69,7 +70,7 @@ class Membership:
         self._channel: Channel | None = Channel(self.device_group, unique_name)
         self._diagnosis = Diagnosis(cpu_group, unique_name, validate=validate)
         self._channel.diagnosis = self._diagnosis  # the backward knows the channel alone
-        self._stats = Stats(unique_name)
+        self._stats = Stats()
         # At the interpreter's end, if nobody has: gloo groups that live on make torch abort there.
         weakref.finalize(self, _destroy, weakref.ref(self))
 
@@ -156,13 +157,6 @@ class Membership:
             raise ClosedError("the communicator was destroyed")
         return self._channel
 
-    def _compares_next(self) -> bool:
-        """Whether the ranks compare the next call, before which arguments must be known good."""
-        diagnosis = self._diagnosis
-        if torch.compiler.is_compiling() or diagnosis.validate == "off":
-            return False
-        return diagnosis.validate == "always" or is_due(diagnosis.number)
-
     def _count(self, op: str, tensor: Tensor) -> None:
         """Adds the bytes of a call to its op's statistics."""
         if not torch.compiler.is_compiling():
@@ -181,16 +175,20 @@ def _destroy(reference: weakref.ref[Membership]) -> None:
 class _Call:
     """A public call: counted, seen by profilers, and named in what is wrong with its arguments."""
 
+    __slots__ = ("_begin", "_communicator", "_number", "_op", "_span")
+
     def __init__(self, op: str, communicator: Membership) -> None:
         self._op = op
         self._communicator = communicator
         self._number = -1
 
     def __enter__(self) -> None:
-        if not torch.compiler.is_compiling():  # a graph must not depend on the number of a call
-            self._number = self._communicator._diagnosis.number
-            self._measured = self._communicator._stats.measured(self._op)
-            self._measured.__enter__()
+        if torch.compiler.is_compiling():  # a graph must not depend on the number of a call
+            return
+        self._number = self._communicator._diagnosis.number
+        self._span = span(self._op, self._communicator.unique_name)
+        self._span.__enter__()
+        self._begin = perf_counter()
 
     def __exit__(
         self,
@@ -199,7 +197,10 @@ class _Call:
         traceback: TracebackType | None,
     ) -> None:
         if self._number >= 0:
-            self._measured.__exit__(kind, error, traceback)
+            seconds = perf_counter() - self._begin
+            self._span.__exit__(kind, error, traceback)
+            if error is None:
+                self._communicator._stats.add_call(self._op, seconds)
         if not isinstance(error, ValueError | TypeError | ClosedError):
             return
         communicator = self._communicator

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
-from time import perf_counter
-from types import TracebackType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -55,28 +53,22 @@ class Stats:
     """The counters of one communicator. Not counted: backward, and calls in compiled code.
 
     Example:
-        >>> stats = Stats("sp")
-        >>> with stats.measured("all_gather"):
-        ...     stats.add_bytes("all_gather", 1024)
-        >>> stats.snapshot()["all_gather"][:2]
-        (1, 1024)
+        >>> stats = Stats()
+        >>> stats.add_bytes("all_gather", 1024)
+        >>> stats.add_call("all_gather", 0.5)
+        >>> stats.snapshot()["all_gather"]
+        OpStats(calls=1, bytes=1024, seconds=0.5)
     """
 
-    def __init__(self, name: str = "") -> None:
-        """Starts at zero; `name` is the communicator's `unique_name`."""
-        self._name = name
+    def __init__(self) -> None:
+        """Starts at zero."""
         self._calls: dict[str, int] = {}
         self._bytes: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
 
-    def measured(self, op: str) -> AbstractContextManager[Any]:
-        """Counts and times what is inside, in a range of the op's name."""
-        return _NOTHING if torch.compiler.is_compiling() else _Measured(op, self)
-
     def add_bytes(self, op: str, num_bytes: int) -> None:
         """Counts the bytes of a call."""
-        if not torch.compiler.is_compiling():
-            self._bytes[op] = self._bytes.get(op, 0) + num_bytes
+        self._bytes[op] = self._bytes.get(op, 0) + num_bytes
 
     def snapshot(self) -> dict[str, OpStats]:
         """The counters by op, in the order of the first calls."""
@@ -85,37 +77,7 @@ class Stats:
             for op, calls in self._calls.items()
         }
 
-    def reset(self) -> None:
-        """Back to zero."""
-        for counter in (self._calls, self._bytes, self._seconds):
-            counter.clear()
-
-    def _add(self, op: str, seconds: float) -> None:
+    def add_call(self, op: str, seconds: float) -> None:
+        """Counts a call that succeeded."""
         self._calls[op] = self._calls.get(op, 0) + 1
         self._seconds[op] = self._seconds.get(op, 0.0) + seconds
-
-
-class _Measured:
-    """One call: cheaper than a generator."""
-
-    __slots__ = ("_begin", "_op", "_span", "_stats")
-
-    def __init__(self, op: str, stats: Stats) -> None:
-        self._op = op
-        self._stats = stats
-
-    def __enter__(self) -> None:
-        self._span = span(self._op, self._stats._name)
-        self._span.__enter__()
-        self._begin = perf_counter()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        seconds = perf_counter() - self._begin
-        self._span.__exit__(kind, error, traceback)
-        if error is None:
-            self._stats._add(self._op, seconds)

@@ -78,7 +78,7 @@ def check_world_size(group: Group, world_size: int) -> None:
 
 def check_int(name: str, value: int) -> None:
     """An int, and not a bool."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if type(value) is not int and (not isinstance(value, int) or isinstance(value, bool)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 

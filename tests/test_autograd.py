@@ -11,6 +11,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import Ranks
+from torch.autograd import forward_ad
 
 from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd
 from fastvideo_comm.channel import Channel
@@ -249,3 +250,27 @@ def unusual_gradients(communicator: DeviceCommunicatorBase) -> None:
 
 def test_gradients_may_be_strided_expanded_or_absent(ranks: Ranks):
     ranks.run(3, unusual_gradients)
+
+
+def watched_by_others(communicator: DeviceCommunicatorBase, op: str) -> None:
+    x = torch.rand(2, 4, 4, 3)
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        return OPS[op](communicator, x)
+
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        apply(forward_ad.make_dual(x, torch.ones_like(x)))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.vmap(apply)(x[None])
+    with torch.no_grad():
+        plain = apply(x)
+    recorded = apply(x.requires_grad_())
+    assert recorded.requires_grad
+    assert not plain.requires_grad
+    assert torch.equal(plain, recorded)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_cannot_be_differentiated_forward_is_refused(ranks: Ranks, op):
+    """Not silently cut off, as where nobody differentiates and no Function is recorded."""
+    ranks.run(2, watched_by_others, op)

@@ -61,11 +61,11 @@ def fastest(call: Any, repeats: int = 20, calls: int = 200) -> float:
 
 def test_watching_costs_microseconds():
     """The fastest call of any backend takes some 50 us."""
-    stats = Stats("sp")
+    stats = Stats()
 
     def call() -> None:
-        with stats.measured("op"):
-            stats.add_bytes("op", 8)
+        stats.add_bytes("op", 8)
+        stats.add_call("op", 0.1)
 
     def phase() -> None:
         with span("pack", "sp"):
@@ -75,24 +75,26 @@ def test_watching_costs_microseconds():
     assert fastest(phase) < 2e-6
 
 
-def test_counters_are_of_calls_bytes_and_seconds():
-    stats = Stats()
-    for num_bytes in (3, 4):
-        with stats.measured("a"):
-            stats.add_bytes("a", num_bytes)
-            time.sleep(0.01)
-    with stats.measured("b"):
-        pass
-    with pytest.raises(ValueError, match="on purpose"), stats.measured("b"):
-        raise ValueError("on purpose")
-    snapshot = stats.snapshot()
-    assert list(snapshot) == ["a", "b"]
-    assert snapshot["a"][:2] == (2, 7)
-    assert 0.02 <= snapshot["a"].seconds < 5
-    assert snapshot["b"][:2] == (1, 0)
-    stats.reset()
-    assert stats.snapshot() == {}
-    assert snapshot["a"].calls == 2, "a snapshot stays as it was"
+def watched_calls(communicator: DeviceCommunicatorBase) -> None:
+    watched = DeviceCommunicatorBase(communicator.cpu_group)
+    begin = time.perf_counter()
+    for size in (3, 4):
+        watched.all_reduce(torch.ones(size))
+    elapsed = time.perf_counter() - begin
+    watched.all_gather(torch.ones(2, dtype=torch.int8))
+    with pytest.raises(ValueError, match="dim must be in"):
+        watched.all_gather(torch.ones(2), 7)
+    snapshot = watched.stats()
+    assert list(snapshot) == ["all_reduce", "all_gather"]
+    assert snapshot["all_reduce"][:2] == (2, 7 * 4)
+    assert elapsed / 2 <= snapshot["all_reduce"].seconds <= elapsed
+    assert snapshot["all_gather"][:2] == (1, 2)
+    watched.all_reduce(torch.ones(1))
+    assert snapshot["all_reduce"].calls == 2, "a snapshot stays as it was"
+
+
+def test_counters_are_of_calls_that_succeeded_their_bytes_and_seconds(ranks: Ranks):
+    ranks.run(2, watched_calls)
 
 
 def tallied(communicator: DeviceCommunicatorBase) -> dict[str, int]:
