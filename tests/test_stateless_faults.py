@@ -1,11 +1,8 @@
 """Ranks that are killed, stopped, interrupted or cut off; every wait ends, every death is known."""
 
-import contextlib
-import gc
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,24 +23,14 @@ from stateless_programs import (
     wait_in,
 )
 from stateless_proxy import Proxy
-from stateless_ranks import CONTEXT, SECRET, listener, own_groups, rank_processes, run_own
+from stateless_ranks import CONTEXT, SECRET, own_groups, rank_processes, run_own
 
-from fastvideo_comm.errors import (
-    ClosedError,
-    CommunicationTimeoutError,
-    JoinError,
-    JoinTimeoutError,
-    PeerLostError,
-)
-from fastvideo_comm.object_channel.store_handshake import (
-    MAGIC,
-    PROOF_BYTES,
-    SESSION_BYTES,
-    make_hello,
-)
+from fastvideo_comm.errors import ClosedError, CommunicationTimeoutError
 from fastvideo_comm.stateless import StatelessProcessGroup
 
 OPS = ["send_obj", "broadcast_obj", "all_gather_obj", "barrier", "large"]
+
+
 KNOWN_WITHIN = 5.0
 
 
@@ -205,106 +192,6 @@ def test_a_forked_child_cannot_use_the_group_and_does_not_harm_it():
     assert run_own(1, program) == ["still here"]
 
 
-def test_rank_0_leaves_last():
-    left = []
-
-    def program(group):
-        group.barrier()
-        if group.rank:
-            time.sleep(0.2 * group.rank)
-            group.send_obj("late", 2)
-            left.append(group.rank)
-        else:
-            group.close()
-            left.append(0)
-
-    run_own(3, program)
-    assert left == [1, 2, 0]
-
-
-def test_close_is_idempotent_and_ends_use():
-    def program(group):
-        group.close()
-        group.close()
-        with pytest.raises(ClosedError, match="barrier in group 'default' on rank 0 of 1"):
-            group.barrier()
-
-    run_own(1, program)
-
-
-def test_a_call_that_needs_a_rank_which_left_fails_at_once_and_the_group_goes_on():
-    def program(group):
-        if group.rank == 2:
-            group.send_obj("parting words", 1)
-            return
-        if group.rank == 1:
-            assert group.recv_obj(2) == "parting words"
-            with pytest.raises(PeerLostError, match=r"rank\(s\) \[2\] left the group"):
-                group.recv_obj(2)
-            with pytest.raises(PeerLostError, match=r"rank\(s\) \[2\] left the group"):
-                group.send_obj("too late", 2)
-            with pytest.raises(PeerLostError, match=r"rank\(s\) \[2\] left the group"):
-                group.barrier()
-        group.send_obj(group.rank, 1 - group.rank)
-        assert group.recv_obj(1 - group.rank) == 1 - group.rank
-
-    run_own(3, program)
-
-
-@pytest.mark.parametrize("op", ["recv_obj", "broadcast_obj", "all_gather_obj", "barrier"])
-def test_a_waiting_call_is_told_when_the_rank_it_needs_leaves(op):
-    def program(group):
-        group.barrier()
-        if group.rank == 1:
-            time.sleep(0.2)
-            return
-        start = time.monotonic()
-        with pytest.raises(PeerLostError, match=r"rank\(s\) \[1\] left the group"):
-            wait_in(group, op, 1, 10.0)
-        assert time.monotonic() - start < 2
-
-    run_own(2, program)
-
-
-def test_a_group_that_is_dropped_says_goodbye():
-    with own_groups(2) as open_group:
-
-        def program(group):
-            if group.rank == 1:
-                with pytest.raises(PeerLostError, match="left the group"):
-                    group.recv_obj(0, timeout=5)
-
-        thread = threading.Thread(target=lambda: open_group(0).__class__)
-        thread.start()
-        with open_group(1) as group:
-            thread.join()
-            gc.collect()
-            program(group)
-
-
-@pytest.mark.parametrize(("world_size", "rounds"), [(2, 4), (4, 2)])
-def test_normal_exit_without_close_is_clean(world_size, rounds):
-    run_exits(world_size, rounds)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_a_hundred_normal_exits_without_close_are_clean(world_size):
-    run_exits(world_size, 100)
-
-
-def run_exits(world_size, rounds):
-    script = Path(__file__).with_name("stateless_exit.py")
-    result = subprocess.run(
-        [sys.executable, str(script), str(world_size), str(rounds)],
-        capture_output=True,
-        text=True,
-        timeout=rounds * 8 + 30,
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, f"{rounds} clean\n", "")
-
-
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     delays=st.lists(
@@ -415,99 +302,6 @@ def test_a_link_that_is_cut_is_a_lost_peer_after_the_heartbeat_limit():
     assert (result.stdout, result.stderr) == ("PeerLostError True\n", "")
 
 
-# Joining
-
-
-def join_outcomes(joins, timeout=3.0, within=1.0):
-    """Join in threads as each of `joins` says; return what came of each, and the seconds."""
-    server = listener()
-    port = server.getsockname()[1]
-    outcomes = [None] * len(joins)
-
-    def run(index, options):
-        options = {"world_size": 2, "timeout": timeout, **options}
-        time.sleep(options.pop("after", 0))
-        start = time.monotonic()
-        try:
-            with StatelessProcessGroup.create(
-                "127.0.0.1", port, listen_socket=server if index == 0 else None, **options
-            ):
-                outcomes[index] = "joined"
-        except Exception as error:
-            outcomes[index] = error
-        assert time.monotonic() - start < timeout + within
-
-    threads = [threading.Thread(target=run, args=(i, options)) for i, options in enumerate(joins)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
-
-
-def test_different_world_sizes_are_an_error_on_every_rank():
-    start = time.monotonic()
-    outcomes = join_outcomes(
-        [
-            {"rank": 0, "world_size": 3},
-            {"rank": 1, "world_size": 3},
-            {"rank": 2, "world_size": 4, "after": 1},
-        ],
-        timeout=20,
-    )
-    assert time.monotonic() - start < 5
-    for outcome in outcomes:
-        assert isinstance(outcome, JoinError)
-        assert "rank 2 joined with world_size=4 (rank 0 has world_size=3)" in str(outcome)
-
-
-def test_different_limits_and_groups_are_errors():
-    for option in ({"max_message_bytes": 5}, {"group": "elsewhere"}):
-        for outcome in join_outcomes([{"rank": 0}, {"rank": 1, **option}]):
-            assert isinstance(outcome, JoinError)
-            assert "rank 1 joined with " in str(outcome)
-
-
-def test_missing_ranks_are_named_on_every_rank_that_waits():
-    check_missing_ranks_are_named({}, {})
-
-
-@pytest.mark.parametrize("first", [0, 2])
-def test_the_first_rank_whose_time_to_join_is_up_ends_the_join_on_every_rank(first):
-    late = {"timeout": 20.0}
-    start = time.monotonic()
-    outcomes = check_missing_ranks_are_named(late if first else {}, {} if first else late)
-    assert time.monotonic() - start < 5
-    for outcome in outcomes:
-        assert f"did not join before the time of rank {first} was up" in str(outcome)
-
-
-def check_missing_ranks_are_named(options, other_options):
-    outcomes = join_outcomes(
-        [{"rank": 0, "world_size": 4, **options}, {"rank": 2, "world_size": 4, **other_options}],
-        1.5,
-        within=4.0,  # other tests of joins look at the second; this one must hold under any load
-    )
-    for outcome in outcomes:
-        assert isinstance(outcome, JoinTimeoutError)
-        assert outcome.peers == (1, 3)
-        assert "rank(s) [1, 3] did not join" in str(outcome)
-    return outcomes
-
-
-def test_a_rank_that_comes_after_the_join_has_failed_is_told_who_was_missing():
-    outcomes = join_outcomes(
-        [
-            {"rank": 0, "world_size": 4},
-            {"rank": 1, "world_size": 4, "after": 0.9, "timeout": 20.0},
-        ],
-        0.7,
-    )
-    for outcome in outcomes:
-        assert isinstance(outcome, JoinTimeoutError)
-        assert outcome.peers == (1, 2, 3)
-
-
 @pytest.mark.parametrize("op", ["all_gather_obj", "barrier"])
 def test_a_rank_that_ran_out_of_time_and_left_is_not_named_missing(op):
     def program(group):
@@ -522,157 +316,6 @@ def test_a_rank_that_ran_out_of_time_and_left_is_not_named_missing(op):
 
     over = threading.Event()
     run_own(4, program)
-
-
-def test_a_rank_claimed_twice_is_refused_and_the_group_forms_without_it():
-    def program(group):
-        if group.rank == 1:
-            with pytest.raises(JoinError, match="rank 1 is already taken"):
-                StatelessProcessGroup.create(group.store.host, group.store.port, 1, 2, timeout=5)
-        group.barrier()
-
-    run_own(2, program)
-
-
-def test_another_secret_is_an_authentication_error_and_named_to_those_who_wait():
-    outcomes = join_outcomes([{"rank": 0, "secret": b"one"}, {"rank": 1, "secret": b"two"}], 1.0)
-    assert isinstance(outcomes[0], TimeoutError)
-    assert "another secret" in str(outcomes[0])
-    assert type(outcomes[1]).__name__ == "AuthenticationError"
-    outcomes = join_outcomes([{"rank": 0, "secret": b"one"}, {"rank": 1}], 1.0)
-    assert "it has no secret" in str(outcomes[0])
-    assert "given no secret, the store a secret" in str(outcomes[1])
-    outcomes = join_outcomes([{"rank": 0}, {"rank": 1, "secret": b"one"}], 1.0)
-    assert "it has a secret" in str(outcomes[0])
-    assert "given a secret, the store no secret" in str(outcomes[1])
-
-
-def of_another_version(greeting):
-    altered = bytearray(greeting)
-    altered[len(MAGIC)] += 1
-    return bytes(altered)
-
-
-def test_a_rank_of_another_protocol_version_is_named_to_those_who_wait():
-    with own_groups(2, timeout=1.0) as open_group:
-        with socket.create_connection(("127.0.0.1", open_group.port)) as stranger:
-            stranger.sendall(of_another_version(make_hello(None)))
-            with pytest.raises(JoinError, match="it speaks protocol version 2"):
-                open_group(0)
-            # It is told the store's version, then the connection ends.
-            assert stranger.recv(1000).startswith(MAGIC)
-            assert stranger.recv(1000) == b""
-
-
-def test_a_store_of_another_protocol_version_is_a_join_error():
-    answer = of_another_version(make_hello(None)) + bytes(SESSION_BYTES + PROOF_BYTES)
-    with answering(answer) as port:
-        with pytest.raises(JoinError, match="the store speaks protocol version 2, this rank 1"):
-            StatelessProcessGroup.create("127.0.0.1", port, 1, 2, timeout=2)
-
-
-@contextlib.contextmanager
-def answering(says):
-    """Listen, and say the same to whoever comes."""
-
-    def answer():
-        with contextlib.suppress(OSError):
-            sock, _address = other.accept()
-            with sock:
-                sock.sendall(says)
-                while sock.recv(1000):
-                    pass
-
-    with listener() as other:
-        thread = threading.Thread(target=answer)
-        thread.start()
-        yield other.getsockname()[1]
-        thread.join()
-
-
-def test_a_port_in_use_is_a_join_error_on_rank_0():
-    with listener() as other:
-        port = other.getsockname()[1]
-        with pytest.raises(JoinError, match=f"cannot listen on 127.0.0.1 port {port}"):
-            StatelessProcessGroup.create("127.0.0.1", port, 0, 2, timeout=5)
-
-
-@pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
-def test_a_port_of_something_else_is_a_join_error_in_time(says):
-    with answering(says) as port:
-        start = time.monotonic()
-        with pytest.raises(JoinError, match="what listens"):
-            StatelessProcessGroup.create("127.0.0.1", port, 1, 2, timeout=0.5)
-        assert time.monotonic() - start < 1.5
-
-
-def test_no_store_is_a_join_error_in_time():
-    with listener() as unused:
-        port = unused.getsockname()[1]
-    start = time.monotonic()
-    with pytest.raises(JoinError, match=f"no store answers on 127.0.0.1 port {port}"):
-        StatelessProcessGroup.create("127.0.0.1", port, 1, 2, timeout=0.5)
-    assert time.monotonic() - start < 1.5
-
-
-def test_a_failed_join_leaves_nothing_behind():
-    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    for _ in range(3):
-        join_outcomes([{"rank": 0}, {"rank": 1, "group": "elsewhere"}])
-    gc.collect()
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == files
-
-
-# The listening address
-
-
-def listening_addresses(port):
-    """Return the addresses on which anybody listens at this port, as the kernel lists them."""
-    found = set()
-    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
-            address, number = line.split()[1].split(":")
-            if int(number, 16) == port and line.split()[3] == "0A":
-                words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
-                found.add(socket.inet_ntop(family, b"".join(words)))
-    return found
-
-
-def free_port(host):
-    with listener(host) as server:
-        return server.getsockname()[1]
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
-def test_rank_0_listens_on_the_hosts_address_only(host):
-    port = free_port(host)
-    opened = {}
-    thread = threading.Thread(
-        target=lambda: opened.update({1: StatelessProcessGroup.create(host, port, 1, 2, timeout=9)})
-    )
-    thread.start()
-    with StatelessProcessGroup.create(host, port, 0, 2, timeout=9) as group:
-        thread.join()
-        assert listening_addresses(port) == {host}
-        group.send_obj("hello", 1)
-        assert opened[1].recv_obj(0) == "hello"
-        opened[1].close()
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "::ffff:0.0.0.0", "0"])
-def test_a_wildcard_address_needs_a_secret(host):
-    port = free_port("127.0.0.1")
-    with pytest.raises(ValueError, match="host must be one address while there is no secret"):
-        StatelessProcessGroup.create(host, port, 0, 1, timeout=5)
-    assert not listening_addresses(port)
-
-
-def test_a_wildcard_address_works_with_a_secret():
-    port = free_port("127.0.0.1")
-    with StatelessProcessGroup.create("0.0.0.0", port, 0, 1, timeout=5, secret=SECRET) as group:
-        assert listening_addresses(port) == {"0.0.0.0"}
-        group.barrier()
 
 
 def test_long_use_leaves_memory_files_threads_and_keys_flat():
