@@ -19,7 +19,7 @@ from peers import Bound, FirstOfThree, one_call_each
 from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase
-from fastvideo_comm.shared_memory import ENVIRONMENT
+from fastvideo_comm.shared_memory import SHARED_MEMORY_VARIABLE
 
 SOCKETS = "fastvideo_comm, sockets"
 OURS, FLOOR, EXCHANGE, COPY = "fastvideo_comm", "floor", "bare exchange", "contiguous copy"
@@ -36,11 +36,11 @@ def ours(group: dist.ProcessGroup, device: torch.device) -> dict[str, Bound]:
 
 def _ours(group: dist.ProcessGroup, device: torch.device, shared_memory: str) -> Bound:
     """Around an attention, q, k and v are one exchange, without a `cat` before it."""
-    os.environ[ENVIRONMENT] = shared_memory
+    os.environ[SHARED_MEMORY_VARIABLE] = shared_memory
     communicator = DeviceCommunicatorBase(
         group, device=device, device_group=group, unique_name="bench"
     )
-    del os.environ[ENVIRONMENT]
+    del os.environ[SHARED_MEMORY_VARIABLE]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         output = FirstOfThree.apply(*communicator.all_to_all_4D((q, k, v), 2, 1))

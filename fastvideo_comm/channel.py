@@ -111,6 +111,11 @@ class Channel:
         """P, the number of ranks in the group."""
         return self._size
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether large exchanges have gone through memory that the ranks share."""
+        return self._shared_memory is not None and self._shared_memory.is_mapped
+
     def all_to_all(self, transfers: Sequence[Transfer], *, async_op: bool) -> Works:
         """Starts the transfers: one grouped call on NCCL, side by side on gloo."""
         options = AllToAllOptions()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from . import __version__
 from .kernels.strided_copy import _IMPLEMENTATIONS, IMPLEMENTATION_VARIABLE, SMALL_COPY_BYTES
+from .shared_memory import SHARED_MEMORY_VARIABLE
 
 _KERNEL_SECONDS = 240
 # The secret is shown as set or not, never itself.
@@ -22,6 +23,7 @@ _SECRET_VARIABLE = "FASTVIDEO_COMM_SECRET"
 _LAUNCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 _VARIABLES = (
     IMPLEMENTATION_VARIABLE,
+    SHARED_MEMORY_VARIABLE,
     _SECRET_VARIABLE,
     "TRITON_INTERPRET",
     *_LAUNCH_VARIABLES,
@@ -195,12 +197,14 @@ def ranks() -> list[Finding]:
 
     section = "ranks"
     try:
-        run_pair("check")
+        shares_memory = run_pair("check")
     except (RuntimeError, TimeoutError) as error:
         text = str(error).strip().splitlines()[-1]
         remedy = "gloo needs an interface that reaches this host: try GLOO_SOCKET_IFNAME=lo"
         return [Finding(section, "problem", f"two ranks over gloo: {text}", remedy)]
-    return [Finding(section, "ok", "two ranks over gloo: all_to_all_4D and back, exact")]
+    way = "memory that the ranks share" if shares_memory else "sockets"
+    text = f"two ranks over gloo: all_to_all_4D and back, exact; large messages through {way}"
+    return [Finding(section, "ok", text)]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

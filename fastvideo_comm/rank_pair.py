@@ -91,14 +91,17 @@ def _work(rank: int, folder: str, answer: Any, job: str, arguments: tuple[Any, .
     answer.close()
 
 
-def _check(communicator: DeviceCommunicatorBase) -> None:
-    whole = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).reshape(1, 6, 4, 5)
+def _check(communicator: DeviceCommunicatorBase) -> bool:
+    """A small exchange and a large one, there and back; whether the large went through memory."""
     rank = communicator.rank
-    mine = whole.chunk(2, 1)[rank]
-    heads = communicator.all_to_all_4D(mine)
-    back = communicator.all_to_all_4D(heads, 1, 2)
-    if not (torch.equal(heads, whole.chunk(2, 2)[rank]) and torch.equal(back, mine)):
-        raise RuntimeError("all_to_all_4D must be exact, got other values")
+    for sequence in (6, 6 << 10):
+        whole = torch.arange(sequence * 4 * 64, dtype=torch.float32).reshape(1, sequence, 4, 64)
+        mine = whole.chunk(2, 1)[rank]
+        heads = communicator.all_to_all_4D(mine)
+        back = communicator.all_to_all_4D(heads, 1, 2)
+        if not (torch.equal(heads, whole.chunk(2, 2)[rank]) and torch.equal(back, mine)):
+            raise RuntimeError("all_to_all_4D must be exact, got other values")
+    return communicator._open().shares_memory
 
 
 def _measure(communicator: DeviceCommunicatorBase, sequence: int) -> dict[str, float]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .wire_buffers import tensor_in
 
-ENVIRONMENT = "FASTVIDEO_COMM_SHARED_MEMORY"
+SHARED_MEMORY_VARIABLE = "FASTVIDEO_COMM_SHARED_MEMORY"
 # What a window holds starts at multiples of this: a line of cache.
 ALIGNMENT = 64
 
@@ -57,8 +57,15 @@ class SharedMemory:
         self._capacity = 0
         self._second = False
         # Read once: ranks that disagree from call to call would wait for each other.
-        self._possible = os.environ.get(ENVIRONMENT, "") != "off" and hasattr(os, "memfd_create")
+        self._possible = os.environ.get(SHARED_MEMORY_VARIABLE, "") != "off" and hasattr(
+            os, "memfd_create"
+        )
         self._refused = False
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the ranks have mapped each other's parts."""
+        return bool(self._parts)
 
     def window(self, num_bytes: int, everyone: Everyone) -> Window | None:
         """Memory of `num_bytes` in each rank's part, or None where the ranks do not share any.

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import host_ranks
 import pytest
 
+from fastvideo_comm.shared_memory import SHARED_MEMORY_VARIABLE
+
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESSES = (host_ranks.FIRST_HOST, "10.77.0.2")
 
@@ -37,6 +39,8 @@ class Host(NamedTuple):
             "GLOO_SOCKET_IFNAME": self.interface,
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",
+            # These hosts are one machine, and everything must cross the cable.
+            SHARED_MEMORY_VARIABLE: "off",
         }
         return subprocess.Popen(
             ["ip", "netns", "exec", self.name, sys.executable, *arguments],

@@ -186,7 +186,7 @@ def where_one_cannot(communicator: DeviceCommunicatorBase, how: str) -> None:
     before = mappings()
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1 and how == "off":
-            patch.setenv(shared_memory.ENVIRONMENT, "off")
+            patch.setenv(shared_memory.SHARED_MEMORY_VARIABLE, "off")
         if rank == 1 and how == "another host":
             patch.setattr(shared_memory.os, "readlink", lambda path: f"{path} is a socket")
         if rank == 1 and how == "another system":
