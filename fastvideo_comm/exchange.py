@@ -39,7 +39,7 @@ class Exchange(NamedTuple):
 _SMALL_NUMEL = 1 << 16
 
 # Bytes from which ranks of one host exchange through memory; bench/NOTES.md has the measurement.
-_MIN_SHARED_BYTES = 1 << 19
+_MIN_SHARED_BYTES = 1 << 20
 
 # One tensor, shared evenly.
 HEADS_TO_SEQUENCE = Exchange((Share(2),), (Share(1),))

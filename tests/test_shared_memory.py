@@ -269,7 +269,7 @@ def below_the_limit(communicator: DeviceCommunicatorBase) -> None:
         other.all_to_all_4D(small)
         other.all_to_all_4D([small, small])
         assert mappings() == before
-        other.all_to_all_4D(torch.rand(1, 256, 8, 64))
+        other.all_to_all_4D(torch.rand(1, 512, 8, 64))
         assert mappings() > before
 
 
