@@ -57,9 +57,7 @@ class SharedMemory:
         self._capacity = 0
         self._second = False
         # Read once: ranks that disagree from call to call would wait for each other.
-        self._possible = os.environ.get(SHARED_MEMORY_VARIABLE, "") != "off" and hasattr(
-            os, "memfd_create"
-        )
+        self._is_off = os.environ.get(SHARED_MEMORY_VARIABLE) == "off"
         self._refused = False
 
     @property
@@ -92,10 +90,8 @@ class SharedMemory:
     def _map(self, capacity: int, everyone: Everyone) -> list[torch.UntypedStorage]:
         """Every rank's part, or none at all if one rank cannot map them."""
         token = secrets.randbits(62)
-        descriptor = os.memfd_create(_name(token)) if self._possible else -1
+        descriptor = -1 if self._is_off else _create(token, 2 * capacity)
         try:
-            if self._possible:
-                os.ftruncate(descriptor, 2 * capacity)
             offers = everyone([capacity, os.getpid(), descriptor, token])
             if any(offer[0] != capacity for offer in offers):
                 sizes = ", ".join(str(offer[0]) for offer in offers)
@@ -109,6 +105,20 @@ class SharedMemory:
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
+
+
+def _create(token: int, num_bytes: int) -> int:
+    """A descriptor of new memory, or -1: the others are waiting to hear of either."""
+    try:
+        descriptor = os.memfd_create(_name(token))
+    except (AttributeError, OSError):  # not Linux; too many open files
+        return -1
+    try:
+        os.ftruncate(descriptor, num_bytes)
+    except OSError:
+        os.close(descriptor)
+        return -1
+    return descriptor
 
 
 def _open(process: int, descriptor: int, token: int, *, num_bytes: int) -> torch.UntypedStorage:

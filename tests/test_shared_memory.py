@@ -180,10 +180,14 @@ def test_other_exchanges_in_between_are_not_disturbed(ranks: Ranks):
     ranks.run(3, mixed_with_the_wire)
 
 
+def refuse(*_: object) -> int:
+    raise OSError("refused")
+
+
 def where_one_cannot(communicator: DeviceCommunicatorBase, how: str) -> None:
     ranks, rank = communicator.world_size, communicator.rank
     whole = values([1, 8 * ranks, ranks, 4], torch.float32, 1)
-    before = mappings()
+    before, files = mappings(), len(os.listdir("/proc/self/fd"))
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1 and how == "off":
             patch.setenv(shared_memory.SHARED_MEMORY_VARIABLE, "off")
@@ -191,13 +195,20 @@ def where_one_cannot(communicator: DeviceCommunicatorBase, how: str) -> None:
             patch.setattr(shared_memory.os, "readlink", lambda path: f"{path} is a socket")
         if rank == 1 and how == "another system":
             patch.delattr(shared_memory.os, "memfd_create")
+        if rank == 1 and how == "no descriptor left":
+            patch.setattr(shared_memory.os, "memfd_create", refuse)
+        if rank == 1 and how == "no room":
+            patch.setattr(shared_memory.os, "ftruncate", refuse)
         with fresh(communicator) as other, from_bytes(1):
             for _ in range(2):
                 same(other.all_to_all_4D(whole.chunk(ranks, 1)[rank]), whole.chunk(ranks, 2)[rank])
             assert mappings() == before
+            assert len(os.listdir("/proc/self/fd")) == files
 
 
-@pytest.mark.parametrize("how", ["off", "another host", "another system"])
+@pytest.mark.parametrize(
+    "how", ["off", "another host", "another system", "no descriptor left", "no room"]
+)
 def test_where_one_rank_cannot_share_all_use_the_group(ranks: Ranks, how):
     ranks.run(3, where_one_cannot, how)
 
