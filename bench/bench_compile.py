@@ -11,7 +11,8 @@ A rotary embedding, computed in fp32 and rounded to bf16, and the exchange of it
 
 Results and gradients are compared with eager before anything is timed, within the tolerance that
 `torch.testing.assert_close` has for bf16: the compiler contracts multiplications and additions. Two
-ranks with one thread each; compiling takes seconds to minutes and is in no row.
+ranks with one thread each, exchanging through sockets alike: eager calls could share memory, which
+compiled code does not. Compiling takes seconds to minutes and is in no row.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from bench_overlap import WORLD_SIZE, on_ranks, slowest
 from cases import Shape
 from harness import Report, time_in_turn, track
+from systems import sockets_only
 from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase
@@ -69,7 +71,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def measure_on_ranks(options: script.Options) -> Report:
     """Every case, on each rank."""
     report = Report()
-    communicator = DeviceCommunicatorBase(dist.group.WORLD, unique_name="compile")
+    communicator = sockets_only(dist.group.WORLD, options.device)
     COMMUNICATORS["compile"] = communicator
     cases = [(shape, grad) for shape in SHAPES for grad in (False, True)]
     if options.size == "quick":

@@ -12,8 +12,9 @@ is gone in the last; 1 is all, below 0 is a loss. `hidden` in the rows is that s
 time, as an attention block has them beside its value; `forward+grad` takes the gradients of both
 too, so that there the reverse exchange travels while the products are differentiated.
 
-The exchange of [1, 4096, 24, 128] bf16 a rank, 25 MB, is one call of `all_to_all_4D`; every rank
-runs one thread. gloo's own threads and the sockets of the kernel need processors as well: where
+The exchange of [1, 4096, 24, 128] bf16 a rank, 25 MB, is one call of `all_to_all_4D` through
+sockets, as between hosts: memory that ranks share leaves nothing in flight to hide. Every rank runs
+one thread. gloo's own threads and the sockets of the kernel need processors as well: where
 the ranks fill the machine, there is nothing left to hide behind, and the share shows that.
 """
 
@@ -32,6 +33,7 @@ import torch
 import torch.distributed as dist
 from cases import Shape
 from harness import Report, random_like, time_in_turn, track
+from systems import sockets_only
 from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase
@@ -107,7 +109,7 @@ class Block:
 def measure_on_ranks(options: script.Options) -> Report:
     """Every case, on each rank."""
     report = Report()
-    communicator = DeviceCommunicatorBase(dist.group.WORLD, unique_name="overlap")
+    communicator = sockets_only(dist.group.WORLD, options.device)
     shapes = SHAPES[1:] if options.size == "quick" else SHAPES
     cases = [(shape, grad) for shape in shapes for grad in (False, True)]
     with track(cases, "overlap", shown=communicator.rank == 0) as cases_in_turn:

@@ -1,4 +1,4 @@
-"""PNG plots of a report: bandwidth as a share of the copy limit, local time, cost against P."""
+"""PNG plots of a report: whole calls, bandwidth and the copy limit, local time, growth with P."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def draw(report: Mapping[str, Any], stem: Path) -> list[Path]:
     head = report["environment"]
     title = f"{head['gpu']['name'] if head['gpu'] else head['device']}, {head['date']}"
     figures = {
+        "calls": _calls(report["rows"]),
         "bandwidth": _bandwidth(report["rows"]),
         "local": _local(report["rows"]),
         "growth": _growth(report["rows"]),
@@ -43,6 +44,34 @@ def draw(report: Mapping[str, Any], stem: Path) -> list[Path]:
             figure.savefig(path, dpi=150)
         paths.append(path)
     return paths
+
+
+def _calls(rows: list[tables.Row]) -> Figure | None:
+    """Whole calls between real ranks, the main cases side by side."""
+    chosen = tables.select(rows, bench="all_to_all", mode="ranks", purpose="main")
+    chosen = [row for row in chosen if row["op"] in ("forward", "back", "attention")]
+    cases = list(dict.fromkeys(row["case"] for row in chosen))
+    if not cases:
+        return None
+    columns = min(3, len(cases))
+    lines = -(-len(cases) // columns)
+    figure = Figure(figsize=(3.2 * columns, 0.4 + 2.1 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    systems = [*tables.BOUNDS[:1], tables.OURS, tables.SOCKETS, *tables.PEERS][::-1]
+    for axes, case in zip(grid, cases, strict=False):
+        times = {row["system"]: row["median_s"] * 1e3 for row in tables.select(chosen, case=case)}
+        names = [name for name in systems if name in times]
+        bars = axes.barh(
+            names, [times[name] for name in names], color=[COLOURS[name] for name in names]
+        )
+        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+        axes.set_title(case, fontsize=8, loc="left")
+        axes.set_xlabel("ms")
+        axes.margins(x=0.15)
+        _tidy(axes)
+    for axes in grid[len(cases) :]:
+        axes.set_visible(False)
+    return figure
 
 
 def _bandwidth(rows: list[tables.Row]) -> Figure | None:

@@ -29,18 +29,22 @@ BOUNDS = (FLOOR, EXCHANGE, COPY)
 def ours(group: dist.ProcessGroup, device: torch.device) -> dict[str, Bound]:
     """This library, on the CPU with shared memory and without."""
     if isinstance(group, LocalGroup):  # one process, which plays all ranks
-        return {OURS: _ours(group, device, "off")}
-    bound = {OURS: _ours(group, device, "on")}
-    return bound | ({SOCKETS: _ours(group, device, "off")} if device.type == "cpu" else {})
+        return {OURS: _bound(sockets_only(group, device))}
+    bound = {OURS: _bound(DeviceCommunicatorBase(group, device, group, "bench"))}
+    return bound | ({SOCKETS: _bound(sockets_only(group, device))} if device.type == "cpu" else {})
 
 
-def _ours(group: dist.ProcessGroup, device: torch.device, shared_memory: str) -> Bound:
+def sockets_only(group: dist.ProcessGroup, device: torch.device) -> DeviceCommunicatorBase:
+    """A communicator whose ranks share no memory, as between hosts."""
+    os.environ[SHARED_MEMORY_VARIABLE] = "off"
+    try:
+        return DeviceCommunicatorBase(group, device, group, "bench")
+    finally:
+        del os.environ[SHARED_MEMORY_VARIABLE]
+
+
+def _bound(communicator: DeviceCommunicatorBase) -> Bound:
     """Around an attention, q, k and v are one exchange, without a `cat` before it."""
-    os.environ[SHARED_MEMORY_VARIABLE] = shared_memory
-    communicator = DeviceCommunicatorBase(
-        group, device=device, device_group=group, unique_name="bench"
-    )
-    del os.environ[SHARED_MEMORY_VARIABLE]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         output = FirstOfThree.apply(*communicator.all_to_all_4D((q, k, v), 2, 1))

@@ -21,8 +21,9 @@ from torch._C._distributed_c10d import (
     ReduceScatterOptions,
 )
 
+from . import shared_memory
 from .errors import ClosedError, CollectiveError
-from .shared_memory import SharedMemory, Window
+from .shared_memory import SharedMemory, Window, aligned_bytes
 from .validation import ReduceOp
 from .wire_buffers import WireBuffers
 
@@ -151,10 +152,26 @@ class Channel:
         except RuntimeError as error:
             raise self._failure("all_to_all", error) from error
 
-    def window(self, num_bytes: int) -> Window | None:
-        """Memory that all ranks can read, if they are on one host; asked for on all together."""
-        if self._shared_memory is None:
+    def may_share(self, *tensors: Tensor) -> bool:
+        """Whether the ranks may trade such tensors through memory; the same on all of them."""
+        num_bytes = 0
+        for tensor in tensors:
+            num_bytes += tensor.nbytes
+        return (
+            num_bytes >= shared_memory.MIN_SHARED_BYTES
+            and tensors[0].is_cpu
+            and self._shared_memory is not None
+            and not self._shared_memory.is_refused
+        )
+
+    def window(self, *tensors: Tensor) -> Window | None:
+        """Memory for such tensors in the part of each rank; None where it is not shared.
+
+        All ranks ask together, for tensors of the same sizes.
+        """
+        if self._shared_memory is None or not self.may_share(*tensors):
             return None
+        num_bytes = sum(aligned_bytes(tensor) for tensor in tensors)
 
         def everyone(numbers: list[int]) -> list[list[int]]:
             own = torch.tensor(numbers)
@@ -165,19 +182,19 @@ class Channel:
         try:
             return self._shared_memory.window(num_bytes, everyone)
         except ValueError as error:
-            raise self._failure("all_to_all", error) from None
+            raise self._failure("sharing memory", error) from None
 
-    def meet(self, num_bytes: int, meanwhile: Callable[[], None]) -> None:
-        """Waits until every rank's window holds its messages, `num_bytes` of them."""
-        said = torch.full((self._size,), num_bytes)
+    def meet(self, window: Window, meanwhile: Callable[[], object]) -> None:
+        """Waits until every rank has filled its part of the window."""
+        said = torch.full((self._size,), window.num_bytes)
         heard = torch.empty_like(said)
         works = self.all_to_all([Transfer(heard, said, [], [])], async_op=True)
         meanwhile()
-        self.wait("all_to_all", works)
+        self.wait("sharing memory", works)
         sizes = heard.tolist()
-        if any(size != num_bytes for size in sizes):
+        if any(size != window.num_bytes for size in sizes):
             text = ", ".join(map(str, sizes))
-            raise self._failure("all_to_all", f"all ranks must send as much, got {text} bytes")
+            raise self._failure("sharing memory", f"all ranks must send as much, got {text} bytes")
 
     def wait(self, op: str, works: Works) -> None:
         """Waits for what a method of this class started."""

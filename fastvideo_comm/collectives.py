@@ -20,6 +20,7 @@ from .channel import Channel, Group
 from .kernels import copy_all_valid_, copy_valid_
 from .layout import Share, message_view, padded_pairs
 from .profiling import span
+from .shared_memory import Window
 from .validation import REDUCE_OPS
 
 
@@ -37,6 +38,10 @@ def all_gather(group: Group, input_: Tensor, share: Share) -> Tensor:
         _all_gather_padded(channel, input_, output, share.dim, share.sizes)
         return output
     received = message_view(output, share.dim, channel.size(), 0)
+    window = channel.window(input_)
+    if window is not None:
+        _all_gather_in_memory(channel, input_, received, window)
+        return output
     inputs = _packed(channel, input_, contiguous=input_.is_contiguous())
     outputs = (
         received if received.is_contiguous() else channel.buffers.take(received.shape, received)
@@ -46,6 +51,21 @@ def all_gather(group: Group, input_: Tensor, share: Share) -> Tensor:
     _release(channel, inputs, input_)
     _unpack(channel, received, outputs)
     return output
+
+
+def _all_gather_in_memory(
+    channel: Channel, input_: Tensor, received: Tensor, window: Window
+) -> None:
+    """Into `received [P, *input_.shape]`, from where each rank has put its tensor."""
+    rank = channel.rank()
+    with span("pack", channel.name):
+        copy_valid_(window.view(rank, 0, input_), input_)
+    with span("exchange", channel.name):
+        channel.meet(window, lambda: copy_valid_(received[rank], input_))
+    with span("unpack", channel.name):
+        copy_all_valid_(
+            [(received[peer], window.view(peer, 0, input_)) for peer in _others(channel)]
+        )
 
 
 def _all_gather_padded(
@@ -78,11 +98,37 @@ def reduce_scatter(group: Group, input_: Tensor, share: Share) -> Tensor:
     output = input_.new_empty(sent.shape[1:])
     if not output.numel():
         return output
+    window = channel.window(input_)
+    if window is not None:
+        _reduce_scatter_in_memory(channel, sent, output, window)
+        return output
     inputs = _packed(channel, sent, contiguous=sent.is_contiguous())
     with span("exchange", channel.name):
         channel.reduce_scatter(output, inputs)
     _release(channel, inputs, sent)
     return output
+
+
+def _reduce_scatter_in_memory(
+    channel: Channel, sent: Tensor, output: Tensor, window: Window
+) -> None:
+    """Into `output`, the sum of what the ranks have for this one; `sent` is `[P, *output.shape]`.
+
+    Every element is summed on one rank alone, so that the order is no other rank's concern.
+    """
+    rank = channel.rank()
+    mine = window.view(rank, 0, sent)
+    with span("pack", channel.name):
+        copy_all_valid_([(mine[peer], sent[peer]) for peer in _others(channel)])
+    with span("exchange", channel.name):
+        channel.meet(window, lambda: copy_valid_(output, sent[rank]))
+    with span("unpack", channel.name):
+        for peer in _others(channel):
+            output.add_(window.view(peer, 0, sent)[rank])
+
+
+def _others(channel: Channel) -> list[int]:
+    return [rank for rank in range(channel.size()) if rank != channel.rank()]
 
 
 def _reduce_scatter_padded(

@@ -21,7 +21,7 @@ from .channel import Channel, Group, Transfer
 from .kernels import copy_all_valid_, copy_valid_
 from .layout import Share, message_view
 from .profiling import span
-from .shared_memory import ALIGNMENT, Window
+from .shared_memory import Window, aligned_bytes
 
 
 class Exchange(NamedTuple):
@@ -34,12 +34,6 @@ class Exchange(NamedTuple):
         """The exchange that undoes this one; with replicated heads, its adjoint."""
         return Exchange(self.gather, self.scatter)
 
-
-# Elements up to which `exchange_one` is the shorter way; bench/NOTES.md has the measurement.
-_SMALL_NUMEL = 1 << 16
-
-# Bytes from which ranks of one host exchange through memory; bench/NOTES.md has the measurement.
-_MIN_SHARED_BYTES = 1 << 20
 
 # One tensor, shared evenly.
 HEADS_TO_SEQUENCE = Exchange((Share(2),), (Share(1),))
@@ -85,32 +79,36 @@ class Pending:
 def exchange_one(group: Group, input_: Tensor, what: Exchange) -> Tensor:
     """`exchange` of one tensor shared evenly.
 
-    A small one takes a shorter way to the same collective: below some tens of KiB what counts is
-    the host's time, and there `start` costs more than the copy and the exchange together.
+    A batch of one takes a shorter way to the same collective: for small tensors what counts is the
+    host's time, and there `start` costs more than the copy and the exchange together.
     """
     if torch.compiler.is_compiling():
         return traced.exchange(group, (input_,), what)[0]
     channel = Channel.of(group)
     batch, sequence, heads, width = input_.shape
-    if batch != 1 or not 0 < input_.numel() <= _SMALL_NUMEL:
+    if batch != 1 or not input_.numel() or channel.may_share(input_):
         return start(channel, (input_,), what, async_op=False).wait()[0]
-    size, name = channel.size(), channel.name
+    size, name, buffers = channel.size(), channel.name, channel.buffers
     gathers_sequence = what.gather[0].dim == 1
-    sent = message_view(input_, 2, size, 1) if gathers_sequence else input_
-    if not sent.is_contiguous():
+    view = message_view(input_, 2, size, 1) if gathers_sequence else input_
+    sent = view
+    if not view.is_contiguous():
         with span("pack", name):
-            sent = copy_valid_(sent.new_empty(sent.shape), sent)
+            sent = copy_valid_(buffers.take(view.shape, view), view)
     if gathers_sequence:
         output = input_.new_empty((1, sequence * size, heads // size, width))
         with span("exchange", name):
             channel.all_to_all_one(output, sent)
-        return output
-    received = input_.new_empty((1, size, sequence // size, heads, width))
-    with span("exchange", name):
-        channel.all_to_all_one(received, sent)
-    with span("unpack", name):
-        output = input_.new_empty((1, sequence // size, heads * size, width))
-        copy_valid_(message_view(output, 2, size, 1), received)
+    else:
+        received = buffers.take((1, size, sequence // size, heads, width), input_)
+        with span("exchange", name):
+            channel.all_to_all_one(received, sent)
+        with span("unpack", name):
+            output = input_.new_empty((1, sequence // size, heads * size, width))
+            copy_valid_(message_view(output, 2, size, 1), received)
+        buffers.give_back(received)
+    if sent is not view:
+        buffers.give_back(sent)
     return output
 
 
@@ -137,31 +135,16 @@ def start(group: Group, inputs: Sequence[Tensor], what: Exchange, *, async_op: b
         if output.numel() if even else shape[0] * shape[3]:
             tasks.append(Task(input_, output, scatter, gather))
         # else no rank has anything to send
-    num_bytes = 0 if async_op else _sharable_bytes(tasks)
-    window = channel.window(num_bytes) if num_bytes >= _MIN_SHARED_BYTES else None
+    shareable = not async_op and all(task.is_even for task in tasks)
+    window = channel.window(*[task.input for task in tasks]) if shareable else None
     if window is not None:
-        _exchange_in_memory(channel, tasks, window, num_bytes)
+        _exchange_in_memory(channel, tasks, window)
     elif tasks:
         _start(pending, tasks, async_op=async_op)
     return pending
 
 
-def _sharable_bytes(tasks: Sequence[Task]) -> int:
-    """What the messages take in memory that ranks share; the same on all ranks, or 0 on all."""
-    for task in tasks:
-        shares = (task.scatter, task.gather)
-        if task.input.device.type != "cpu" or any(s.sizes or s.holders > 1 for s in shares):
-            return 0
-    return sum(_aligned_bytes(task.input) for task in tasks)
-
-
-def _aligned_bytes(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-
-
-def _exchange_in_memory(
-    channel: Channel, tasks: Sequence[Task], window: Window, num_bytes: int
-) -> None:
+def _exchange_in_memory(channel: Channel, tasks: Sequence[Task], window: Window) -> None:
     """Packs for the others into memory that they read, and unpacks from theirs.
 
     What a rank sends to itself goes straight to its place, while the others pack.
@@ -181,11 +164,11 @@ def _exchange_in_memory(
         unpacks += [
             (received[:, peer], parts[peer][:, rank]) for peer in range(size) if peer != rank
         ]
-        offset += _aligned_bytes(input_)
+        offset += aligned_bytes(input_)
     with span("pack", channel.name):
         _copy(packs)
     with span("exchange", channel.name):
-        channel.meet(num_bytes, lambda: _copy(own))
+        channel.meet(window, lambda: _copy(own))
     with span("unpack", channel.name):
         _copy(unpacks)
 
@@ -197,6 +180,11 @@ class Task(NamedTuple):
     output: Tensor
     scatter: Share
     gather: Share
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all ranks send and receive messages of one size."""
+        return all(share.sizes is None and share.holders == 1 for share in self[2:])
 
 
 def _start(pending: Pending, tasks: list[Task], *, async_op: bool) -> None:

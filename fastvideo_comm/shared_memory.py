@@ -26,8 +26,10 @@ from torch import Tensor
 from .wire_buffers import tensor_in
 
 SHARED_MEMORY_VARIABLE = "FASTVIDEO_COMM_SHARED_MEMORY"
+# Bytes of a rank from which sharing is the faster way; bench/NOTES.md has the measurement.
+MIN_SHARED_BYTES = 1 << 20
 # What a window holds starts at multiples of this: a line of cache.
-ALIGNMENT = 64
+_ALIGNMENT = 64
 
 # `everyone(numbers)`: what every rank gave, in rank order.
 Everyone = Callable[[list[int]], list[list[int]]]
@@ -42,10 +44,16 @@ class Window(NamedTuple):
 
     parts: list[torch.UntypedStorage]
     start: int
+    num_bytes: int
 
     def view(self, rank: int, offset: int, like: Tensor) -> Tensor:
         """A contiguous tensor of `like`'s shape and dtype, `offset` bytes into a rank's part."""
         return tensor_in(self.parts[rank], self.start + offset, like.shape, like.dtype)
+
+
+def aligned_bytes(tensor: Tensor) -> int:
+    """What a tensor takes in a window."""
+    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
 
 
 class SharedMemory:
@@ -58,7 +66,7 @@ class SharedMemory:
         self._second = False
         # Read once: ranks that disagree from call to call would wait for each other.
         self._is_off = os.environ.get(SHARED_MEMORY_VARIABLE) == "off"
-        self._refused = False
+        self.is_refused = False  # by one rank or more, for good
 
     @property
     def is_mapped(self) -> bool:
@@ -74,18 +82,18 @@ class SharedMemory:
         Raises:
             ValueError: a rank asked for another size.
         """
-        if self._refused:
+        if self.is_refused:
             return None
         if num_bytes > self._capacity:
             # Pages that nobody touches are not there, so the next power of two costs nothing.
             capacity = max(1 << 20, 1 << (num_bytes - 1).bit_length())
             self._parts = self._map(capacity, everyone)
-            self._refused = not self._parts
+            self.is_refused = not self._parts
             self._capacity = capacity
-            if self._refused:
+            if self.is_refused:
                 return None
         self._second = not self._second
-        return Window(self._parts, self._capacity if self._second else 0)
+        return Window(self._parts, self._capacity if self._second else 0, num_bytes)
 
     def _map(self, capacity: int, everyone: Everyone) -> list[torch.UntypedStorage]:
         """Every rank's part, or none at all if one rank cannot map them."""

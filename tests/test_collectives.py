@@ -322,11 +322,11 @@ def test_no_local_pass_but_those_of_the_table(ranks: Ranks, size, batch):
     ranks.run(size, passes, batch)
 
 
-def reuse(communicator: DeviceCommunicatorBase) -> None:
+def reuse(communicator: DeviceCommunicatorBase, batch: int) -> None:
     other = DeviceCommunicatorBase(communicator.cpu_group, unique_name="other")
     buffers = communicator._channel.buffers
     buffers.clear()
-    x = torch.rand(2, 6, 2 * communicator.world_size, 8)
+    x = torch.rand(batch, 60, 2 * communicator.world_size, 128)  # past what is allocated afresh
     outputs = [communicator.all_to_all_4D(x + step) for step in range(4)]
     assert len(buffers._free) == 1  # one buffer served all four
     address = buffers._free[0].data_ptr()
@@ -339,14 +339,15 @@ def reuse(communicator: DeviceCommunicatorBase) -> None:
     assert len(addresses) == 10
     for step in range(4):
         same(back[step], x + step)
-    larger = communicator.all_to_all_4D(torch.cat((x, x)))  # outgrows it: replaced, not added
+    larger = communicator.all_to_all_4D(torch.cat((x, x), 1))  # outgrows it: replaced, not added
     assert len(buffers._free) == 1
-    assert larger.shape[0] == 4
+    assert larger.shape[1] == 120 * communicator.world_size
     assert other._channel.buffers._free == []
 
 
-def test_wire_buffers_are_reused_and_never_returned(ranks: Ranks):
-    ranks.run(3, reuse)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_wire_buffers_are_reused_and_never_returned(ranks: Ranks, batch):
+    ranks.run(3, reuse, batch)
 
 
 def interleaved(communicator: DeviceCommunicatorBase) -> None:
@@ -373,6 +374,7 @@ def test_two_communicators_interleave(ranks: Ranks):
 def failing(communicator: DeviceCommunicatorBase, batch: int) -> None:
     buffers = communicator._channel.buffers
     buffers.clear()
+    x = torch.rand(batch, 16, 64, 64).mT  # is packed, into more than what is allocated afresh
 
     class Broken:
         def alltoall_base(self, *arguments):
@@ -384,7 +386,7 @@ def failing(communicator: DeviceCommunicatorBase, batch: int) -> None:
     communicator._channel.group = Broken()
     try:
         with pytest.raises(RuntimeError, match=r"all_to_all on rank 0 of 1 in group 'test' failed"):
-            exchange_one(communicator._channel, torch.rand(batch, 2, 2, 2).mT, HEADS_TO_SEQUENCE)
+            exchange_one(communicator._channel, x, HEADS_TO_SEQUENCE)
         # What the backend may still be reading is not given to the next exchange.
         assert buffers._free == []
     finally:

@@ -211,7 +211,7 @@ def test_first_and_second_derivative_of_every_variant(ranks: Ranks, name, async_
 def several_in_flight(communicator: DeviceCommunicatorBase) -> None:
     ranks, rank = communicator.world_size, communicator.rank
     buffers = communicator._channel.buffers
-    wholes = [values([2, 3 * ranks, ranks, 4], torch.float32, seed) for seed in range(5)]
+    wholes = [values([2, 60 * ranks, ranks, 128], torch.float32, seed) for seed in range(5)]
     inputs = [whole.chunk(ranks, 1)[rank].clone().requires_grad_() for whole in wholes]
     buffers.clear()
     handles = [communicator.all_to_all_4D(x, async_op=True) for x in inputs]
@@ -391,7 +391,7 @@ def test_slice_and_its_gather_are_twice_differentiable_as_one_tensor(ranks: Rank
 def warm(communicator: DeviceCommunicatorBase) -> None:
     fresh = DeviceCommunicatorBase(communicator.cpu_group, unique_name="fresh")
     ranks = fresh.world_size
-    shape = (2, 5, 2 * ranks, 8)
+    shape = (2, 70, 2 * ranks, 128)  # past the size that is allocated afresh
     fresh.warmup([shape, (1, 3, ranks, 4)], [torch.float32, torch.bfloat16, torch.int32])
     before = {wire.data_ptr() for wire in fresh._channel.buffers._free}
     assert before

@@ -20,7 +20,6 @@ from test_autograd import one_function
 from test_collectives import DTYPES, GROUPS, STRIDES, WrittenBytes, restride, same, values
 
 from fastvideo_comm import DeviceCommunicatorBase, shared_memory
-from fastvideo_comm import exchange as exchange_module
 from fastvideo_comm.errors import CollectiveError
 from fastvideo_comm.shared_memory import SharedMemory
 
@@ -28,12 +27,9 @@ from fastvideo_comm.shared_memory import SharedMemory
 @contextlib.contextmanager
 def from_bytes(number: int) -> Iterator[None]:
     """Messages of so many bytes and more go through memory."""
-    before = exchange_module._MIN_SHARED_BYTES, exchange_module._SMALL_NUMEL
-    exchange_module._MIN_SHARED_BYTES, exchange_module._SMALL_NUMEL = number, 0
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_memory, "MIN_SHARED_BYTES", number)
         yield
-    finally:
-        exchange_module._MIN_SHARED_BYTES, exchange_module._SMALL_NUMEL = before
 
 
 def mappings() -> int:
@@ -97,6 +93,63 @@ def test_it_is_the_global_tensor_sliced_the_other_way(
     ranks.run(group, exchange_both_ways, list(shape), heads, dtype, kind, seed)
 
 
+def gathered(
+    communicator: DeviceCommunicatorBase,
+    shape: list[int],
+    dim: int,
+    dtype: torch.dtype,
+    kind: str,
+    seed: int,
+) -> None:
+    ranks, rank = communicator.world_size, communicator.rank
+    whole_shape = list(shape)
+    whole_shape[dim] *= ranks
+    whole = values(whole_shape, dtype, seed)
+    if kind == "expanded":
+        whole = whole[:1].expand(whole.shape).clone()
+    if kind == "expanded" and dim == 0:
+        kind = "contiguous"
+    mine = restride(whole.chunk(ranks, dim)[rank], kind)
+    with from_bytes(1):
+        same(communicator.all_gather(mine, dim), whole)
+    if ranks > 1:
+        assert mappings() >= ranks
+
+
+@given(
+    group=GROUPS,
+    shape=st.lists(st.integers(1, 5), min_size=3, max_size=3),
+    dim=st.integers(-3, 2),
+    dtype=st.sampled_from(DTYPES),
+    kind=STRIDES,
+    seed=st.integers(0, 99),
+)
+def test_all_gather_is_the_global_tensor(ranks: Ranks, group, shape, dim, dtype, kind, seed):
+    ranks.run(group, gathered, shape, dim, dtype, kind, seed)
+
+
+def reduced(
+    communicator: DeviceCommunicatorBase, shape: list[int], dim: int, dtype: torch.dtype
+) -> None:
+    ranks, rank = communicator.world_size, communicator.rank
+    whole_shape = list(shape)
+    whole_shape[dim] *= ranks
+    everyones = [values(whole_shape, dtype, seed) for seed in range(ranks)]
+    leaf = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    with from_bytes(1):
+        output = communicator.all_gather(leaf, dim)
+        (gradient,) = torch.autograd.grad(output, leaf, everyones[rank])
+    # Integers below 2^8 add up exactly in every one of these dtypes.
+    same(gradient, sum(everyones).chunk(ranks, dim)[rank].contiguous())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.complex64])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("group", [2, 3, (1, 3)])
+def test_its_gradient_is_the_sum_over_ranks(ranks: Ranks, group, dim, dtype):
+    ranks.run(group, reduced, [3, 5, 2], dim, dtype)
+
+
 def written_once(communicator: DeviceCommunicatorBase) -> None:
     ranks = communicator.world_size
     x = torch.rand(2, 6, 2 * ranks, 8)
@@ -150,6 +203,9 @@ def second_derivatives(communicator: DeviceCommunicatorBase) -> None:
         function = one_function(communicator, there_and_back)
         torch.autograd.gradcheck(function, x, nondet_tol=0.0)
         torch.autograd.gradgradcheck(function, x, nondet_tol=0.0)
+        gathering = one_function(communicator, lambda x: communicator.all_gather(x * x, 1))
+        torch.autograd.gradcheck(gathering, x)
+        torch.autograd.gradgradcheck(gathering, x)
 
 
 def test_derivatives_of_first_and_second_order(ranks: Ranks):
@@ -251,7 +307,7 @@ def other_sizes(communicator: DeviceCommunicatorBase, first: list[int]) -> str:
 @pytest.mark.parametrize("first", [[], [3, 5]])
 def test_other_sizes_on_another_rank_are_an_error_on_both(ranks: Ranks, first):
     for text in ranks.run(2, other_sizes, first):
-        assert "all_to_all" in text
+        assert "sharing memory on rank" in text
         assert "'shared'" in text
         expected = "1536, 2560 bytes" if first else "room for 2097152, 8388608 bytes"
         assert f"all ranks must send as much, got {expected}" in text
@@ -290,7 +346,7 @@ def test_only_large_messages_need_it(ranks: Ranks):
 
 def test_a_killed_rank_is_an_error_on_the_other_and_no_wait():
     text, seconds = memory_ranks.killed_between_exchanges()
-    assert "all_to_all on rank 0 of 2" in text
+    assert "sharing memory on rank 0 of 2" in text
     assert seconds < 10  # half the group's timeout
 
 
