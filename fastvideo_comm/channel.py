@@ -167,32 +167,42 @@ class Channel:
     def window(self, *tensors: Tensor) -> Window | None:
         """Memory for such tensors in the part of each rank; None where it is not shared.
 
-        All ranks ask together, for tensors of the same sizes.
+        All ranks ask together, for tensors of the same sizes. The first time, and when more is
+        needed than before, that takes three small collectives.
         """
-        if self._shared_memory is None or not self.may_share(*tensors):
+        memory = self._shared_memory
+        if memory is None or not self.may_share(*tensors):
             return None
         num_bytes = sum(aligned_bytes(tensor) for tensor in tensors)
 
         def everyone(numbers: list[int]) -> list[list[int]]:
-            own = torch.tensor(numbers)
+            own = torch.tensor(numbers, device="cpu")
             output = own.new_empty((self._size, len(numbers)))
             self.all_gather(output, own)
             return output.tolist()
 
-        try:
-            return self._shared_memory.window(num_bytes, everyone)
-        except ValueError as error:
-            raise self._failure("sharing memory", error) from None
+        if num_bytes > memory.capacity:
+            # A rank that asks for less may have room, and hears this where it fills its part.
+            self._agree(memory, num_bytes, lambda: None)
+            memory.grow(num_bytes, everyone)
+        return memory.window(num_bytes)
 
     def meet(self, window: Window, meanwhile: Callable[[], object]) -> None:
         """Waits until every rank has filled its part of the window."""
-        said = torch.full((self._size,), window.num_bytes)
+        if self._shared_memory is None:
+            raise ClosedError("the communicator was destroyed during a call")
+        self._agree(self._shared_memory, window.num_bytes, meanwhile)
+
+    def _agree(self, memory: SharedMemory, num_bytes: int, meanwhile: Callable[[], object]) -> None:
+        """Tells all ranks how much this one sends; waits to hear the same of each."""
+        said = torch.full((self._size,), num_bytes, device="cpu")
         heard = torch.empty_like(said)
+        memory.turn()
         works = self.all_to_all([Transfer(heard, said, [], [])], async_op=True)
         meanwhile()
         self.wait("sharing memory", works)
         sizes = heard.tolist()
-        if any(size != window.num_bytes for size in sizes):
+        if any(size != num_bytes for size in sizes):
             text = ", ".join(map(str, sizes))
             raise self._failure("sharing memory", f"all ranks must send as much, got {text} bytes")
 
@@ -282,10 +292,20 @@ class Channel:
 Group: TypeAlias = "dist.ProcessGroup | Channel"
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """`tensor` whose memory is its values: not lazily conjugated or negated."""
+    if torch.compiler.is_compiling() or tensor.is_conj() or tensor.is_neg():
+        return tensor.resolve_conj().resolve_neg()
+    return tensor
+
+
 def _wire(tensor: Tensor) -> Tensor:
     """The elements of a contiguous tensor in a row, in a dtype that every backend moves."""
     flat = tensor.view(-1)
-    return flat if tensor.dtype in _MOVABLE else flat.view(torch.uint8)
+    if tensor.dtype in _MOVABLE:
+        return flat
+    # A single element is contiguous with any stride, and cannot be viewed as bytes with it.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
 
 
 def _units(tensor: Tensor, counts: list[int]) -> list[int]:

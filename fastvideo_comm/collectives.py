@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import traced
-from .channel import Channel, Group
+from .channel import Channel, Group, plain
 from .kernels import copy_all_valid_, copy_valid_
 from .layout import Share, message_view, padded_pairs
 from .profiling import span
@@ -26,6 +26,7 @@ from .validation import REDUCE_OPS
 
 def all_gather(group: Group, input_: Tensor, share: Share) -> Tensor:
     """`[A, c, ..] -> [A, P*c, ..]`: every rank's tensor side by side along the share's dim."""
+    input_ = plain(input_)
     if torch.compiler.is_compiling():
         return traced.all_gather(group, input_, share)
     channel = Channel.of(group)
@@ -89,6 +90,7 @@ def _all_gather_padded(
 
 def reduce_scatter(group: Group, input_: Tensor, share: Share) -> Tensor:
     """`[A, P*c, ..] -> [A, c, ..]`: the sum over ranks of this rank's part of the share's dim."""
+    input_ = plain(input_)
     if torch.compiler.is_compiling():
         return traced.reduce_scatter(group, input_, share)
     channel = Channel.of(group)
@@ -159,6 +161,7 @@ def _reduce_scatter_padded(
 
 def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
     """The reduction over ranks, element by element, into a new tensor."""
+    input_ = plain(input_)
     if torch.compiler.is_compiling():
         return traced.all_reduce(group, input_, op)
     channel = Channel.of(group)
@@ -172,6 +175,7 @@ def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
 
 def slice_(group: Group, input_: Tensor, share: Share) -> Tensor:
     """`[A, P*c, ..] -> [A, c, ..]`: this rank's part of the share's dim, in memory of its own."""
+    input_ = plain(input_)
     if share.sizes is None:
         part = message_view(input_, share.dim, group.size(), 0)[group.rank()]
     else:
@@ -183,6 +187,7 @@ def slice_(group: Group, input_: Tensor, share: Share) -> Tensor:
 
 def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
     """As `all_gather`, on rank `dst` only; None elsewhere."""
+    input_ = plain(input_)
     channel = Channel.of(group)
     here = channel.rank() == dst
     shape = list(input_.shape)
@@ -206,6 +211,7 @@ def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
 
 def send(group: Group, tensor: Tensor, dst: int) -> None:
     """`tensor` to rank `dst`."""
+    tensor = plain(tensor)
     channel = Channel.of(group)
     wire = _packed(channel, tensor, contiguous=tensor.is_contiguous())
     channel.send(wire, dst)
@@ -218,13 +224,6 @@ def recv(
     """A tensor of `size` from rank `src`."""
     tensor = torch.empty(size, dtype=dtype, device=device)
     Channel.of(group).recv(tensor, src)
-    return tensor
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """`tensor` whose memory is its values: not lazily conjugated or negated."""
-    if torch.compiler.is_compiling() or tensor.is_conj() or tensor.is_neg():
-        return tensor.resolve_conj().resolve_neg()
     return tensor
 
 

@@ -46,7 +46,6 @@ class Differentiable(Membership):
         self._count(op, input_)
         # A compiled graph holds the group; the compiler plans the buffers itself.
         group = self.device_group if torch.compiler.is_compiling() else channel
-        input_ = collectives.plain(input_)
         if _is_observed(input_):
             output: Tensor = function.apply(group, input_, *arguments)
         else:  # an autograd Function's bookkeeping is a third of a tiny call
@@ -65,7 +64,6 @@ class Differentiable(Membership):
         if self.world_size == 1:
             done = result(inputs)
             return AsyncHandle.done(done) if async_op else done
-        inputs = tuple(collectives.plain(input_) for input_ in inputs)
         if torch.compiler.is_compiling() or not async_op:
             group = self.device_group if torch.compiler.is_compiling() else channel
             done = result(exchange_tensors(group, what, inputs))

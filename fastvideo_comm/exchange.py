@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import traced
-from .channel import Channel, Group, Transfer
+from .channel import Channel, Group, Transfer, plain
 from .kernels import copy_all_valid_, copy_valid_
 from .layout import Share, message_view
 from .profiling import span
@@ -82,6 +82,7 @@ def exchange_one(group: Group, input_: Tensor, what: Exchange) -> Tensor:
     A batch of one takes a shorter way to the same collective: for small tensors what counts is the
     host's time, and there `start` costs more than the copy and the exchange together.
     """
+    input_ = plain(input_)
     if torch.compiler.is_compiling():
         return traced.exchange(group, (input_,), what)[0]
     channel = Channel.of(group)
@@ -115,7 +116,7 @@ def exchange_one(group: Group, input_: Tensor, what: Exchange) -> Tensor:
 def exchange(group: Group, inputs: Sequence[Tensor], what: Exchange) -> list[Tensor]:
     """Trades `inputs` and waits for the outputs, each contiguous."""
     if torch.compiler.is_compiling():
-        return traced.exchange(group, inputs, what)
+        return traced.exchange(group, [plain(input_) for input_ in inputs], what)
     return start(group, inputs, what, async_op=False).wait()
 
 
@@ -125,7 +126,8 @@ def start(group: Group, inputs: Sequence[Tensor], what: Exchange, *, async_op: b
     size = channel.size()
     pending = Pending(channel)
     tasks: list[Task] = []
-    for input_, scatter, gather in zip(inputs, what.scatter, what.gather, strict=True):
+    for each, scatter, gather in zip(inputs, what.scatter, what.gather, strict=True):
+        input_ = plain(each)
         shape = list(input_.shape)
         shape[scatter.dim] = scatter.part(shape[scatter.dim], channel.rank(), size)
         shape[gather.dim] = gather.whole(shape[gather.dim], size)

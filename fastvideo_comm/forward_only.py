@@ -39,7 +39,7 @@ class ForwardOnly(Membership):
             self._diagnosis.before("gather", input_, (dst, dim))
             self._count("gather", input_)
             with torch.no_grad():
-                return collectives.gather(channel, collectives.plain(input_), dst, dim)
+                return collectives.gather(channel, input_, dst, dim)
 
     def send(self, tensor: Tensor, dst: int | None = None) -> None:
         """Sends a tensor to another rank, which calls `recv`. Carries no gradient.
@@ -61,7 +61,7 @@ class ForwardOnly(Membership):
             self._diagnosis.before_pair("send", tensor.shape, tensor.dtype, dst)
             self._count("send", tensor)
             with torch.no_grad():
-                collectives.send(channel, collectives.plain(tensor), dst)
+                collectives.send(channel, tensor, dst)
 
     def recv(
         self, size: torch.Size | Sequence[int], dtype: torch.dtype, src: int | None = None

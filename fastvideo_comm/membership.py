@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from time import perf_counter
 from types import TracebackType
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .channel import Channel
 from .diagnosis import Diagnosis, Validate
-from .errors import ClosedError
+from .errors import ClosedError, CommunicationError
 from .profiling import OpStats, Stats, span
 
 if TYPE_CHECKING:
@@ -205,8 +206,9 @@ class _Call:
             return
         communicator = self._communicator
         if self._number == communicator._diagnosis.number:
-            # The others would wait for this rank's call.
-            communicator._diagnosis.failed(self._op, error)
+            # The others would wait for this rank's call. That they cannot be told is not the news.
+            with contextlib.suppress(CommunicationError):
+                communicator._diagnosis.failed(self._op, error)
         where = f"rank {communicator.rank} of {communicator.world_size}"
         if communicator.unique_name:
             where += f" in group {communicator.unique_name!r}"

@@ -73,39 +73,35 @@ class SharedMemory:
         """Whether the ranks have mapped each other's parts."""
         return bool(self._parts)
 
-    def window(self, num_bytes: int, everyone: Everyone) -> Window | None:
-        """Memory of `num_bytes` in each rank's part, or None where the ranks do not share any.
+    @property
+    def capacity(self) -> int:
+        """The bytes that a window has in each rank's part."""
+        return self._capacity
 
-        All ranks ask together and for the same `num_bytes`; the first time, and when more is needed
-        than before, they map each other's parts, in two small collectives.
+    def grow(self, num_bytes: int, everyone: Everyone) -> None:
+        """Maps parts with room for `num_bytes`, on all ranks together and the same for all."""
+        # Pages that nobody touches are not there, so the next power of two costs nothing.
+        self._capacity = max(1 << 20, 1 << (num_bytes - 1).bit_length())
+        self._parts = self._map(self._capacity, everyone)
+        self.is_refused = not self._parts
 
-        Raises:
-            ValueError: a rank asked for another size.
-        """
-        if self.is_refused:
-            return None
-        if num_bytes > self._capacity:
-            # Pages that nobody touches are not there, so the next power of two costs nothing.
-            capacity = max(1 << 20, 1 << (num_bytes - 1).bit_length())
-            self._parts = self._map(capacity, everyone)
-            self.is_refused = not self._parts
-            self._capacity = capacity
-            if self.is_refused:
-                return None
+    def window(self, num_bytes: int) -> Window | None:
+        """The window whose turn it is, with `num_bytes` of use; None where a rank cannot share."""
+        start = self._capacity if self._second else 0
+        return Window(self._parts, start, num_bytes) if self._parts else None
+
+    def turn(self) -> None:
+        """To the other window; each time that a rank speaks, so that all stay in step."""
         self._second = not self._second
-        return Window(self._parts, self._capacity if self._second else 0, num_bytes)
 
     def _map(self, capacity: int, everyone: Everyone) -> list[torch.UntypedStorage]:
         """Every rank's part, or none at all if one rank cannot map them."""
         token = secrets.randbits(62)
         descriptor = -1 if self._is_off else _create(token, 2 * capacity)
         try:
-            offers = everyone([capacity, os.getpid(), descriptor, token])
-            if any(offer[0] != capacity for offer in offers):
-                sizes = ", ".join(str(offer[0]) for offer in offers)
-                raise ValueError(f"all ranks must send as much, got room for {sizes} bytes")
+            offers = everyone([os.getpid(), descriptor, token])
             try:
-                parts = [_open(*offer[1:], num_bytes=2 * capacity) for offer in offers]
+                parts = [_open(*offer, num_bytes=2 * capacity) for offer in offers]
             except (OSError, RuntimeError):  # the second from torch's mmap
                 parts = []
             mapped = everyone([bool(parts)])

@@ -29,13 +29,13 @@ class WireBuffers:
 
     def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """A contiguous uninitialised tensor of `shape`, with `like`'s dtype and device."""
-        if not like.is_cpu or like.nbytes < _SMALL_BYTES:
+        num_bytes = math.prod(shape) * like.element_size()
+        if not like.is_cpu or num_bytes < _SMALL_BYTES:
             return like.new_empty(shape)
         with self._lock:
             for index, wire in enumerate(self._free):
                 if wire.dtype is like.dtype and wire.shape == shape:
                     return self._free.pop(index)
-            num_bytes = math.prod(shape) * like.element_size()
             fitting = [wire for wire in self._free if wire.untyped_storage().nbytes() >= num_bytes]
             if fitting:
                 smallest = min(fitting, key=lambda wire: wire.untyped_storage().nbytes())
@@ -65,6 +65,6 @@ def tensor_in(
     """A contiguous tensor that starts `offset` bytes into a storage."""
     # A tensor made in inference mode could not be written outside it.
     with torch.inference_mode(False):
-        tensor = torch.empty(0, dtype=dtype)
+        tensor = torch.empty(0, dtype=dtype, device="cpu")
         strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         return tensor.set_(storage, offset // dtype.itemsize, tuple(shape), strides)

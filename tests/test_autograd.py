@@ -274,3 +274,24 @@ def watched_by_others(communicator: DeviceCommunicatorBase, op: str) -> None:
 def test_what_cannot_be_differentiated_forward_is_refused(ranks: Ranks, op):
     """Not silently cut off, as where nobody differentiates and no Function is recorded."""
     ranks.run(2, watched_by_others, op)
+
+
+def conjugated(communicator: DeviceCommunicatorBase, async_op: bool) -> None:
+    """A loss of the conjugate gives a gradient that is conjugated lazily."""
+    ranks, rank = communicator.world_size, communicator.rank
+    torch.manual_seed(0)
+    weight = torch.randn(1, 2 * ranks, 3 * ranks, 4, dtype=torch.complex64)
+    x = torch.randn(1, 2, 3 * ranks, 4, dtype=torch.complex64, requires_grad=True)
+    y = communicator.all_to_all_4D(x, async_op=async_op)
+    y = y.wait() if async_op else y
+    (y.conj() * weight.chunk(ranks, 2)[rank]).sum().real.backward()
+    assert torch.equal(x.grad, weight.chunk(ranks, 1)[rank])  # the same values, moved
+    x.grad = None
+    (communicator.all_gather(x, 1).conj() * weight).sum().real.backward()
+    # P equal terms: exact for 2, and for 3 within the rounding of two additions.
+    torch.testing.assert_close(x.grad, ranks * weight.chunk(ranks, 1)[rank])
+
+
+@pytest.mark.parametrize("async_op", [False, True])
+def test_gradients_may_be_lazily_conjugated(ranks: Ranks, async_op):
+    ranks.run(2, conjugated, async_op)

@@ -396,3 +396,49 @@ def failing(communicator: DeviceCommunicatorBase, batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_failed_exchange_says_so_and_its_buffer_is_not_reused(ranks: Ranks, batch):
     ranks.run(1, failing, batch)
+
+
+def kept(communicator: DeviceCommunicatorBase) -> None:
+    """A small tensor beside a large one: the buffers are of the larger size."""
+    ranks, rank = communicator.world_size, communicator.rank
+    other = DeviceCommunicatorBase(communicator.cpu_group)
+    sizes = [20_000] + [10] * (ranks - 1)
+    leaf = torch.rand(sizes[rank], requires_grad=True)
+    lengths = []
+    for step in range(4):
+        with torch.inference_mode(step == 0):
+            gathered = other.all_gather(leaf, 0, gather_sizes=sizes)
+        if step:
+            gathered.sum().backward()
+        lengths.append(len(other._channel.buffers._free))
+    assert lengths[1] == lengths[2] == lengths[3]
+    assert not any(wire.is_inference() for wire in other._channel.buffers._free)
+    query = torch.rand(1, 80, 8 * ranks, 64)
+    for _ in range(3):
+        other.all_to_all_4D((query, query[:, :, :1].clone()))
+        lengths.append(len(other._channel.buffers._free))
+    assert lengths[-1] == lengths[-2] <= lengths[3] + 3
+
+
+def test_buffers_do_not_pile_up_where_sizes_differ(ranks: Ranks):
+    ranks.run(3, kept)
+
+
+def single_elements(communicator: DeviceCommunicatorBase, dtype: torch.dtype) -> None:
+    """One element is contiguous whatever its stride."""
+    ranks, rank = communicator.world_size, communicator.rank
+    x = values([6], dtype, 1)[::2][rank : rank + 1]
+    assert x.stride() == (2,)
+    whole = values([6], dtype, 1)[::2][:ranks].contiguous()
+    same(communicator.all_gather(x, 0), whole)
+    gathered = communicator.gather(x, 0, 0)
+    if rank == 0:
+        same(gathered, whole)
+        communicator.send(x, 1)
+    if rank == 1:
+        same(communicator.recv((1,), dtype, 0), whole[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int16, torch.float8_e4m3fn])
+def test_a_single_element_of_any_stride(ranks: Ranks, dtype):
+    ranks.run(3, single_elements, dtype)

@@ -20,6 +20,7 @@ from test_autograd import one_function
 from test_collectives import DTYPES, GROUPS, STRIDES, WrittenBytes, restride, same, values
 
 from fastvideo_comm import DeviceCommunicatorBase, shared_memory
+from fastvideo_comm import exchange as exchange_module
 from fastvideo_comm.errors import CollectiveError
 from fastvideo_comm.shared_memory import SharedMemory
 
@@ -304,13 +305,57 @@ def other_sizes(communicator: DeviceCommunicatorBase, first: list[int]) -> str:
     return "nothing"
 
 
-@pytest.mark.parametrize("first", [[], [3, 5]])
+# Both ranks need more memory than before; neither; one of them.
+@pytest.mark.parametrize("first", [[], [3, 5], [3, 1 << 14], [1 << 14, 3]])
 def test_other_sizes_on_another_rank_are_an_error_on_both(ranks: Ranks, first):
     for text in ranks.run(2, other_sizes, first):
         assert "sharing memory on rank" in text
         assert "'shared'" in text
-        expected = "1536, 2560 bytes" if first else "room for 2097152, 8388608 bytes"
-        assert f"all ranks must send as much, got {expected}" in text
+        sizes = " ".join(str(512 * size) for size in (first or [1 << 12, 1 << 14]))
+        assert f"all ranks must send as much, got {sizes.replace(' ', ', ')} bytes" in text
+
+
+def interrupted(communicator: DeviceCommunicatorBase) -> None:
+    """One rank is interrupted before it has told the others anything, and calls again."""
+    ranks, rank = communicator.world_size, communicator.rank
+    whole = values([1, 8 * ranks, ranks, 4], torch.float32, 1)
+    mine = whole.chunk(ranks, 1)[rank]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    other = DeviceCommunicatorBase(communicator.cpu_group, validate="off")
+    with from_bytes(1):
+        other.all_to_all_4D(mine)
+        for _ in range(3):
+            if rank == 1:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(exchange_module, "_copy", interrupt)
+                    with pytest.raises(KeyboardInterrupt):
+                        other.all_to_all_4D(mine)
+            same(other.all_to_all_4D(mine), whole.chunk(ranks, 2)[rank])
+            same(other.all_gather(mine, 1), whole)
+    other.destroy()
+
+
+def test_a_rank_that_was_interrupted_may_call_again(ranks: Ranks):
+    ranks.run(3, interrupted)
+
+
+def on_another_default_device(communicator: DeviceCommunicatorBase, size: int) -> None:
+    ranks, rank = communicator.world_size, communicator.rank
+    whole = values([2, 8 * ranks, ranks, 1 << 12], torch.float32, 1)
+    mine = whole.chunk(ranks, 1)[rank]
+    with fresh(communicator) as other, from_bytes(size), torch.device("meta"):
+        there = other.all_to_all_4D(mine)
+        gathered = other.all_gather(mine, 1)
+    same(there, whole.chunk(ranks, 2)[rank])
+    same(gathered, whole)
+
+
+@pytest.mark.parametrize("size", [1, 1 << 40])
+def test_torchs_default_device_is_none_of_its_concern(ranks: Ranks, size):
+    ranks.run(2, on_another_default_device, size)
 
 
 def inferred(communicator: DeviceCommunicatorBase) -> None:
@@ -367,8 +412,13 @@ def test_one_rank_alone_maps_its_own_memory():
         return [numbers]
 
     memory = SharedMemory()
+    assert memory.window(40) is None
+    memory.grow(40, everyone)
     like = torch.arange(5)
-    windows: list[Any] = [memory.window(40, everyone) for _ in range(3)]
+    windows: list[Any] = []
+    for _ in range(3):
+        windows.append(memory.window(40))
+        memory.turn()
     windows[0].view(0, 64, like).copy_(like)
     windows[1].view(0, 64, like).fill_(-1)
     assert torch.equal(windows[0].view(0, 64, like), like)
