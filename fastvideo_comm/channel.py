@@ -177,7 +177,7 @@ class Channel:
 
         def everyone(numbers: list[int]) -> list[list[int]]:
             own = torch.tensor(numbers, device="cpu")
-            output = own.new_empty((self._size, len(numbers)))
+            output = own.new_zeros((self._size, len(numbers)))
             self.all_gather(output, own)
             return output.tolist()
 
@@ -196,7 +196,7 @@ class Channel:
     def _agree(self, memory: SharedMemory, num_bytes: int, meanwhile: Callable[[], object]) -> None:
         """Tells all ranks how much this one sends; waits to hear the same of each."""
         said = torch.full((self._size,), num_bytes, device="cpu")
-        heard = torch.empty_like(said)
+        heard = said.clone()
         memory.turn()
         works = self.all_to_all([Transfer(heard, said, [], [])], async_op=True)
         meanwhile()

@@ -57,7 +57,12 @@ class Board:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> Board | None:
-        """A board on the group's store, over a connection of its own; None without a store."""
+        """A board on the group's store, over a connection of its own; None without a store.
+
+        None for torch's "fake" backend too: its store answers nothing, and no other rank is there.
+        """
+        if dist.get_backend(group) == "fake":
+            return None
         try:
             store = group.get_group_store()
         except RuntimeError:

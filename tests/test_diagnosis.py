@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from diagnosis_ranks import Checked
 from ranks import Ranks
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.diagnosis import Diagnosis, MismatchError, is_due
@@ -375,3 +376,14 @@ def settings(communicator: DeviceCommunicatorBase) -> None:
 
 def test_off_compares_nothing_and_a_bad_send_concerns_nobody(ranks: Ranks):
     ranks.run(2, settings)
+
+
+def test_a_communicator_of_torchs_fake_backend_compares_nothing():
+    """Those who plan memory for many ranks make such groups, with one process."""
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    try:
+        communicator = DeviceCommunicatorBase(dist.group.WORLD)
+        assert communicator.all_to_all_4D(torch.zeros(2, 3, 8, 5)).shape == (2, 12, 2, 5)
+        assert communicator.all_to_all_4D(torch.zeros(1, 600, 8, 64)).shape == (1, 2400, 2, 64)
+    finally:
+        dist.destroy_process_group()
