@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import report as tables
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 COLOURS = {
     "fastvideo_comm": "#0b6e4f",
@@ -21,6 +22,13 @@ COLOURS = {
     "torch copy_": "#8a8a8a",
     "torch.compile": "#c9b458",
     "floor": "#222222",
+}
+
+_BELOW: dict[str, Any] = {
+    "loc": "outside lower center",
+    "ncols": 4,
+    "frameon": False,
+    "fontsize": 8,
 }
 
 
@@ -122,11 +130,11 @@ def _local(rows: list[tables.Row]) -> Figure | None:
         local = [max(0.0, times[name] - exchange) for name in names]
         axes.barh(names, [exchange] * len(names), color="#d8d8d8", label="exchange (a copy)")
         colours = [COLOURS[name] for name in names]
-        axes.barh(names, local, left=exchange, color=colours, label="local work")
+        axes.barh(names, local, left=exchange, color=colours)
         axes.set_xlabel("ms")
         axes.set_title(panel[0]["case"], fontsize=9, loc="left")
         _tidy(axes)
-    figure.axes[0].legend(frameon=False, loc="lower right")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), **_BELOW)
     return figure
 
 
@@ -143,7 +151,7 @@ def _growth(rows: list[tables.Row]) -> Figure | None:
             panels[mode] = chosen
     if not panels:
         return None
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
     for axes, (mode, chosen) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
@@ -157,12 +165,15 @@ def _growth(rows: list[tables.Row]) -> Figure | None:
                 axes.plot(*zip(*line, strict=True), style, ms=4, color=COLOURS[name], label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xticks([2, 4, 8], ["2", "4", "8"])
         axes.set_xlabel("P")
         axes.set_ylabel("ms a call")
         axes.set_title(f"forward, {mode}", fontsize=9, loc="left")
         _tidy(axes)
-    figure.axes[-1].legend(frameon=False, fontsize=8)
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), **_BELOW)
     return figure
 
 
