@@ -212,4 +212,6 @@ class _Call:
         where = f"rank {communicator.rank} of {communicator.world_size}"
         if communicator.unique_name:
             where += f" in group {communicator.unique_name!r}"
-        raise type(error)(f"{self._op} on {where}: {error}") from None
+        # Not str(error), which torch 2.11 cannot trace.
+        text = error.args[0] if error.args else ""
+        raise type(error)(f"{self._op} on {where}: {text}") from None
