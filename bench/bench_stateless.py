@@ -45,8 +45,8 @@ KIB = b"x" * 1024
 MIB_64 = 1 << 26
 OURS, SECRET, UPSTREAM = "fastvideo_comm", "fastvideo_comm, secret", "fastvideo"
 UPSTREAM_LARGE = "fastvideo, no libuv"
-ROUNDS = {"quick": 4, "normal": 10, "full": 30}
-GROWTH = {"quick": 5_000, "normal": 100_000, "full": 1_000_000}
+ROUNDS = {"quick": 2, "normal": 10, "full": 30}
+GROWTH = {"quick": 1_000, "normal": 100_000, "full": 1_000_000}
 METADATA = {
     "model": "wan-2.1-14b", "rank": 3, "world_size": 8, "shape": (1, 32760, 40, 128),
     "dtype": torch.bfloat16, "device": torch.device("cuda:3"), "seed": 1234567890123,
