@@ -1,0 +1,321 @@
+"""All ranks as threads on one device, and every op captured there.
+
+The ranks run on the CPU too: what works there is what is run on the GPU. Values are small integers
+in fp64, so that sums are exact in any order.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerator import DEVICES, GPU, needs_gpu
+from rank_threads import run_ranks
+from test_gpu import random_like
+from torch import Tensor
+
+from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd
+from fastvideo_comm.kernels.strided_copy import IMPLEMENTATION_VARIABLE
+
+Job = Callable[[DeviceCommunicatorBase], object]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == GPU:  # these tensors are too small for "auto"
+        monkeypatch.setenv(IMPLEMENTATION_VARIABLE, "triton")
+    return request.param
+
+
+def _values(*shape: int, device: str) -> Tensor:
+    count = torch.Size(shape).numel()
+    return ((torch.arange(count, dtype=torch.float64, device=device) * 7) % 23 - 11).view(shape)
+
+
+def _run(world_size: int, device: str, job: Job) -> list[object]:
+    def rank_job(group: dist.ProcessGroup) -> object:
+        communicator = DeviceCommunicatorBase(group, torch.device(device))
+        try:
+            return job(communicator)
+        finally:
+            communicator.destroy()
+
+    return run_ranks(world_size, rank_job)
+
+
+def _forward_and_backward(
+    communicator: DeviceCommunicatorBase,
+    op: Callable[[Tensor], Tensor],
+    input_: Tensor,
+    grad_output: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the gradient of the sum over ranks of `(output * grad_output).sum()`."""
+    leaf = input_.detach().requires_grad_()
+    output = op(leaf)
+    (grad,) = torch.autograd.grad(output, leaf, grad_output.contiguous())
+    return output.detach(), grad
+
+
+class TestCommunicatorOnOneDevice:
+    pytestmark = needs_gpu
+
+    def test_every_op_is_captured_and_replayed(self, tmp_path):
+        """With NCCL at world size 1: the public ops, and the exchanges behind them."""
+        store = dist.FileStore(str(tmp_path / "store"), 1)
+        device = torch.device(GPU, 0)
+        dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
+        try:
+            group = dist.group.WORLD
+            communicator = DeviceCommunicatorBase(group, device, group)
+            communicator.warmup([(1, 6, 4, 128), (2, 6, 4, 128)])
+            x = torch.zeros(2, 6, 4, 128, device=device)
+            strided = torch.zeros(2, 4, 6, 128, device=device).transpose(1, 2)
+
+            def ops() -> list[Tensor]:
+                autograd = DistributedAutograd
+                outputs = [
+                    communicator.all_to_all_4D(x),
+                    communicator.all_gather(x),
+                    communicator.all_reduce(x),
+                ]
+                for input_ in (x, strided, x[:1], strided[:1]):
+                    outputs += [
+                        autograd.AllToAll4D.apply(group, input_, 1, 2, 1),
+                        autograd.AllToAll4D.apply(group, input_, 1, 1, 2),
+                        autograd.AllGather.apply(group, input_, 1, 2),
+                        autograd.ReduceScatter.apply(group, input_, 1, 2),
+                        autograd.AllReduce.apply(group, input_),
+                        autograd.Slice.apply(group, input_, 1, 2, False),
+                    ]
+                return outputs
+
+            expected = [x] * 3 + [
+                each for each in (x, strided, x[:1], strided[:1]) for _ in range(6)
+            ]
+            ops()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                outputs = ops()
+            for _ in range(2):
+                x.copy_(random_like(x))
+                strided.copy_(random_like(strided))
+                graph.replay()
+                for output, input_ in zip(outputs, expected, strict=True):
+                    assert torch.equal(output, input_)
+        finally:
+            dist.destroy_process_group()
+
+    def test_after_warmup_nothing_compiles(self, monkeypatch):
+        monkeypatch.setenv(IMPLEMENTATION_VARIABLE, "triton")
+        kernel = importlib.import_module("fastvideo_comm.kernels.tile_copy").tile_copy
+        shape = (1, 6, 8, 128)
+
+        def num_kernels() -> int:
+            return sum(len(caches[0]) for caches in kernel.device_caches.values())
+
+        def job(communicator: DeviceCommunicatorBase) -> tuple[int, int]:
+            communicator.warmup([shape], [torch.bfloat16])
+            before = num_kernels()
+            x = torch.rand(shape, device=communicator.device).bfloat16().requires_grad_()
+            y = communicator.all_to_all_4D(communicator.all_to_all_4D(x), 1, 2)
+            y.square().sum().backward()
+            return before, num_kernels()
+
+        for before, after in _run(2, GPU, job):
+            assert 0 < before == after
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+class TestRanksAsThreads:
+    @pytest.mark.parametrize("batch", [1, 2])
+    @pytest.mark.parametrize("dims", [(2, 1), (1, 2)])
+    def test_all_to_all_4D_and_its_gradient_are_slices_of_the_global_tensor(
+        self, world_size, device, dims, batch
+    ):
+        scatter, gather = dims
+        x = _values(batch, 3 * world_size, 5 * world_size, 4, device=device)
+        g = _values(*x.shape, device=device) * 2
+
+        def job(communicator: DeviceCommunicatorBase) -> object:
+            rank = communicator.rank
+            return _forward_and_backward(
+                communicator,
+                lambda leaf: communicator.all_to_all_4D(leaf, scatter, gather),
+                x.chunk(world_size, gather)[rank],  # not contiguous for (1, 2)
+                g.chunk(world_size, scatter)[rank],
+            )
+
+        for rank, (output, grad) in enumerate(_run(world_size, device, job)):
+            assert torch.equal(output, x.chunk(world_size, scatter)[rank])
+            assert torch.equal(grad, g.chunk(world_size, gather)[rank])
+            assert output.is_contiguous()
+
+    @pytest.mark.parametrize("dim", [0, 1, 2, -1])
+    def test_all_gather_joins_and_its_gradient_is_the_sum_of_the_parts(
+        self, world_size, device, dim
+    ):
+        shape = [2, 3, 4]
+        shape[dim] *= world_size
+        x = _values(*shape, device=device)
+
+        def job(communicator: DeviceCommunicatorBase) -> object:
+            return _forward_and_backward(
+                communicator,
+                lambda leaf: communicator.all_gather(leaf, dim),
+                x.chunk(world_size, dim)[communicator.rank],
+                x * (communicator.rank + 1),
+            )
+
+        total = x * sum(range(1, world_size + 1))
+        for rank, (output, grad) in enumerate(_run(world_size, device, job)):
+            assert torch.equal(output, x)
+            assert torch.equal(grad, total.chunk(world_size, dim)[rank])
+
+    @pytest.mark.parametrize("dim", [0, 1, -1])
+    def test_parts_of_any_size_are_joined_and_dealt_out(self, world_size, device, dim):
+        shape, sizes = [2, 3, 4], [3, 0, 2, 2][:world_size]
+        shape[dim] = sum(sizes)
+        x = _values(*shape, device=device)
+        parts = x.split(sizes, dim)
+
+        def job(communicator: DeviceCommunicatorBase) -> object:
+            rank = communicator.rank
+            joined = _forward_and_backward(
+                communicator,
+                lambda leaf: communicator.all_gather(leaf, dim, gather_sizes=sizes),
+                parts[rank],
+                x * (rank + 1),
+            )
+            dealt = _forward_and_backward(
+                communicator,
+                lambda leaf: communicator.slice(leaf, dim, scatter_sizes=sizes),
+                x,
+                parts[rank],
+            )
+            return *joined, *dealt
+
+        total = x * sum(range(1, world_size + 1))
+        for rank, (joined, grad, part, whole) in enumerate(_run(world_size, device, job)):
+            assert torch.equal(joined, x)
+            assert torch.equal(grad, total.split(sizes, dim)[rank])
+            assert torch.equal(part, parts[rank])
+            assert torch.equal(whole, x)
+
+    @pytest.mark.parametrize("op", ["SUM", "AVG", "MAX", "MIN", "PRODUCT"])
+    def test_all_reduce_and_its_gradient_are_those_of_the_stacked_tensor(
+        self, world_size, device, op
+    ):
+        x = _values(world_size, 3, 5, device=device)
+        g = _values(world_size, 3, 5, device=device) % 3
+        stacked = x.clone().requires_grad_()
+        expected = {
+            "SUM": lambda: stacked.sum(0),
+            "AVG": lambda: stacked.sum(0) / world_size,
+            "MAX": lambda: stacked.amax(0),  # ties share the gradient equally
+            "MIN": lambda: stacked.amin(0),
+            "PRODUCT": lambda: stacked.prod(0),
+        }[op]()
+        (expected_grad,) = torch.autograd.grad(expected, stacked, g.sum(0))
+
+        def job(communicator: DeviceCommunicatorBase) -> object:
+            rank = communicator.rank
+            reduce_op = getattr(dist.ReduceOp, op)
+            return _forward_and_backward(
+                communicator,
+                lambda leaf: communicator.all_reduce(leaf, reduce_op),
+                x[rank].T,
+                g[rank].T,
+            )
+
+        for rank, (output, grad) in enumerate(_run(world_size, device, job)):
+            # Division by P and products round, each side in its own order.
+            torch.testing.assert_close(output.T, expected.detach(), rtol=1e-14, atol=0)
+            torch.testing.assert_close(grad.T, expected_grad[rank], rtol=1e-14, atol=1e-14)
+
+    @pytest.mark.parametrize("scale_grad", [False, True])
+    def test_slice_and_its_gradient_are_parts_and_their_join(self, world_size, device, scale_grad):
+        x = _values(2, 4 * world_size, 3, device=device)
+        g = _values(*x.shape, device=device)
+
+        def job(communicator: DeviceCommunicatorBase) -> object:
+            return _forward_and_backward(
+                communicator,
+                lambda leaf: communicator.slice(leaf, 1, scale_grad=scale_grad),
+                x,
+                g.chunk(world_size, 1)[communicator.rank],
+            )
+
+        for rank, (output, grad) in enumerate(_run(world_size, device, job)):
+            assert torch.equal(output, x.chunk(world_size, 1)[rank])
+            assert torch.equal(grad, g / world_size if scale_grad else g)
+
+    def test_gather_gives_the_join_to_one_rank(self, world_size, device):
+        x = _values(2, 3 * world_size, device=device)
+
+        def job(communicator: DeviceCommunicatorBase) -> object:
+            part = x.chunk(world_size, -1)[communicator.rank]
+            return communicator.gather(part, dst=world_size - 1)
+
+        *others, gathered = _run(world_size, device, job)
+        assert others == [None] * (world_size - 1)
+        assert torch.equal(gathered, x)
+
+    def test_a_tensor_goes_round_the_ring(self, world_size, device):
+        x = _values(world_size, 4, 3, device=device).transpose(1, 2)
+
+        def job(communicator: DeviceCommunicatorBase) -> object:
+            communicator.send(x[communicator.rank])
+            return communicator.recv(x.shape[1:], x.dtype)
+
+        for rank, received in enumerate(_run(world_size, device, job)):
+            assert torch.equal(received, x[rank - 1])
+
+    def test_attention_over_the_ranks_is_attention_in_one(self, world_size, device):
+        """q, k, v as chunks of a fused projection, out to all heads and back; with gradients."""
+        batch, length, heads, head_dim = 2, 4 * world_size, 2 * world_size, 8
+        torch.manual_seed(0)
+        shape = (batch, length, 3 * heads * head_dim)
+        qkv = torch.randn(shape, dtype=torch.float64, device=device)
+        g = torch.randn(batch, length, heads, head_dim, dtype=torch.float64, device=device)
+
+        def attend(qkv: Tensor, to_heads: Callable[[Tensor], Tensor]) -> Tensor:
+            q, k, v = (
+                to_heads(part.unflatten(-1, (heads, head_dim))).transpose(1, 2)
+                for part in qkv.chunk(3, dim=-1)
+            )
+            weights = (q @ k.transpose(-1, -2)).softmax(-1)
+            return (weights @ v).transpose(1, 2)
+
+        leaf = qkv.clone().requires_grad_()
+        expected = attend(leaf, lambda part: part)
+        (expected_grad,) = torch.autograd.grad(expected, leaf, g)
+
+        def job(communicator: DeviceCommunicatorBase) -> object:
+            rank = communicator.rank
+            return _forward_and_backward(
+                communicator,
+                lambda leaf: communicator.all_to_all_4D(
+                    attend(leaf, communicator.all_to_all_4D), 1, 2
+                ),
+                qkv.chunk(world_size, 1)[rank],
+                g.chunk(world_size, 1)[rank],
+            )
+
+        outputs, grads = zip(*_run(world_size, device, job), strict=True)
+        # The same sums in other matrix shapes: fp64 rounding.
+        torch.testing.assert_close(torch.cat(outputs, 1), expected.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.cat(grads, 1), expected_grad, rtol=1e-12, atol=1e-12)
+
+
+def test_the_error_of_one_rank_ends_all():
+    def job(communicator: DeviceCommunicatorBase) -> object:
+        if communicator.rank == 1:
+            raise KeyError("rank 1")
+        return communicator.all_gather(torch.zeros(2))
+
+    with pytest.raises(KeyError, match="rank 1"):
+        _run(2, "cpu", job)
