@@ -1,4 +1,4 @@
-"""Where tests run: on the CPU, and with the marker `gpu` on an accelerator."""
+"""Where tests run: on the CPU, on an emulated GPU, and with the marker `gpu` on an accelerator."""
 
 from __future__ import annotations
 
@@ -12,3 +12,5 @@ needs_gpu = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: torch.cuda finds none"),
 ]
 DEVICES = ["cpu", pytest.param(GPU, marks=needs_gpu)]
+# Tensors on the CPU, the kernel compiled for a GPU: see emulated_gpu.py.
+EMULATED = "emulated"

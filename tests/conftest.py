@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -28,3 +29,9 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def emulated_gpu_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `emulated_gpu` builds."""
+    return tmp_path_factory.mktemp("emulated_gpu")

@@ -5,7 +5,7 @@ Wan 2.1 1.3B and 14B and HunyuanVideo: bf16, D = 128, H = 12, 40, 24.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,12 +27,12 @@ class ProductionCopy(NamedTuple):
     src: Tensor
 
 
-def production_copies() -> Iterator[ProductionCopy]:
+def production_copies(sequences: Sequence[int] = SEQUENCES) -> Iterator[ProductionCopy]:
     """Every copy of every model, sequence, world size and batch."""
     for heads in HEADS:
         for world_size in WORLD_SIZES:
             if heads % world_size == 0:
-                for length in SEQUENCES:
+                for length in sequences:
                     for batch in (1, 2, 3):
                         yield from _copies(batch, -(-length // world_size), heads, world_size)
 

@@ -64,13 +64,13 @@ class ThreadGroup(dist.ProcessGroup):
         return SimpleNamespace(supports_coalescing=False, name=lambda: BACKEND)
 
     def alltoall_base(
-        self, output: Tensor, input_: Tensor, _: list[int], __: list[int], options: Any
+        self, output: Tensor, input_: Tensor, _: list[int], sizes: list[int], options: Any
     ) -> None:
-        def receive(inputs: list[Tensor]) -> None:
-            parts = [sent.chunk(self._size_)[self._rank_] for sent in inputs]
-            output.copy_(torch.cat(parts))
+        def receive(inputs: list[list[Tensor]]) -> None:
+            output.copy_(torch.cat([messages[self._rank_] for messages in inputs]))
 
-        self._exchange(input_, receive)
+        each = input_.shape[0] // self._size_
+        self._exchange(list(input_.split(sizes or [each] * self._size_)), receive)
 
     def _allgather_base(self, output: Tensor, input_: Tensor, options: Any) -> None:
         self._exchange(input_, lambda inputs: output.copy_(torch.cat(inputs)))
@@ -105,8 +105,8 @@ class ThreadGroup(dist.ProcessGroup):
     def recv(self, tensors: Sequence[Tensor], src: int, tag: int) -> None:
         tensors[0].copy_(self.meeting.mail[src, self._rank_].get(timeout=SECONDS))
 
-    def _exchange(self, input_: Tensor, receive: Callable[[list[Tensor]], Any]) -> None:
-        self.meeting.brought[self._rank_] = input_
+    def _exchange(self, brings: Any, receive: Callable[[list[Any]], Any]) -> None:
+        self.meeting.brought[self._rank_] = brings
         self.meeting.barrier.wait()
         with torch.no_grad():
             receive(list(self.meeting.brought))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fastvideo_comm.kernels import copy_all_valid_
 
 DTYPES = (
     torch.bfloat16,
@@ -48,6 +50,10 @@ class StridedLayout(NamedTuple):
     def of(self, buffer: Tensor) -> Tensor:
         """The view of `buffer`."""
         return buffer.as_strided(self.shape, self.strides, self.offset)
+
+
+# Layouts of dst and src, and their dtype.
+Copy: TypeAlias = tuple[tuple[StridedLayout, StridedLayout], torch.dtype]
 
 
 def _pair(
@@ -114,6 +120,11 @@ def pairs_of_layouts(draw: st.DrawFn) -> tuple[StridedLayout, StridedLayout]:
     return dst, src._replace(strides=strides)
 
 
+def copies() -> st.SearchStrategy[Copy]:
+    """Any two layouts and any dtype."""
+    return st.tuples(pairs_of_layouts(), st.sampled_from(DTYPES))
+
+
 def _layout(
     draw: st.DrawFn, shape: tuple[int, ...], like: StridedLayout | None = None
 ) -> StridedLayout:
@@ -158,3 +169,22 @@ def assert_copies_like_torch(
     dst = dst_layout.of(buffer)
     assert copy(dst, src) is dst
     assert torch.equal(buffer.view(torch.uint8), expected.view(torch.uint8))
+
+
+def assert_all_copied_like_torch(
+    copies: Sequence[Copy], seed: int, impl: str = "triton", device: str = "cpu"
+) -> None:
+    """`copy_all_valid_` leaves every dst's whole buffer, with all around dst, as `copy_` would."""
+    pairs, buffers, expected = [], [], []
+    for index, ((dst_layout, src_layout), dtype) in enumerate(copies):
+        src, buffer = (
+            random_buffer(layout.num_elements(), dtype, seed + 2 * index + side, device)
+            for side, layout in enumerate((src_layout, dst_layout))
+        )
+        expected.append(buffer.clone())
+        dst_layout.of(expected[-1]).copy_(src_layout.of(src))
+        buffers.append(buffer)
+        pairs.append((dst_layout.of(buffer), src_layout.of(src)))
+    copy_all_valid_(pairs, impl=impl)
+    for buffer, right in zip(buffers, expected, strict=True):
+        assert torch.equal(buffer.view(torch.uint8), right.view(torch.uint8))

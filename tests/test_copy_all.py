@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strided_layouts import DTYPES, NAMED_PAIRS, StridedLayout, pairs_of_layouts, random_buffer
+from strided_layouts import NAMED_PAIRS, assert_all_copied_like_torch, copies
 from tile_copy_module import Launch, imported_tile_copy, recorded_launches
 from torch import Tensor
 
@@ -18,8 +18,6 @@ from fastvideo_comm.kernels.strided_copy import IMPLEMENTATION_VARIABLE
 from fastvideo_comm.layout import message_view
 
 pytest.importorskip("triton", reason="the kernel needs triton")
-
-Case = tuple[tuple[StridedLayout, StridedLayout], torch.dtype]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,22 +32,6 @@ def launches(interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[L
     return recorded_launches(interpreted, monkeypatch)
 
 
-def _assert_all_copied_like_torch(cases: list[Case], seed: int, impl: str) -> None:
-    """Every dst's whole buffer, with all around dst, is as `copy_` would leave it."""
-    pairs, buffers, expected = [], [], []
-    for index, ((dst_layout, src_layout), dtype) in enumerate(cases):
-        src = src_layout.of(
-            random_buffer(src_layout.num_elements(), dtype, seed + 2 * index, "cpu")
-        )
-        buffers.append(random_buffer(dst_layout.num_elements(), dtype, seed + 2 * index + 1, "cpu"))
-        expected.append(buffers[-1].clone())
-        dst_layout.of(expected[-1]).copy_(src)
-        pairs.append((dst_layout.of(buffers[-1]), src))
-    copy_all_valid_(pairs, impl=impl)
-    for buffer, right in zip(buffers, expected, strict=True):
-        assert torch.equal(buffer.view(torch.uint8), right.view(torch.uint8))
-
-
 def _heads_for_rank(
     num_heads: int, dtype: torch.dtype = torch.bfloat16, sequence: int = 6
 ) -> tuple[Tensor, Tensor]:
@@ -59,21 +41,18 @@ def _heads_for_rank(
     return torch.zeros(view.shape, dtype=dtype), view
 
 
-_CASES = st.lists(st.tuples(pairs_of_layouts(), st.sampled_from(DTYPES)), min_size=0, max_size=5)
-
-
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-@given(_CASES, st.integers(0, 2**32))
+@given(st.lists(copies(), max_size=5), st.integers(0, 2**32))
 def test_pairs_of_any_layouts_and_dtypes_are_copied_and_nothing_else(impl, cases, seed):
-    _assert_all_copied_like_torch(cases, seed, impl)
+    assert_all_copied_like_torch(cases, seed, impl)
 
 
 def test_every_kind_of_layout_is_copied_beside_every_other():
     kinds = list(NAMED_PAIRS.values())
     dtypes = (torch.bfloat16, torch.int8, torch.float32)
     cases = [(pair, dtypes[index % 3]) for index, pair in enumerate(kinds)]
-    _assert_all_copied_like_torch(cases, 0, "triton")
-    _assert_all_copied_like_torch(cases[::-1], 1, "triton")
+    assert_all_copied_like_torch(cases, 0)
+    assert_all_copied_like_torch(cases[::-1], 1)
 
 
 @pytest.mark.parametrize("heads", [(12, 12, 12), (12, 4, 4), (2, 10, 6)])

@@ -8,15 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from accelerator import GPU, needs_gpu
-from hypothesis import given
-from hypothesis import strategies as st
 from production_copies import SEQUENCES, production_copies
 from strided_layouts import (
-    DTYPES,
-    NAMED_PAIRS,
     StridedLayout,
-    assert_copies_like_torch,
-    pairs_of_layouts,
 )
 from torch import Tensor
 
@@ -34,27 +28,6 @@ def _triton_copy(dst: Tensor, src: Tensor) -> Tensor:
 
 class TestNativeKernel:
     pytestmark = needs_gpu
-
-    @given(pairs_of_layouts(), st.sampled_from(DTYPES), st.integers(0, 2**32))
-    def test_copies_every_layout_and_dtype_and_nothing_else(self, layouts, dtype, seed):
-        assert_copies_like_torch(_triton_copy, *layouts, dtype, seed, GPU)
-
-    @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32, torch.complex128])
-    @pytest.mark.parametrize("layouts", NAMED_PAIRS.values(), ids=NAMED_PAIRS)
-    def test_copies_every_kind_of_layout(self, layouts, dtype):
-        assert_copies_like_torch(_triton_copy, *layouts, dtype, 0, GPU)
-
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("shape", [(1003, 1001), (1024, 768)], ids=["odd", "even"])
-    def test_transposes_every_dtype(self, shape, dtype):
-        rows, columns = shape
-        dst, src = StridedLayout(shape, (columns, 1), 0), StridedLayout(shape, (1, rows), 0)
-        assert_copies_like_torch(_triton_copy, dst, src, dtype, rows, GPU)
-
-    @pytest.mark.parametrize("offset", [1, 2, 4, 8, 16])
-    def test_copies_at_any_address(self, offset):
-        dst, src = StridedLayout((99_999,), (1,), offset), StridedLayout((99_999,), (1,), 3)
-        assert_copies_like_torch(_triton_copy, dst, src, torch.int8, offset, GPU)
 
     def test_copies_every_production_layout(self):
         for name, dst_view, src_view in production_copies():
@@ -102,14 +75,6 @@ class TestNativeKernel:
         assert kernels == ["tile_copy"]
         for wire, view in pairs:
             assert torch.equal(wire, view)
-
-    def test_copies_pairs_of_every_kind_beside_each_other(self):
-        pairs = _a_pack_an_unpack_and_a_transpose()
-        odd = torch.arange(-100, 101, dtype=torch.int8, device=GPU)
-        pairs.append((torch.zeros_like(odd[1:]), odd[1:]))
-        copy_all_valid_(pairs, impl="triton")
-        for dst, src in pairs:
-            assert torch.equal(dst, src)
 
     def test_captured_copies_replay_on_new_values(self):
         copies = _a_pack_an_unpack_and_a_transpose()

@@ -1,0 +1,357 @@
+"""Runs PTX on the CPU: what Triton compiles for a GPU, instruction by instruction.
+
+All threads of all blocks take each instruction together, as arrays `[blocks, threads]` (or with a
+dim of 1, where all have the same). Only the instructions that this package's kernel compiles to are
+known; any other is an error. What hardware may let pass is an error, too: an access outside the
+given memory or at an address that is no multiple of its bytes, and a read of shared memory that
+another warp wrote after the last barrier.
+
+Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+# The address of the first byte, and the bytes.
+Memory: TypeAlias = Sequence[tuple[int, Array]]
+
+WARP = 32
+
+
+class Instruction(NamedTuple):
+    """`@guard name.kinds operands;`"""
+
+    guard: str
+    name: str
+    kinds: list[str]
+    operands: list[str]
+
+
+class Program:
+    """A kernel: its parameters (name, bytes), the widths of its registers, its instructions."""
+
+    def __init__(self, ptx: str) -> None:
+        header, body = re.sub(r"//.*", "", ptx).split(".reqntid", 1)
+        self.num_threads = int(body.split(maxsplit=1)[0])
+        self.parameters = [
+            (name, int(bits) // 8)
+            for bits, name in re.findall(r"\.param \.\w(\d+)[^,)]*?(\w+)\s*[,)]", header)
+        ]
+        self.widths = {
+            prefix: 1 if kind == "pred" else int(kind[1:])
+            for kind, prefix in re.findall(r"\.reg \.(\w+)\s+(%[a-z]+)<", body)
+        }
+        self.instructions: list[Instruction] = []
+        self.labels: dict[str, int] = {}
+        for line in body.splitlines():
+            if label := re.fullmatch(r"(\$\w+):\s*", line):
+                self.labels[label[1]] = len(self.instructions)
+            for statement in re.findall(r"([^;]+);", line):
+                match = re.fullmatch(r"\s*(?:@(!?%p\d+)\s+)?([a-z][\w.]*)\s*(.*?)\s*", statement)
+                if match:  # else a directive
+                    guard, opcode, operands = match.groups()
+                    name, *kinds = opcode.split(".")
+                    split = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^\s,]+", operands)
+                    self.instructions.append(Instruction(guard or "", name, kinds, split))
+
+
+class Blocks:
+    """Blocks of a grid that stand at one instruction: their registers and their shared memory.
+
+    `loaded` and `stored` are the bytes that went from and to global memory.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        parameters: dict[str, int],
+        num_blocks: int,
+        shared_bytes: int,
+        readable: Memory,
+        writable: Memory,
+    ) -> None:
+        self.program = program
+        self.readable, self.writable = readable, writable
+        self.shape = (num_blocks, program.num_threads)
+        self.loaded = self.stored = 0
+        self.registers: dict[str, Array] = {
+            name: _number(value) for name, value in parameters.items()
+        }
+        self.registers["%ctaid.x"] = np.arange(num_blocks, dtype=np.uint64)[:, None]
+        self.registers["%tid.x"] = np.arange(program.num_threads, dtype=np.uint64)[None, :]
+        self.registers["global_smem"] = _number(0)
+        self.shared = np.zeros((num_blocks, shared_bytes), np.uint8)
+        # The warp that wrote a byte of shared memory since the last barrier.
+        self.writer = np.full(self.shared.shape, -1)
+
+    def run(self, position: int = 0) -> None:
+        """From the instruction at `position` to the end."""
+        while (instruction := self.program.instructions[position]).name != "ret":
+            position += 1
+            if instruction.name != "bra":
+                self._execute(instruction)
+                continue
+            target = self.program.labels[instruction.operands[0]]
+            jumps = self._active(instruction.guard)
+            if jumps.all():
+                position = target
+            elif jumps.any():  # blocks that jump and blocks that do not go on by themselves
+                if (jumps != jumps[:, :1]).any():
+                    raise NotImplementedError("a branch on which the threads of a block differ")
+                for blocks, start in ((jumps[:, 0], target), (~jumps[:, 0], position)):
+                    part = self._part(blocks)
+                    part.run(start)
+                    self.loaded += part.loaded
+                    self.stored += part.stored
+                return
+
+    def _part(self, blocks: Array) -> Blocks:
+        part = object.__new__(Blocks)
+        part.__dict__.update(self.__dict__, loaded=0, stored=0)
+        part.shape = (int(blocks.sum()), self.shape[1])
+        part.registers = {
+            name: value[blocks] if len(value) == len(blocks) else value
+            for name, value in self.registers.items()
+        }
+        part.shared, part.writer = self.shared[blocks], self.writer[blocks]
+        return part
+
+    def _execute(self, instruction: Instruction) -> None:
+        guard, name, kinds, operands = instruction
+        if name == "bar":
+            self.writer[:] = -1
+        elif name in ("ldmatrix", "stmatrix"):
+            self._move_matrices(instruction)
+        elif name in ("ld", "st") and kinds[0] != "param":
+            self._access(instruction)
+        elif name not in _OPERATIONS or guard:
+            raise NotImplementedError(f"{guard} {name}.{'.'.join(kinds)}")
+        else:
+            values = [self._read(operand) for operand in operands[1:]]
+            self._write(operands[0], _OPERATIONS[name](kinds, *values))
+
+    def _active(self, guard: str) -> Array:
+        if not guard:
+            return np.ones(self.shape, dtype=bool)
+        value = np.broadcast_to(self.registers[guard.lstrip("!")] != 0, self.shape)
+        return ~value if guard.startswith("!") else value
+
+    def _width(self, register: str) -> int:
+        return self.program.widths[register.rstrip("0123456789")]
+
+    def _read(self, operand: str) -> Array:
+        value, shift = _number(0), 0
+        for name in _names(operand):  # the first of several is the lowest
+            part = (
+                self.registers[name]
+                if name in self.registers
+                else _number(int(name.rstrip("U"), 0))
+            )
+            value = value | part << np.uint64(shift)
+            shift += self._width(name) if operand.startswith("{") else 0
+        return value
+
+    def _write(self, operand: str, value: Array) -> None:
+        value = value.astype(np.uint64)
+        for name in _names(operand):
+            width = self._width(name)
+            self.registers[name] = value & np.uint64(2**width - 1)
+            value = value >> np.uint64(width % 64)
+
+    def _address(self, operand: str) -> Array:
+        base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")
+        address = self.registers[base] + _number(int(offset or "0", 0))
+        return np.broadcast_to(address, self.shape)
+
+    def _access(self, instruction: Instruction) -> None:
+        """`ld` and `st`, a register of a vector at a time."""
+        guard, name, kinds, operands = instruction
+        registers, address = operands if name == "ld" else reversed(operands)
+        itemsize = int(kinds[-1][1:]) // 8
+        active = self._active(guard)
+        first = self._address(address)[active]
+        if (first % np.uint64(itemsize * len(_names(registers)))).any():
+            raise MemoryError(f"{name}.{'.'.join(kinds)} at an address that is no multiple of it")
+        for i, register in enumerate(_names(registers)):
+            at = first + np.uint64(i * itemsize)
+            if name == "ld":
+                before = self.registers.get(register, _number(0))
+                value = np.broadcast_to(before, self.shape).copy()
+                value[active] = self._load(kinds[0], at, itemsize, active)
+                self.registers[register] = value
+            else:
+                value = np.broadcast_to(self.registers[register], self.shape)[active]
+                self._store(kinds[0], at, itemsize, active, value)
+
+    def _load(self, space: str, at: Array, itemsize: int, active: Array) -> Array:
+        if space == "shared":
+            return self._load_shared(np.nonzero(active), at, itemsize)
+        self.loaded += at.size * itemsize
+        value = np.zeros(at.shape, dtype=np.uint64)
+        for inside, units, index in _places(self.readable, at, itemsize):
+            value[inside] = units[index]
+        return value
+
+    def _store(self, space: str, at: Array, itemsize: int, active: Array, value: Array) -> None:
+        if space == "shared":
+            self._store_shared(np.nonzero(active), at, itemsize, value)
+            return
+        self.stored += at.size * itemsize
+        for inside, units, index in _places(self.writable, at, itemsize):
+            units[index] = value[inside]
+
+    def _store_shared(
+        self, where: tuple[Array, ...], at: Array, itemsize: int, value: Array
+    ) -> None:
+        block, thread = where
+        self.shared.view(f"u{itemsize}")[block, at // np.uint64(itemsize)] = value
+        for byte in range(itemsize):
+            self.writer[block, at + np.uint64(byte)] = thread // WARP
+
+    def _load_shared(self, where: tuple[Array, ...], at: Array, itemsize: int) -> Array:
+        block, thread = where
+        for byte in range(itemsize):
+            writer = self.writer[block, at + np.uint64(byte)]
+            if ((writer != -1) & (writer != thread // WARP)).any():
+                raise RuntimeError("a warp reads what another wrote, without a barrier in between")
+        return self.shared.view(f"u{itemsize}")[block, at // np.uint64(itemsize)].astype(np.uint64)
+
+    def _move_matrices(self, instruction: Instruction) -> None:
+        """8x8 matrices of 16 bits; the address of row r of matrix i is lane `8*i + r`'s."""
+        _, name, kinds, operands = instruction
+        registers, address_of = operands if name == "ldmatrix" else reversed(operands)
+        block, thread = where = np.indices(self.shape)
+        lane = thread % WARP
+        address = self._address(address_of)
+        for i, register in enumerate(_names(registers)):
+            value = np.zeros(self.shape, dtype=np.uint64)
+            for half in range(2):  # a lane holds two neighbours in a row
+                row, column = lane // 4, 2 * (lane % 4) + half
+                if "trans" in kinds:
+                    row, column = column, row
+                at = address[block, thread - lane + 8 * i + row] + 2 * column.astype(np.uint64)
+                if name == "ldmatrix":
+                    value |= self._load_shared(where, at, 2) << np.uint64(16 * half)
+                else:
+                    self._store_shared(
+                        where, at, 2, self.registers[register] >> np.uint64(16 * half)
+                    )
+            if name == "ldmatrix":
+                self.registers[register] = value
+
+
+def _names(operand: str) -> list[str]:
+    return [name.strip() for name in operand.strip("{}[] ").split(",")]
+
+
+def _number(number: int) -> Array:
+    return np.array([[number % 2**64]], dtype=np.uint64)
+
+
+def _places(memory: Memory, at: Array, itemsize: int) -> list[tuple[Array, Array, Array]]:
+    """For each range of `memory` that is accessed: by which accesses, its units, and which."""
+    places = []
+    outside = np.ones(at.shape, dtype=bool)
+    for start, data in memory:
+        inside = (at >= start) & (at + np.uint64(itemsize) <= start + data.size) & outside
+        if inside.any():
+            outside &= ~inside
+            index = (at[inside] - np.uint64(start)) // np.uint64(itemsize)
+            places.append(
+                (inside, data[: data.size // itemsize * itemsize].view(f"u{itemsize}"), index)
+            )
+    if outside.any():
+        ranges = [f"{start:#x} + {data.size}" for start, data in memory]
+        raise MemoryError(f"{itemsize} bytes at {at[outside][0]:#x} are in none of {ranges}")
+    return places
+
+
+def _typed(kind: str, value: Array) -> Array:
+    """The number that these bits are as `s32`, `u64`, ..: 64 bits wide."""
+    narrow = value.astype(f"u{int(kind[1:]) // 8}")
+    if kind[0] == "s":
+        return narrow.view(narrow.dtype.str.replace("u", "i")).astype(np.int64)
+    return narrow.astype(np.uint64)
+
+
+def _product(kinds: list[str], a: Array, b: Array) -> Array:
+    if kinds[0] == "wide":
+        a, b = (_typed(kinds[1], each).astype(np.uint64) for each in (a, b))
+    return a * b
+
+
+def _quotient(kinds: list[str], a: Array, b: Array) -> Array:
+    a, b = (_typed(kinds[0], each) for each in (a, b))
+    if (a < 0).any() or (b <= 0).any():
+        raise NotImplementedError("a division of negative numbers or by 0")
+    return a // b
+
+
+def _shifted_right(kinds: list[str], a: Array, b: Array) -> Array:
+    a = _typed(kinds[0].replace("b", "u"), a)
+    return a >> np.minimum(b, np.uint64(63)).astype(a.dtype)
+
+
+def _funnel_shifted(kinds: list[str], low: Array, high: Array, amount: Array) -> Array:
+    """`shf.l`: the upper half of 64 bits shifted to the left."""
+    both = (low | high << np.uint64(32)) << (amount & np.uint64(31))
+    if kinds[0] != "l":
+        raise NotImplementedError("shf.r")
+    return both >> np.uint64(32)
+
+
+def _bit_field(kinds: list[str], a: Array, start: Array, length: Array) -> Array:
+    field = (a >> start) & ((np.uint64(1) << length) - np.uint64(1))
+    if kinds[0] == "s32":
+        sign = np.uint64(1) << (length - np.uint64(1))
+        field = (field ^ sign) - sign
+    return field
+
+
+def _permuted_bytes(kinds: list[str], a: Array, b: Array, selector: Array) -> Array:
+    both, result = a | b << np.uint64(32), _number(0)
+    for i in range(4):
+        choice = (selector >> np.uint64(4 * i)) & np.uint64(15)
+        if (choice > 7).any():
+            raise NotImplementedError("prmt that copies a sign")
+        byte = (both >> (choice * np.uint64(8))) & np.uint64(255)
+        result = result | byte << np.uint64(8 * i)
+    return result
+
+
+def _compared(kinds: list[str], a: Array, b: Array) -> Array:
+    kind = kinds[1].replace("b", "u")
+    return getattr(operator, kinds[0])(_typed(kind, a), _typed(kind, b))
+
+
+_OPERATIONS: dict[str, Callable[..., Array]] = {
+    "mov": lambda kinds, a: a,
+    "ld": lambda kinds, a: a,  # a parameter
+    "cvt": lambda kinds, a: _typed(kinds[1], a),
+    "neg": lambda kinds, a: _number(0) - a,
+    "not": lambda kinds, a: ~a,
+    "add": lambda kinds, a, b: a + b,
+    "sub": lambda kinds, a, b: a - b,
+    "mul": _product,
+    "mad": lambda kinds, a, b, c: _product(kinds, a, b) + c,
+    "div": _quotient,
+    "rem": lambda kinds, a, b: a - _quotient(kinds, a, b).astype(np.uint64) * b,
+    "min": lambda kinds, a, b: np.minimum(_typed(kinds[0], a), _typed(kinds[0], b)),
+    "and": lambda kinds, a, b: a & b,
+    "or": lambda kinds, a, b: a | b,
+    "xor": lambda kinds, a, b: a ^ b,
+    "shl": lambda kinds, a, b: np.where(b < 64, a << np.minimum(b, np.uint64(63)), np.uint64(0)),
+    "shr": _shifted_right,
+    "shf": _funnel_shifted,
+    "bfe": _bit_field,
+    "prmt": _permuted_bytes,
+    "selp": lambda kinds, a, b, p: np.where(p != 0, a, b),
+    "setp": _compared,
+}
