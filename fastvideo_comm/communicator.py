@@ -17,6 +17,7 @@ from .forward_only import ForwardOnly
 from .handle import AsyncHandle
 from .layout import Share
 from .validation import Sizes
+from .warm_up import other_collectives, there_and_back
 
 
 class DeviceCommunicatorBase(Differentiable, ForwardOnly):
@@ -356,28 +357,35 @@ class DeviceCommunicatorBase(Differentiable, ForwardOnly):
 
     def warmup(
         self,
-        shapes: Iterable[Sequence[int]],
+        shapes: Iterable[Sequence[int] | Sequence[Sequence[int]]],
         dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
     ) -> None:
         """Makes the first training step cost what the second does; a collective itself.
 
-        Exchanges tensors of the given shapes there and back, forward and backward, and runs the
-        other collectives once: connections open, kernels compile, wire buffers are allocated, and
-        NCCL is initialised, which must not happen under the capture of a CUDA graph.
+        Exchanges tensors of the given shapes there and back, forward and backward, contiguous and
+        with the heads before the sequence, as attention leaves them; and runs the other collectives
+        once. Connections open, kernels compile, wire buffers are allocated, and NCCL is
+        initialised, which must not happen under the capture of a CUDA graph.
+
+        Example (inside a rank):
+            >>> q, k = (1, 4096, 24, 128), (1, 4096, 8, 128)
+            >>> communicator.warmup([q, (q, k, k)])  # alone, and three in one  # doctest: +SKIP
 
         Args:
-            shapes: of this rank's tensors before attention, `[B, s, H, D]`; P divides H.
+            shapes: of this rank's tensors before attention, `[B, s, H, D]`, the same on every rank;
+                for tensors that are exchanged in one call a sequence of their shapes. H that P does
+                not divide is dealt out as evenly as can be. From a few dozen on no length s needs
+                kernels of its own; every H, D, number of tensors and dtype does.
             dtypes: of the tensors.
+
+        Raises:
+            ValueError: a shape that `all_to_all_4D` does not take.
         """
         dtypes = tuple(dtypes)
         for shape in shapes:
             for dtype in dtypes:
-                x = torch.zeros(tuple(shape), dtype=dtype, device=self.device)
-                x.requires_grad_(dtype.is_floating_point)
-                y = self.all_to_all_4D(self.all_to_all_4D(x), 1, 2)
-                if y.requires_grad:
-                    y.backward(torch.zeros_like(y))
-        small = torch.zeros(self.world_size, device=self.device, requires_grad=True)
-        (self.all_gather(small).sum() + self.all_reduce(small).sum()).backward()
+                for heads_first in (False, True):
+                    there_and_back(self, shape, dtype, heads_first=heads_first)
+        other_collectives(self)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize(self.device)

@@ -7,8 +7,9 @@ package needs no triton.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -20,11 +21,13 @@ from .plan import ACCESS_BYTES, MAX_OUTER, coalesce, plan_copy
 
 # Pairs of one launch. Each is a branch of the code, compiled for its kind of layout.
 MAX_PAIRS = 8
+# Triton loads a kernel at its first launch, and a second thread could launch it half loaded.
+_first_launch = threading.Lock()
 _ELEMENT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Shape, strides of dst and src, bytes of an element, and a number with the alignment of the less
-# aligned address.
-Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int]
+# Shape, strides of dst and src, bytes of an element, and how far the addresses of dst and src are
+# from the alignment of the widest access.
+Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int, int]
 
 
 # The bodies are builtins only, no `tl.cdiv`: those are compiled or interpreted as triton was
@@ -145,28 +148,45 @@ def _launch(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         dim = min((size, dim) for dim, size in enumerate(dst.shape) if size > 1)[1]
         launch_tile_copies(list(zip(dst.unbind(dim), src.unbind(dim), strict=True)))
         return
-    with torch.accelerator.device_index(pairs[0][0].device.index):  # None, on the CPU: no change
-        tile_copy[launch.grid](
-            tuple(map(triton.reinterpret, (dst for dst, _ in pairs), launch.elements)),
-            tuple(map(triton.reinterpret, (src for _, src in pairs), launch.elements)),
-            launch.numbers,
-            TILES=launch.tiles,
-            num_warps=plan.NUM_WARPS,
-        )
+    device = pairs[0][0].device.index
+    kernel = launch.kernels.get(device)
+    with torch.accelerator.device_index(device):  # None, on the CPU: no change
+        if kernel is None:
+            with _first_launch:
+                launch.kernels[device] = tile_copy[launch.grid](
+                    tuple(map(triton.reinterpret, (dst for dst, _ in pairs), launch.elements)),
+                    tuple(map(triton.reinterpret, (src for _, src in pairs), launch.elements)),
+                    launch.numbers,
+                    TILES=launch.tiles,
+                    num_warps=plan.NUM_WARPS,
+                )
+        else:
+            kernel[launch.grid](
+                tuple([dst.data_ptr() for dst, _ in pairs]),
+                tuple([src.data_ptr() for _, src in pairs]),
+                launch.numbers,
+                launch.tiles,
+            )
 
 
 def _layout(dst: Tensor, src: Tensor) -> Layout:
-    address = (dst.data_ptr() | src.data_ptr()) % ACCESS_BYTES
-    return dst.shape, dst.stride(), src.stride(), dst.element_size(), address
+    addresses = dst.data_ptr() % ACCESS_BYTES, src.data_ptr() % ACCESS_BYTES
+    return dst.shape, dst.stride(), src.stride(), dst.element_size(), *addresses
 
 
 class Launch(NamedTuple):
-    """One launch of `tile_copy`: what it takes beside the tensors."""
+    """One launch of `tile_copy`: what it takes beside the tensors.
 
-    grid: tuple[int]
+    `kernels` has the compiled kernel of each device on which it was launched. All that Triton
+    specialises on is in the layouts, so that it need not look at the arguments again: that takes
+    longer than the launch. Interpreted, there is none.
+    """
+
+    grid: tuple[int, int, int]
     elements: tuple[torch.dtype, ...]
     numbers: tuple[tuple[int, ...], ...]
     tiles: tuple[tuple[int, ...], ...]
+    kernels: dict[int | None, Any]
 
 
 # Planning takes longer than a launch, and a model has a handful of layouts that it copies again and
@@ -176,11 +196,11 @@ def _plan_launch(*layouts: Layout) -> Launch | None:
     """The one launch that copies pairs of these layouts, or None where one is not enough."""
     num_programs = 0
     elements, numbers, tiles = [], [], []
-    for shape, dst_strides, src_strides, itemsize, address in layouts:
+    for shape, dst_strides, src_strides, itemsize, *addresses in layouts:
         dims, run = coalesce(shape, dst_strides, src_strides, itemsize)
         if len(dims) > MAX_OUTER + 1:
             return None
-        copy = plan_copy(dims, run, address)
+        copy = plan_copy(dims, run, addresses[0] | addresses[1])
         num_programs += copy.num_programs
         elements.append(_ELEMENT_DTYPES[copy.element_bytes])
         unit_strides = (copy.columns[1], copy.rows[2], copy.columns[2])
@@ -191,4 +211,4 @@ def _plan_launch(*layouts: Layout) -> Launch | None:
         tiles.append(tile + tuple(stride == 1 for stride in unit_strides))
     if num_programs >= 2**31:
         return None
-    return Launch((num_programs,), tuple(elements), tuple(numbers), tuple(tiles))
+    return Launch((num_programs, 1, 1), tuple(elements), tuple(numbers), tuple(tiles), {})

@@ -90,7 +90,8 @@ class Compiler:
         dtype: torch.dtype,
         address: int = 0,
     ) -> Code:
-        return self.compile_all(name, [(shape, dst_strides, src_strides, dtype.itemsize, address)])
+        layout = (shape, dst_strides, src_strides, dtype.itemsize, address, address)
+        return self.compile_all(name, [layout])
 
     def compile_all(self, name: str, layouts: list[Any]) -> Code:
         launch = self.module._plan_launch(*layouts)
@@ -157,8 +158,9 @@ def packs(compiler: Compiler) -> list[Code]:
 
 def _layout(copy: ProductionCopy) -> tuple[Any, ...]:
     _, dst, src = copy
-    address = (dst.storage_offset() | src.storage_offset()) * dst.element_size() % 16
-    return tuple(dst.shape), dst.stride(), src.stride(), dst.element_size(), address
+    itemsize = dst.element_size()
+    addresses = (view.storage_offset() * itemsize % 16 for view in (dst, src))
+    return tuple(dst.shape), dst.stride(), src.stride(), itemsize, *addresses
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +265,7 @@ def test_another_length_and_batch_of_a_layout_compile_nothing(compiler):
     for batch, sequence in ((16, 4096), (3, 4099)):
         row = 8 * 128
         strides = (sequence * row, row, 1), (4 * sequence * row, 3 * row, 1)
-        launch = compiler.module._plan_launch(((batch, sequence, row), *strides, 2, 0))
+        launch = compiler.module._plan_launch(((batch, sequence, row), *strides, 2, 0, 0))
         pointers = (triton.reinterpret(torch.empty(16), *launch.elements),)
         kernels.append(
             compiler.module.tile_copy.warmup(

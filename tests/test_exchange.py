@@ -316,8 +316,11 @@ def warm(communicator: DeviceCommunicatorBase) -> None:
     x = torch.rand(shape, requires_grad=True)
     fresh.all_to_all_4D(fresh.all_to_all_4D(x), 1, 2).sum().backward()
     assert {wire.data_ptr() for wire in fresh._channel.buffers._free} == before
-    with pytest.raises(ValueError, match="world_size=2 divides, got 3"):
-        fresh.warmup([(1, 2, 3, 4)])
+    fresh.warmup(
+        [(1, 2, 3, 4), (1, 2, 1, 4), [(2, 3, 5, 8), (1, 4, 0, 2)], [(1, 2, 4, 3), (1, 2, 1, 3)]]
+    )
+    with pytest.raises(ValueError, match=r"must have 4 dims .*, got shape \[2, 3, 4\]"):
+        fresh.warmup([[(2, 3, 4)]])
 
 
 def test_after_warmup_a_step_allocates_no_wire_buffer(ranks: Ranks):

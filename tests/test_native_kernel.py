@@ -73,6 +73,18 @@ class TestCopies:
         dst, src = StridedLayout((99_999,), (1,), offset), StridedLayout((99_999,), (1,), 3)
         assert_copies_like_torch(_triton_copy, dst, src, torch.int8, offset, device)
 
+    @pytest.mark.parametrize("dtype", WIDTHS, ids=str)
+    def test_one_layout_at_other_addresses_and_alignments(self, device, dtype):
+        """Which kernel serves a layout is remembered; which side of it is aligned belongs to it."""
+        buffer = (torch.arange(4096, device=device) % 121).to(dtype)
+        for dst_offset, src_offset in [(0, 1), (1, 0), (1, 1), (0, 0), (3, 2), (2, 3), (0, 1)]:
+            src = buffer[src_offset:][:1500]
+            dst = torch.zeros_like(buffer)
+            _triton_copy(dst[dst_offset:][:1500], src)
+            assert torch.equal(dst[dst_offset:][:1500], src)
+            assert not dst[:dst_offset].any()
+            assert not dst[dst_offset + 1500 :].any()
+
     def test_every_production_layout_moving_each_byte_once(self, gpu, device):
         for name, dst_view, src_view in production_copies([392]):  # 49 a rank for 8
             dst, src = (_memory_for(view, device) for view in (dst_view, src_view))

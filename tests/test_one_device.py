@@ -7,27 +7,37 @@ in fp64, so that sums are exact in any order.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from accelerator import DEVICES, GPU, needs_gpu
+from accelerator import DEVICES, EMULATED, GPU, needs_gpu
+from emulated_gpu import emulated_gpu
 from rank_threads import run_ranks
 from test_gpu import random_like
 from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd
 from fastvideo_comm.kernels.strided_copy import IMPLEMENTATION_VARIABLE
+from fastvideo_comm.shared_memory import SHARED_MEMORY_VARIABLE
 
 Job = Callable[[DeviceCommunicatorBase], object]
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == GPU:  # these tensors are too small for "auto"
+@pytest.fixture(params=[*DEVICES, EMULATED])
+def device(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, emulated_gpu_directory: Path
+) -> Iterator[str]:
+    if request.param != "cpu":  # these tensors are too small for "auto"
         monkeypatch.setenv(IMPLEMENTATION_VARIABLE, "triton")
-    return request.param
+    if request.param == EMULATED:
+        monkeypatch.setenv(SHARED_MEMORY_VARIABLE, "off")  # which is for CPUs
+        with emulated_gpu(emulated_gpu_directory):
+            yield "cpu"
+    else:
+        yield request.param
 
 
 def _values(*shape: int, device: str) -> Tensor:
@@ -109,24 +119,54 @@ class TestCommunicatorOnOneDevice:
         finally:
             dist.destroy_process_group()
 
-    def test_after_warmup_nothing_compiles(self, monkeypatch):
-        monkeypatch.setenv(IMPLEMENTATION_VARIABLE, "triton")
-        kernel = importlib.import_module("fastvideo_comm.kernels.tile_copy").tile_copy
-        shape = (1, 6, 8, 128)
 
-        def num_kernels() -> int:
-            return sum(len(caches[0]) for caches in kernel.device_caches.values())
+@pytest.mark.parametrize("device", [EMULATED, pytest.param(GPU, marks=needs_gpu)], indirect=True)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_after_warmup_nothing_compiles(device, batch):
+    heads, head_dim = 8, 64
+    q, k = (batch, 70, heads, head_dim), (batch, 70, 2, head_dim)
 
-        def job(communicator: DeviceCommunicatorBase) -> tuple[int, int]:
-            communicator.warmup([shape], [torch.bfloat16])
-            before = num_kernels()
-            x = torch.rand(shape, device=communicator.device).bfloat16().requires_grad_()
-            y = communicator.all_to_all_4D(communicator.all_to_all_4D(x), 1, 2)
-            y.square().sum().backward()
-            return before, num_kernels()
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, device=device).bfloat16().requires_grad_()
 
-        for before, after in _run(2, GPU, job):
-            assert 0 < before == after
+    def backward(*outputs: Tensor) -> None:
+        """With gradients as attention makes them, contiguous and not."""
+        for layout in (contiguous, heads_first):
+            grads = [layout(torch.ones_like(output)) for output in outputs]
+            torch.autograd.backward(outputs, grads, retain_graph=True)
+
+    def contiguous(x: Tensor) -> Tensor:
+        return x.contiguous()
+
+    def heads_first(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def job(communicator: DeviceCommunicatorBase) -> tuple[int, int]:
+        communicator.warmup([q, (q, q, q), (q, k, k)], [torch.bfloat16])
+        before = _num_kernels()
+        exchange = communicator.all_to_all_4D
+        for length in (70, 101):
+            fused = random(batch, length, 3 * heads * head_dim)
+            parts = [part.unflatten(-1, (heads, head_dim)) for part in fused.chunk(3, -1)]
+            for layout in (contiguous, heads_first):
+                x = exchange(layout(parts[0]))
+                backward(x, exchange(layout(x), 1, 2))
+            backward(exchange(parts[1], async_op=True).wait())
+            backward(*exchange(parts))
+            backward(*exchange([random(batch, length, h, head_dim) for h in (heads, 2, 2)]))
+            whole = communicator.all_gather(random(batch, length * 64, 16), 1)
+            part = communicator.slice(whole, 1)
+            part.backward(torch.ones_like(part))
+        return before, _num_kernels()
+
+    for before, after in _run(2, device, job):
+        assert 0 < before == after
+
+
+def _num_kernels() -> int:
+    """Specialisations of the kernel that were compiled in this process."""
+    kernel = importlib.import_module("fastvideo_comm.kernels.tile_copy").tile_copy
+    return sum(len(caches[0]) for caches in kernel.device_caches.values())
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

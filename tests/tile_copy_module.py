@@ -47,12 +47,12 @@ def recorded_launches(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> li
     kernel = module.tile_copy
 
     class Recorder:
-        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
             def run(dsts: Any, *arguments: Any, TILES: Any, **options: Any) -> None:  # noqa: N803
                 access_bytes = [
                     dst.dtype.itemsize * tile[0] for dst, tile in zip(dsts, TILES, strict=True)
                 ]
-                recorded.append(Launch(*grid, tuple(access_bytes)))
+                recorded.append(Launch(grid[0], tuple(access_bytes)))
                 kernel[grid](dsts, *arguments, TILES=TILES, **options)
 
             return run
