@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from ptx_machine import Array, Blocks, Program
+from recorded_graph import run_and_record
 from tile_copy_module import imported_tile_copy
 from torch import Tensor
 
@@ -64,14 +65,18 @@ class EmulatedGPU:
                 name: int.from_bytes(ctypes.string_at(parameters[i], size), "little")
                 for i, (name, size) in enumerate(program.parameters)
             }
-            blocks = Blocks(program, values, num_blocks, shared_bytes, *self._here.memory)
-            blocks.run()
+            memory = self._here.memory
+
+            def run() -> None:
+                blocks = Blocks(program, values, num_blocks, shared_bytes, *memory)
+                blocks.run()
+                self.num_launches += 1
+                self.loaded += blocks.loaded
+                self.stored += blocks.stored
+
+            run_and_record(run)
         except BaseException as error:  # must not pass through the C code that calls
             self._here.error = error
-            return
-        self.num_launches += 1
-        self.loaded += blocks.loaded
-        self.stored += blocks.stored
 
     @contextlib.contextmanager
     def copies(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from recorded_graph import run_and_record
 from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWorld
@@ -85,9 +86,8 @@ class ThreadGroup(dist.ProcessGroup):
     def allreduce(self, tensors: Sequence[Tensor], options: Any) -> None:
         (tensor,) = tensors
         reduction = next(f for op, f in _REDUCTIONS.items() if options.reduceOp == op)
-        self._exchange(
-            tensor.clone(), lambda inputs: tensor.copy_(functools.reduce(reduction, inputs))
-        )
+        brings = tensor.clone()
+        self._exchange(brings, lambda inputs: tensor.copy_(functools.reduce(reduction, inputs)))
 
     def gather(
         self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], options: Any
@@ -100,17 +100,21 @@ class ThreadGroup(dist.ProcessGroup):
         self._exchange(inputs[0], receive)
 
     def send(self, tensors: Sequence[Tensor], dst: int, tag: int) -> None:
-        self.meeting.mail[self._rank_, dst].put(tensors[0].clone())
+        run_and_record(lambda: self.meeting.mail[self._rank_, dst].put(tensors[0].clone()))
 
     def recv(self, tensors: Sequence[Tensor], src: int, tag: int) -> None:
-        tensors[0].copy_(self.meeting.mail[src, self._rank_].get(timeout=SECONDS))
+        mail = self.meeting.mail[src, self._rank_]
+        run_and_record(lambda: tensors[0].copy_(mail.get(timeout=SECONDS)))
 
     def _exchange(self, brings: Any, receive: Callable[[list[Any]], Any]) -> None:
-        self.meeting.brought[self._rank_] = brings
-        self.meeting.barrier.wait()
-        with torch.no_grad():
-            receive(list(self.meeting.brought))
-        self.meeting.barrier.wait()
+        def meet() -> None:
+            self.meeting.brought[self._rank_] = brings
+            self.meeting.barrier.wait()
+            with torch.no_grad():
+                receive(list(self.meeting.brought))
+            self.meeting.barrier.wait()
+
+        run_and_record(meet)
 
 
 _here = threading.local()

@@ -7,13 +7,14 @@ it, which a CUDA graph records once and never renews.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from every_op import OPS, SHAPE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -71,36 +72,9 @@ def communicator() -> Iterator[DeviceCommunicatorBase]:
         dist.destroy_process_group()
 
 
-Op = Callable[[DeviceCommunicatorBase, Tensor], Tensor]
-HEADS, ROWS = [3, 0, 4, 5], [6, 2, 0, 3]
-OPS: dict[str, Op] = {
-    "all_to_all_4D heads": lambda c, x: c.all_to_all_4D(x),
-    "all_to_all_4D sequence": lambda c, x: c.all_to_all_4D(x, 1, 2),
-    "all_to_all_4D batch of one": lambda c, x: c.all_to_all_4D(x[:1].mT.contiguous().mT),
-    "all_to_all_4D back, one": lambda c, x: c.all_to_all_4D(x[:1], 1, 2),
-    "all_to_all_4D packed": lambda c, x: c.all_to_all_4D((x, x.half()))[1],
-    "all_to_all_4D grouped": lambda c, x: c.all_to_all_4D((x, x[:, :, :2]))[1],
-    "all_to_all_4D asynchronous": lambda c, x: c.all_to_all_4D(x, async_op=True).wait(),
-    "all_to_all_4D uneven": lambda c, x: c.all_to_all_4D(
-        x, scatter_sizes=HEADS, gather_sizes=[5, 8, 0, 2]
-    ),
-    "all_gather": lambda c, x: c.all_gather(x),
-    "all_gather first": lambda c, x: c.all_gather(x, 0),
-    "all_gather uneven": lambda c, x: c.all_gather(x, 2, gather_sizes=[3, 12, 0, 1]),
-    "all_gather slice": lambda c, x: c.all_gather(x, 1, grad="slice"),
-    "slice": lambda c, x: c.slice(x, 1, scale_grad=True),
-    "slice uneven": lambda c, x: c.slice(x, 2, scatter_sizes=HEADS),
-    "all_reduce sum": lambda c, x: c.all_reduce(x),
-    "all_reduce avg": lambda c, x: c.all_reduce(x, dist.ReduceOp.AVG),
-    "all_reduce max": lambda c, x: c.all_reduce(x, dist.ReduceOp.MAX),
-    "all_reduce product": lambda c, x: c.all_reduce(x, dist.ReduceOp.PRODUCT),
-    "all_reduce identity": lambda c, x: c.all_reduce(x, grad="identity"),
-}
-
-
 @pytest.mark.parametrize("name", OPS)
 def test_no_op_nor_its_derivatives_read_the_device(communicator, name):
-    x = torch.rand(2, 8, 12, 4, device=META, requires_grad=True)
+    x = torch.rand(SHAPE, device=META, requires_grad=True)
     with OnDevice():
         output = OPS[name](communicator, x)
         (grad,) = torch.autograd.grad(output.float().square().sum(), x, create_graph=True)

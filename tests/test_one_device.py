@@ -1,4 +1,4 @@
-"""All ranks as threads on one device, and every op captured there.
+"""All ranks as threads on one device.
 
 The ranks run on the CPU too: what works there is what is run on the GPU. Values are small integers
 in fp64, so that sums are exact in any order.
@@ -16,10 +16,9 @@ import torch.distributed as dist
 from accelerator import DEVICES, EMULATED, GPU, needs_gpu
 from emulated_gpu import emulated_gpu
 from rank_threads import run_ranks
-from test_gpu import random_like
 from torch import Tensor
 
-from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd
+from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.kernels.strided_copy import IMPLEMENTATION_VARIABLE
 from fastvideo_comm.shared_memory import SHARED_MEMORY_VARIABLE
 
@@ -67,57 +66,6 @@ def _forward_and_backward(
     output = op(leaf)
     (grad,) = torch.autograd.grad(output, leaf, grad_output.contiguous())
     return output.detach(), grad
-
-
-class TestCommunicatorOnOneDevice:
-    pytestmark = needs_gpu
-
-    def test_every_op_is_captured_and_replayed(self, tmp_path):
-        """With NCCL at world size 1: the public ops, and the exchanges behind them."""
-        store = dist.FileStore(str(tmp_path / "store"), 1)
-        device = torch.device(GPU, 0)
-        dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
-        try:
-            group = dist.group.WORLD
-            communicator = DeviceCommunicatorBase(group, device, group)
-            communicator.warmup([(1, 6, 4, 128), (2, 6, 4, 128)])
-            x = torch.zeros(2, 6, 4, 128, device=device)
-            strided = torch.zeros(2, 4, 6, 128, device=device).transpose(1, 2)
-
-            def ops() -> list[Tensor]:
-                autograd = DistributedAutograd
-                outputs = [
-                    communicator.all_to_all_4D(x),
-                    communicator.all_gather(x),
-                    communicator.all_reduce(x),
-                ]
-                for input_ in (x, strided, x[:1], strided[:1]):
-                    outputs += [
-                        autograd.AllToAll4D.apply(group, input_, 1, 2, 1),
-                        autograd.AllToAll4D.apply(group, input_, 1, 1, 2),
-                        autograd.AllGather.apply(group, input_, 1, 2),
-                        autograd.ReduceScatter.apply(group, input_, 1, 2),
-                        autograd.AllReduce.apply(group, input_),
-                        autograd.Slice.apply(group, input_, 1, 2, False),
-                    ]
-                return outputs
-
-            expected = [x] * 3 + [
-                each for each in (x, strided, x[:1], strided[:1]) for _ in range(6)
-            ]
-            ops()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                outputs = ops()
-            for _ in range(2):
-                x.copy_(random_like(x))
-                strided.copy_(random_like(strided))
-                graph.replay()
-                for output, input_ in zip(outputs, expected, strict=True):
-                    assert torch.equal(output, input_)
-        finally:
-            dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("device", [EMULATED, pytest.param(GPU, marks=needs_gpu)], indirect=True)
