@@ -35,7 +35,8 @@ _LAUNCHED = ctypes.CFUNCTYPE(
 
 
 class EmulatedGPU:
-    """What ran on it: kernels that were loaded, launches, and the bytes that these read and wrote.
+    """What ran on it: kernels that were loaded, launches, and the bytes that these read and wrote,
+    in how many 32-byte sectors.
 
     A kernel may read the storages of the tensors that it copies from, and write those of the
     tensors that it copies to.
@@ -43,7 +44,7 @@ class EmulatedGPU:
 
     def __init__(self) -> None:
         self.num_kernels = self.num_launches = 0
-        self.loaded = self.stored = 0
+        self.loaded = self.stored = self.sectors = 0
         self._programs: dict[int, Program] = {}
         self._here = threading.local()  # ranks as threads launch at the same time
 
@@ -73,6 +74,7 @@ class EmulatedGPU:
                 self.num_launches += 1
                 self.loaded += blocks.loaded
                 self.stored += blocks.stored
+                self.sectors += blocks.sectors
 
             run_and_record(run)
         except BaseException as error:  # must not pass through the C code that calls

@@ -65,7 +65,8 @@ class Program:
 class Blocks:
     """Blocks of a grid that stand at one instruction: their registers and their shared memory.
 
-    `loaded` and `stored` are the bytes that went from and to global memory.
+    `loaded` and `stored` are the bytes that went from and to global memory; `sectors` are the
+    sectors of 32 bytes that this took, each instruction of each warp by itself.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Blocks:
         self.program = program
         self.readable, self.writable = readable, writable
         self.shape = (num_blocks, program.num_threads)
-        self.loaded = self.stored = 0
+        self.loaded = self.stored = self.sectors = 0
         self.registers: dict[str, Array] = {
             name: _number(value) for name, value in parameters.items()
         }
@@ -110,11 +111,12 @@ class Blocks:
                     part.run(start)
                     self.loaded += part.loaded
                     self.stored += part.stored
+                    self.sectors += part.sectors
                 return
 
     def _part(self, blocks: Array) -> Blocks:
         part = object.__new__(Blocks)
-        part.__dict__.update(self.__dict__, loaded=0, stored=0)
+        part.__dict__.update(self.__dict__, loaded=0, stored=0, sectors=0)
         part.shape = (int(blocks.sum()), self.shape[1])
         part.registers = {
             name: value[blocks] if len(value) == len(blocks) else value
@@ -179,6 +181,11 @@ class Blocks:
         first = self._address(address)[active]
         if (first % np.uint64(itemsize * len(_names(registers)))).any():
             raise MemoryError(f"{name}.{'.'.join(kinds)} at an address that is no multiple of it")
+        if kinds[0] == "global":
+            block, thread = np.nonzero(active)
+            warp = (block * self.shape[1] + thread) // WARP
+            sector = (first >> np.uint64(5)).astype(np.int64)  # 16 aligned bytes lie in one
+            self.sectors += np.unique(sector + (warp << 43)).size  # addresses have 48 bits
         for i, register in enumerate(_names(registers)):
             at = first + np.uint64(i * itemsize)
             if name == "ld":
