@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -153,6 +153,34 @@ class Membership:
             self._channel = None
             del self.cpu_group, self.device_group
 
+    def __repr__(self) -> str:
+        """Whose communicator this is."""
+        state = f" on {self.device}" if self._channel is not None else ", destroyed"
+        return f"<{type(self).__name__}: {self._place()}{state}>"
+
+    def __copy__(self) -> Self:
+        """The communicator itself: a copy of a model exchanges with the same ranks."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """The communicator itself, as for `copy`: a moving average of a model copies it deeply."""
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """A communicator belongs to its process.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"a communicator must stay in the process that made it, got {self!r} to pickle: save "
+            "the state_dict of what holds it, and make another where that is loaded"
+        )
+
+    def _place(self) -> str:
+        where = f"rank {self.rank} of {self.world_size}"
+        return f"{where} in group {self.unique_name!r}" if self.unique_name else where
+
     def _open(self) -> Channel:
         if self._channel is None:
             raise ClosedError("the communicator was destroyed")
@@ -209,9 +237,6 @@ class _Call:
             # The others would wait for this rank's call. That they cannot be told is not the news.
             with contextlib.suppress(CommunicationError):
                 communicator._diagnosis.failed(self._op, error)
-        where = f"rank {communicator.rank} of {communicator.world_size}"
-        if communicator.unique_name:
-            where += f" in group {communicator.unique_name!r}"
         # Not str(error), which torch 2.11 cannot trace.
         text = error.args[0] if error.args else ""
-        raise type(error)(f"{self._op} on {where}: {text}") from None
+        raise type(error)(f"{self._op} on {communicator._place()}: {text}") from None

@@ -58,8 +58,11 @@ def check_tensor(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     # Traced tensors are dense, and in a traced backward `layout` must not be asked for.
-    if not torch.compiler.is_compiling() and value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if not torch.compiler.is_compiling():
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+        if value.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got a nested one")
 
 
 def check_device(name: str, value: Tensor, device: torch.device) -> None:

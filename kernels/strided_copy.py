@@ -148,7 +148,7 @@ def _require_triton(dst: Tensor) -> None:
 
 def _validate(dst: Tensor, src: Tensor) -> None:
     for name, tensor in (("dst", dst), ("src", src)):
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+        if not _is_dense(tensor):
             raise TypeError(f"{name} must be a dense tensor, got {_kind(tensor)}")
     if src.dtype is not dst.dtype:
         raise TypeError(f"src must have dst's dtype {dst.dtype}, got {src.dtype}")
@@ -167,5 +167,11 @@ def _validate(dst: Tensor, src: Tensor) -> None:
         raise ValueError("src must not share memory with dst, got views of the same elements")
 
 
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+
+
 def _kind(value: object) -> str:
-    return str(value.layout) if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "a nested one" if value.is_nested else str(value.layout)

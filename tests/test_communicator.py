@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ import fastvideo_comm
 from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd
 from fastvideo_comm.device_communicators import base_device_communicator
 from fastvideo_comm.errors import ClosedError, CommunicationError
+from fastvideo_comm.kernels import strided_copy_
 
 
 def attributes(communicator: DeviceCommunicatorBase) -> dict[str, Any]:
@@ -251,6 +255,34 @@ def destroyed(communicator: DeviceCommunicatorBase) -> None:
 
 def test_destroy_may_be_repeated_and_use_after_it_is_an_error(ranks: Ranks):
     ranks.run(2, destroyed)
+
+
+def one_of_a_kind(communicator: DeviceCommunicatorBase) -> None:
+    named = DeviceCommunicatorBase(communicator.cpu_group, unique_name="sp")
+    place = f"rank {named.rank} of {named.world_size} in group 'sp'"
+    assert repr(named) == f"<DeviceCommunicatorBase: {place} on cpu>"
+    assert copy.deepcopy({"held": [named]})["held"][0] is copy.copy(named) is named
+    with pytest.raises(TypeError, match=f"must stay in the process .*, got <.*{place} on cpu> to"):
+        pickle.dumps(named)
+    named.destroy()
+    assert repr(named) == f"<DeviceCommunicatorBase: {place}, destroyed>"
+
+
+def test_a_copy_of_a_communicator_is_itself_and_none_is_pickled(ranks: Ranks):
+    ranks.run(2, one_of_a_kind)
+
+
+def nested(communicator: DeviceCommunicatorBase) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nested tensors may change
+        x = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)])
+    for call in (communicator.all_gather, lambda x: strided_copy_(x, x)):
+        with pytest.raises(TypeError, match="must be a dense tensor, got a nested one"):
+            call(x)
+
+
+def test_nested_tensors_are_refused(ranks: Ranks):
+    ranks.run(2, nested)
 
 
 def empty(communicator: DeviceCommunicatorBase) -> None:

@@ -5,6 +5,8 @@ Each test compares with one process that holds the whole batch and the whole seq
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 from fastvideo_comm import DeviceCommunicatorBase
 
@@ -117,6 +121,47 @@ def data_by_sequence(communicator: DeviceCommunicatorBase, wrapper: str) -> None
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2 over two dims"])
 def test_a_step_of_data_by_sequence_parallel_is_that_of_one_process(ranks: Ranks, wrapper: str):
     ranks.run(4, data_by_sequence, wrapper)
+
+
+class Checkpointed(nn.Module):
+    """Keeps no activations of `block`: its exchanges run once more in the backward."""
+
+    def __init__(self, block: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.block, self.options = block, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, x, **self.options)
+
+
+def checkpointed(communicator: DeviceCommunicatorBase, use_reentrant: bool) -> None:
+    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("dp", "sp"))
+    sp = DeviceCommunicatorBase.from_mesh(mesh, "sp")
+    model = DistributedDataParallel(make(sp))
+    blocks = model.module
+    for index, block in enumerate(blocks):
+        blocks[index] = Checkpointed(block, use_reentrant=use_reentrant)
+    step(model, shares(0, 1, sp.rank, 4)[0].requires_grad_(), shares(0, 1, sp.rank, 4)[1])
+    assert_same({name.replace(".block", ""): pair for name, pair in trained(model).items()})
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_step_of_checkpointed_blocks_is_that_of_one_process(ranks: Ranks, use_reentrant: bool):
+    ranks.run(4, checkpointed, use_reentrant)
+
+
+def averaged(communicator: DeviceCommunicatorBase) -> None:
+    model = make(communicator)
+    average = AveragedModel(model)
+    assert average.module[0].ulysses is communicator
+    x, target = shares(0, 1, communicator.rank, 4)
+    step(model, x, target)
+    average.update_parameters(model)  # the first takes the model's parameters
+    assert torch.equal(average(x), model(x))
+
+
+def test_a_moving_average_of_a_model_exchanges_with_the_same_ranks(ranks: Ranks):
+    ranks.run(4, averaged)
 
 
 def ulysses_by_ring(communicator: DeviceCommunicatorBase) -> None:
