@@ -45,7 +45,12 @@ def measure(options: script.Options) -> Report:
                 for repeat in range(repeats):
                     # "warm" reads what the first "cold" run wrote.
                     kept = f"{folder}/{repeat if cache == 'cold' else 0}"
-                    times.append(_in_child(name, options, kept if cache else None))
+                    try:
+                        times.append(_in_child(name, options, kept if cache else None))
+                    except RuntimeError as error:
+                        report.problem(f"first call: {error}")
+                if not times:
+                    continue
                 firsts, seconds = zip(*times, strict=True)
                 for which, samples in (("first", firsts), ("second", seconds)):
                     report.add(

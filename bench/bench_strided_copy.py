@@ -23,7 +23,7 @@ def measure(options: script.Options) -> Report:
     if options.size == "quick":
         shapes = [shape for shape in shapes if shape.heads == 24][:2]
     elif not reduced:
-        middle = [shape for shape in cases.production() if shape.sequence // 75_000 == 1]
+        middle = [shape for shape in cases.production() if shape.sequence // 1000 == 75]
         # B = 2, and q, k and v stacked.
         shapes += [
             cases.Shape(b, m.sequence, m.heads, m.world_size) for m in middle for b in (2, 3)

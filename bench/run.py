@@ -27,8 +27,13 @@ import torch
 HERE = Path(__file__).resolve().parent
 # What `--quick` leaves out, to end in a minute on two cores.
 SLOW = ("bench_compile.py", "bench_first_call.py", "bench_overlap.py")
+# Of processors alone: minutes in which a GPU that is lent would idle.
+CPU_ONLY = ("bench_stateless.py",)
+# The first call is measured last: its processes take long and it matters least.
+ORDER = {"bench_strided_copy.py": -2, "bench_all_to_all.py": -1, "bench_first_call.py": 1}
 # For one script; none comes near it, unless something hangs.
 LIMIT_SECONDS = {"quick": 120, "normal": 900, "full": 7200}
+CUDA_LIMIT_SECONDS = {"quick": 90, "normal": 200, "full": 1200}
 
 
 def main() -> int:
@@ -43,9 +48,16 @@ def main() -> int:
     if result["environment"]["machine"]["busy"]:
         result["problems"].append("a quiet machine: others were using it, so only ratios count")
     failed = []
+    limits = CUDA_LIMIT_SECONDS if device.type == "cuda" else LIMIT_SECONDS
+    out = arguments.out or default_path(result["environment"])
+    out.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for path in sorted(HERE.glob("bench_*.py")):
+        paths = sorted(HERE.glob("bench_*.py"))
+        for path in sorted(paths, key=lambda path: ORDER.get(path.name, 0)):
+            if device.type == "cuda" and path.name in CPU_ONLY:
+                result["problems"].append(f"{path.name}: measured without a GPU")
+                continue
             if arguments.size == "quick" and path.name in SLOW:
                 result["problems"].append(f"{path.name}: not with --quick")
                 continue
@@ -54,7 +66,7 @@ def main() -> int:
             if arguments.size != "normal":
                 command.append(f"--{arguments.size}")
             try:
-                subprocess.run(command, check=True, timeout=LIMIT_SECONDS[arguments.size])
+                subprocess.run(command, check=True, timeout=limits[arguments.size])
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
                 failed.append(path.name)
                 reason = "ran out of time" if hasattr(error, "timeout") else "failed"
@@ -65,10 +77,10 @@ def main() -> int:
             result["rows"] += [{"bench": name, **row} for row in content["rows"]]
             news = [text for text in content["problems"] if text not in result["problems"]]
             result["problems"] += news
+            # What there is so far, should this process be ended before its end.
+            out.write_text(json.dumps(result, indent=1) + "\n")
     result["environment"]["seconds"] = round(time.monotonic() - started)
     result["environment"]["machine"]["load_after"] = round(os.getloadavg()[0], 2)
-    out = arguments.out or default_path(result["environment"])
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     report.write(out)
     print(f"\n{report.short(result)}\n")

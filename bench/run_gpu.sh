@@ -18,9 +18,11 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
 fi
 
 # pytest-timeout may be missing here; its settings in pyproject.toml are then unknown, not wrong.
-"$PYTHON" -m pytest -m gpu -q --durations=5 \
-    -o "addopts=--import-mode=importlib --strict-markers" \
-    -W "ignore:Unknown config option:pytest.PytestConfigWarning"
+# `timeout`: no Python handler ends a hang in NCCL or the driver. Warnings are not errors: the
+# versions of all else that this interpreter brings are not ours.
+timeout -k 10 "${TEST_SECONDS:-240}" "$PYTHON" -m pytest -m gpu -q --durations=5 \
+    -o "addopts=--import-mode=importlib --strict-markers" -o timeout=60 -o faulthandler_timeout=50 \
+    -W default -W "ignore:Unknown config option:pytest.PytestConfigWarning"
 tests=$?
 
 "$PYTHON" bench/run.py --device cuda "$@"

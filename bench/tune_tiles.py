@@ -37,7 +37,12 @@ def main() -> int:
         return 1
     candidates = list(itertools.product(TILE_BYTES, NUM_WARPS))
     shares: dict[tuple[int, int], list[float]] = {candidate: [] for candidate in candidates}
-    shapes = [cases.Shape(1, 75_600, heads, ranks) for heads in HEADS for ranks in (2, 4, 8)]
+    shapes = [
+        cases.Shape(1, 75_600, heads, ranks)
+        for heads in HEADS
+        for ranks in (2, 4, 8)
+        if heads % ranks == 0
+    ]
     with track(shapes, "tiles") as items:
         for shape in items:
             for candidate, share in of_copy(shape, candidates, arguments.seconds).items():
