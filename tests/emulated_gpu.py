@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ptx_machine import Array, Blocks, Program
+from ptx_arithmetic import Array
+from ptx_machine import Blocks, Program
 from recorded_graph import run_and_record
 from tile_copy_module import imported_tile_copy
 from torch import Tensor

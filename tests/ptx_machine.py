@@ -11,14 +11,13 @@ Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution
 
 from __future__ import annotations
 
-import operator
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+from ptx_arithmetic import OPERATIONS, Array, number
 
-Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 # The address of the first byte, and the bytes.
 Memory: TypeAlias = Sequence[tuple[int, Array]]
 
@@ -83,11 +82,11 @@ class Blocks:
         self.shape = (num_blocks, program.num_threads)
         self.loaded = self.stored = self.sectors = 0
         self.registers: dict[str, Array] = {
-            name: _number(value) for name, value in parameters.items()
+            name: number(value) for name, value in parameters.items()
         }
         self.registers["%ctaid.x"] = np.arange(num_blocks, dtype=np.uint64)[:, None]
         self.registers["%tid.x"] = np.arange(program.num_threads, dtype=np.uint64)[None, :]
-        self.registers["global_smem"] = _number(0)
+        self.registers["global_smem"] = number(0)
         self.shared = np.zeros((num_blocks, shared_bytes), np.uint8)
         # The warp that wrote a byte of shared memory since the last barrier.
         self.writer = np.full(self.shared.shape, -1)
@@ -133,11 +132,11 @@ class Blocks:
             self._move_matrices(instruction)
         elif name in ("ld", "st") and kinds[0] != "param":
             self._access(instruction)
-        elif name not in _OPERATIONS or guard:
+        elif name not in OPERATIONS or guard:
             raise NotImplementedError(f"{guard} {name}.{'.'.join(kinds)}")
         else:
             values = [self._read(operand) for operand in operands[1:]]
-            self._write(operands[0], _OPERATIONS[name](kinds, *values))
+            self._write(operands[0], OPERATIONS[name](kinds, *values))
 
     def _active(self, guard: str) -> Array:
         if not guard:
@@ -149,12 +148,10 @@ class Blocks:
         return self.program.widths[register.rstrip("0123456789")]
 
     def _read(self, operand: str) -> Array:
-        value, shift = _number(0), 0
+        value, shift = number(0), 0
         for name in _names(operand):  # the first of several is the lowest
             part = (
-                self.registers[name]
-                if name in self.registers
-                else _number(int(name.rstrip("U"), 0))
+                self.registers[name] if name in self.registers else number(int(name.rstrip("U"), 0))
             )
             value = value | part << np.uint64(shift)
             shift += self._width(name) if operand.startswith("{") else 0
@@ -169,7 +166,7 @@ class Blocks:
 
     def _address(self, operand: str) -> Array:
         base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")
-        address = self.registers[base] + _number(int(offset or "0", 0))
+        address = self.registers[base] + number(int(offset or "0", 0))
         return np.broadcast_to(address, self.shape)
 
     def _access(self, instruction: Instruction) -> None:
@@ -189,7 +186,7 @@ class Blocks:
         for i, register in enumerate(_names(registers)):
             at = first + np.uint64(i * itemsize)
             if name == "ld":
-                before = self.registers.get(register, _number(0))
+                before = self.registers.get(register, number(0))
                 value = np.broadcast_to(before, self.shape).copy()
                 value[active] = self._load(kinds[0], at, itemsize, active)
                 self.registers[register] = value
@@ -258,15 +255,13 @@ def _names(operand: str) -> list[str]:
     return [name.strip() for name in operand.strip("{}[] ").split(",")]
 
 
-def _number(number: int) -> Array:
-    return np.array([[number % 2**64]], dtype=np.uint64)
-
-
 def _places(memory: Memory, at: Array, itemsize: int) -> list[tuple[Array, Array, Array]]:
     """For each range of `memory` that is accessed: by which accesses, its units, and which."""
     places = []
     outside = np.ones(at.shape, dtype=bool)
     for start, data in memory:
+        if start % 16:
+            raise NotImplementedError(f"memory that begins at {start:#x}, no multiple of 16")
         inside = (at >= start) & (at + np.uint64(itemsize) <= start + data.size) & outside
         if inside.any():
             outside &= ~inside
@@ -278,87 +273,3 @@ def _places(memory: Memory, at: Array, itemsize: int) -> list[tuple[Array, Array
         ranges = [f"{start:#x} + {data.size}" for start, data in memory]
         raise MemoryError(f"{itemsize} bytes at {at[outside][0]:#x} are in none of {ranges}")
     return places
-
-
-def _typed(kind: str, value: Array) -> Array:
-    """The number that these bits are as `s32`, `u64`, ..: 64 bits wide."""
-    narrow = value.astype(f"u{int(kind[1:]) // 8}")
-    if kind[0] == "s":
-        return narrow.view(narrow.dtype.str.replace("u", "i")).astype(np.int64)
-    return narrow.astype(np.uint64)
-
-
-def _product(kinds: list[str], a: Array, b: Array) -> Array:
-    if kinds[0] == "wide":
-        a, b = (_typed(kinds[1], each).astype(np.uint64) for each in (a, b))
-    return a * b
-
-
-def _quotient(kinds: list[str], a: Array, b: Array) -> Array:
-    a, b = (_typed(kinds[0], each) for each in (a, b))
-    if (a < 0).any() or (b <= 0).any():
-        raise NotImplementedError("a division of negative numbers or by 0")
-    return a // b
-
-
-def _shifted_right(kinds: list[str], a: Array, b: Array) -> Array:
-    a = _typed(kinds[0].replace("b", "u"), a)
-    return a >> np.minimum(b, np.uint64(63)).astype(a.dtype)
-
-
-def _funnel_shifted(kinds: list[str], low: Array, high: Array, amount: Array) -> Array:
-    """`shf.l`: the upper half of 64 bits shifted to the left."""
-    both = (low | high << np.uint64(32)) << (amount & np.uint64(31))
-    if kinds[0] != "l":
-        raise NotImplementedError("shf.r")
-    return both >> np.uint64(32)
-
-
-def _bit_field(kinds: list[str], a: Array, start: Array, length: Array) -> Array:
-    field = (a >> start) & ((np.uint64(1) << length) - np.uint64(1))
-    if kinds[0] == "s32":
-        sign = np.uint64(1) << (length - np.uint64(1))
-        field = (field ^ sign) - sign
-    return field
-
-
-def _permuted_bytes(kinds: list[str], a: Array, b: Array, selector: Array) -> Array:
-    both, result = a | b << np.uint64(32), _number(0)
-    for i in range(4):
-        choice = (selector >> np.uint64(4 * i)) & np.uint64(15)
-        if (choice > 7).any():
-            raise NotImplementedError("prmt that copies a sign")
-        byte = (both >> (choice * np.uint64(8))) & np.uint64(255)
-        result = result | byte << np.uint64(8 * i)
-    return result
-
-
-def _compared(kinds: list[str], a: Array, b: Array) -> Array:
-    kind = kinds[1].replace("b", "u")
-    return getattr(operator, kinds[0])(_typed(kind, a), _typed(kind, b))
-
-
-_OPERATIONS: dict[str, Callable[..., Array]] = {
-    "mov": lambda kinds, a: a,
-    "ld": lambda kinds, a: a,  # a parameter
-    "cvt": lambda kinds, a: _typed(kinds[1], a),
-    "neg": lambda kinds, a: _number(0) - a,
-    "not": lambda kinds, a: ~a,
-    "add": lambda kinds, a, b: a + b,
-    "sub": lambda kinds, a, b: a - b,
-    "mul": _product,
-    "mad": lambda kinds, a, b, c: _product(kinds, a, b) + c,
-    "div": _quotient,
-    "rem": lambda kinds, a, b: a - _quotient(kinds, a, b).astype(np.uint64) * b,
-    "min": lambda kinds, a, b: np.minimum(_typed(kinds[0], a), _typed(kinds[0], b)),
-    "and": lambda kinds, a, b: a & b,
-    "or": lambda kinds, a, b: a | b,
-    "xor": lambda kinds, a, b: a ^ b,
-    "shl": lambda kinds, a, b: np.where(b < 64, a << np.minimum(b, np.uint64(63)), np.uint64(0)),
-    "shr": _shifted_right,
-    "shf": _funnel_shifted,
-    "bfe": _bit_field,
-    "prmt": _permuted_bytes,
-    "selp": lambda kinds, a, b, p: np.where(p != 0, a, b),
-    "setp": _compared,
-}
