@@ -17,7 +17,7 @@ from .forward_only import ForwardOnly
 from .handle import AsyncHandle
 from .layout import Share
 from .validation import Sizes
-from .warm_up import other_collectives, there_and_back
+from .warm_up import checked_calls, other_collectives, there_and_back
 
 
 class DeviceCommunicatorBase(Differentiable, ForwardOnly):
@@ -379,13 +379,14 @@ class DeviceCommunicatorBase(Differentiable, ForwardOnly):
             dtypes: of the tensors.
 
         Raises:
-            ValueError: a shape that `all_to_all_4D` does not take.
+            ValueError: a shape that is not 4 sizes.
+            TypeError: one shape instead of several of them, or one dtype.
         """
-        dtypes = tuple(dtypes)
-        for shape in shapes:
-            for dtype in dtypes:
-                for heads_first in (False, True):
-                    there_and_back(self, shape, dtype, heads_first=heads_first)
+        with self._named("warmup"):
+            calls = checked_calls(shapes, dtypes)
+        for call in calls:
+            for heads_first in (False, True):
+                there_and_back(self, call, heads_first=heads_first)
         other_collectives(self)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize(self.device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,37 +19,60 @@ if TYPE_CHECKING:
 NUM_ELEMENTS = 2**17
 
 
-def there_and_back(
-    communicator: DeviceCommunicatorBase,
-    shape: Sequence[int] | Sequence[Sequence[int]],
-    dtype: torch.dtype,
-    *,
-    heads_first: bool,
-) -> None:
+class Call(NamedTuple):
+    """One exchange: the shapes of its tensors, their dtype, and whether they come as a sequence."""
+
+    shapes: Sequence[Sequence[int]]
+    dtype: torch.dtype
+    packed: bool
+
+
+def checked_calls(
+    shapes: Iterable[Sequence[int] | Sequence[Sequence[int]]], dtypes: Iterable[torch.dtype]
+) -> list[Call]:
+    """A call for each entry of `shapes` and each dtype.
+
+    Raises:
+        ValueError: a shape that is not 4 sizes.
+        TypeError: one shape instead of several of them, or one dtype.
+    """
+    if isinstance(dtypes, torch.dtype):
+        raise TypeError(f"dtypes must be several torch.dtype, such as [{dtypes}], got {dtypes}")
+    dtypes = list(dtypes)
+    calls = []
+    for entry in shapes:
+        if not isinstance(entry, Sequence):
+            raise TypeError(f"shapes must be several [B, s, H, D], got {entry!r} for one of them")
+        packed = bool(entry) and isinstance(entry[0], Sequence)
+        of_call = cast("Sequence[Sequence[int]]", entry if packed else [entry])
+        for shape in of_call:
+            if len(shape) != 4 or not all(isinstance(n, int) and n >= 0 for n in shape):
+                raise ValueError(f"shapes must be 4 sizes [B, s, H, D] each, got {tuple(shape)}")
+        calls += [Call(of_call, dtype, packed) for dtype in dtypes]
+    return calls
+
+
+def there_and_back(communicator: DeviceCommunicatorBase, call: Call, *, heads_first: bool) -> None:
     """Heads for sequence, of one tensor or several; the first of them back; and both backward."""
 
     def zeros(shape: Sequence[int]) -> Tensor:
-        if heads_first and len(shape) == 4:
-            batch, sequence, heads, head_dim = shape
-            x = torch.zeros(
-                (batch, heads, sequence, head_dim), dtype=dtype, device=communicator.device
-            ).transpose(1, 2)
-        else:
-            x = torch.zeros(tuple(shape), dtype=dtype, device=communicator.device)
-        return x.requires_grad_(dtype.is_floating_point)
+        batch, sequence, heads, head_dim = shape
+        stored = (batch, heads, sequence, head_dim) if heads_first else tuple(shape)
+        x = torch.zeros(stored, dtype=call.dtype, device=communicator.device)
+        x = x.transpose(1, 2) if heads_first else x
+        return x.requires_grad_(call.dtype.is_floating_point)
 
     def backward(outputs: Sequence[Tensor]) -> None:
         if outputs[0].requires_grad:
             torch.autograd.backward(outputs, [zeros(output.shape).detach() for output in outputs])
 
-    packed = bool(shape) and isinstance(shape[0], Sequence)
-    shapes = cast(Sequence[Sequence[int]], shape if packed else [shape])
-    xs = [zeros(each) for each in shapes]
-    ranks, heads = communicator.world_size, [x.shape[2] for x in xs if x.dim() == 4]
+    ranks = communicator.world_size
+    xs = [zeros(shape) for shape in call.shapes]
     # Fewer heads than ranks go to several of them where others are there to use them.
-    uneven = any(each % ranks and (not packed or not each or ranks % each) for each in heads)
+    heads = [x.shape[2] for x in xs]
+    uneven = any(each % ranks and (not call.packed or ranks % each) for each in heads)
     sizes: Sizes = "auto" if uneven else None
-    if packed:
+    if call.packed:
         outputs = communicator.all_to_all_4D(xs, scatter_sizes=sizes)
     else:
         outputs = (communicator.all_to_all_4D(xs[0], scatter_sizes=sizes),)

@@ -319,8 +319,15 @@ def warm(communicator: DeviceCommunicatorBase) -> None:
     fresh.warmup(
         [(1, 2, 3, 4), (1, 2, 1, 4), [(2, 3, 5, 8), (1, 4, 0, 2)], [(1, 2, 4, 3), (1, 2, 1, 3)]]
     )
-    with pytest.raises(ValueError, match=r"must have 4 dims .*, got shape \[2, 3, 4\]"):
-        fresh.warmup([[(2, 3, 4)]])
+    bad: list[tuple[Any, Any, type[Exception], str]] = [
+        ([[(2, 3, 4)]], [torch.half], ValueError, r"must be 4 sizes .* each, got \(2, 3, 4\)$"),
+        ([(1, 2, 4, -8)], [torch.half], ValueError, r"each, got \(1, 2, 4, -8\)$"),
+        ((1, 2, 4, 8), [torch.half], TypeError, r"several \[B, s, H, D\], got 1 for one of them$"),
+        ([(1, 2, 4, 8)], torch.half, TypeError, r"^warmup on rank .* such as \[torch.float16\]"),
+    ]
+    for shapes, dtypes, error, words in bad:
+        with pytest.raises(error, match=words):
+            fresh.warmup(shapes, dtypes)
 
 
 def test_after_warmup_a_step_allocates_no_wire_buffer(ranks: Ranks):
