@@ -60,7 +60,8 @@ def there_and_back(communicator: DeviceCommunicatorBase, call: Call, *, heads_fi
         stored = (batch, heads, sequence, head_dim) if heads_first else tuple(shape)
         x = torch.zeros(stored, dtype=call.dtype, device=communicator.device)
         x = x.transpose(1, 2) if heads_first else x
-        return x.requires_grad_(call.dtype.is_floating_point)
+        # torch cannot add fp8, which the gradients of shared heads would need.
+        return x.requires_grad_(call.dtype.is_floating_point and call.dtype.itemsize > 1)
 
     def backward(outputs: Sequence[Tensor]) -> None:
         if outputs[0].requires_grad:

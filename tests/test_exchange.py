@@ -328,6 +328,7 @@ def warm(communicator: DeviceCommunicatorBase) -> None:
     for shapes, dtypes, error, words in bad:
         with pytest.raises(error, match=words):
             fresh.warmup(shapes, dtypes)
+    fresh.warmup([[(1, 5, 6, 2), (1, 5, 1, 2)]], [torch.float8_e4m3fn, torch.complex64])
 
 
 def test_after_warmup_a_step_allocates_no_wire_buffer(ranks: Ranks):
