@@ -2,7 +2,7 @@
 
 Everything but the device is real: Triton's just-in-time path (specialisation, caches, ptxas), its
 launcher in C with the arguments as it packs them, and the compiled code. Beneath it is a libcuda of
-a few functions (stub_cuda.c), and the code's PTX runs in ptx_machine.py.
+a few functions (emulated_driver.c), and the code's PTX runs in ptx_machine.py.
 """
 
 from __future__ import annotations
@@ -109,10 +109,10 @@ def emulated_gpu(directory: Path, capability: int = 90) -> Iterator[EmulatedGPU]
         pytest.skip("a GPU is here, and its driver where the emulated one would be")
     triton = pytest.importorskip("triton", reason="the kernel needs triton")
     driver = pytest.importorskip("triton.backends.nvidia.driver")
-    stub = _stub(directory, Path(driver.__file__).parent / "include")
+    library = _emulated_driver(directory, Path(driver.__file__).parent / "include")
     gpu = EmulatedGPU()
     launched = _LAUNCHED(gpu.launch)  # lives as long as it may be called
-    stub.set_launched(launched)
+    library.set_launched(launched)
     with (
         triton.knobs.nvidia.scope(),
         triton.knobs.cache.scope(),
@@ -143,13 +143,13 @@ def emulated_gpu(directory: Path, capability: int = 90) -> Iterator[EmulatedGPU]
         yield gpu
 
 
-def _stub(directory: Path, include: Path) -> ctypes.CDLL:
+def _emulated_driver(directory: Path, include: Path) -> ctypes.CDLL:
     library = directory / "libcuda.so.1"
     if not library.exists():
         compiler = shutil.which("gcc") or shutil.which("cc")
         if compiler is None:
             pytest.skip("Triton's launcher needs a C compiler, and none is here")
         options = ["-shared", "-fPIC", f"-I{include}", "-Wl,-soname,libcuda.so.1"]
-        source = Path(__file__).with_name("stub_cuda.c")
+        source = Path(__file__).with_name("emulated_driver.c")
         subprocess.run([compiler, *options, "-o", str(library), str(source)], check=True)
     return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)

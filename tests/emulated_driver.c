@@ -45,7 +45,7 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
 }
 
 CUresult cuGetErrorString(CUresult error, const char **text) {
-  *text = "the stub does not know this";
+  *text = "not known to the emulated driver";
   return CUDA_SUCCESS;
 }
 
