@@ -215,12 +215,21 @@ def test_a_failed_join_leaves_nothing_behind():
 
 
 def listening_addresses(port):
-    """Return the addresses on which anybody listens at this port, as the kernel lists them."""
+    """Return the addresses on which this process listens at this port, as the kernel lists them.
+
+    Another process may have the same port of another address: ranks of other tests have many.
+    """
+    own = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            own.add(os.readlink(f"/proc/self/fd/{number}"))
     found = set()
     for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
-            address, number = line.split()[1].split(":")
-            if int(number, 16) == port and line.split()[3] == "0A":
+            fields = line.split()
+            address, number = fields[1].split(":")
+            is_own = f"socket:[{fields[9]}]" in own
+            if is_own and int(number, 16) == port and fields[3] == "0A":
                 words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
                 found.add(socket.inet_ntop(family, b"".join(words)))
     return found
