@@ -20,7 +20,7 @@ from peers import Bound, FirstOfThree, one_call_each
 from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase
-from fastvideo_comm.shared_memory import SHARED_MEMORY_VARIABLE
+from fastvideo_comm.collective.shared_memory import SHARED_MEMORY_VARIABLE
 
 SOCKETS = "fastvideo_comm, sockets"
 OURS, FLOOR, EXCHANGE, COPY = "fastvideo_comm", "floor", "bare exchange", "contiguous copy"

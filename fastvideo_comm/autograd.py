@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import collectives, validation
-from .channel import Channel, Group
-from .exchange import (
+from .collective import messages as collectives
+from .collective import validation
+from .collective.exchange import (
     HEADS_TO_SEQUENCE,
     SEQUENCE_TO_HEADS,
     Exchange,
@@ -28,7 +28,8 @@ from .exchange import (
     exchange_one,
     start,
 )
-from .layout import Share
+from .collective.group import Channel, Group
+from .collective.layout import Share
 
 
 class DistributedAutograd:

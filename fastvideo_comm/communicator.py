@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from . import validation
 from .autograd import DistributedAutograd
+from .collective import validation
+from .collective.exchange import Exchange
+from .collective.layout import Share
+from .collective.validation import Sizes
 from .differentiable import Differentiable
-from .exchange import Exchange
 from .forward_only import ForwardOnly
 from .handle import AsyncHandle
-from .layout import Share
-from .validation import Sizes
 from .warm_up import checked_calls, other_collectives, there_and_back
 
 

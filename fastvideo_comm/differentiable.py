@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import collectives, validation
 from .autograd import DistributedAutograd, Flight, exchange_tensors
-from .channel import Channel
-from .exchange import Exchange
+from .collective import messages as collectives
+from .collective import validation
+from .collective.exchange import Exchange
+from .collective.group import Channel
+from .collective.layout import Share
 from .handle import AsyncHandle
-from .layout import Share
 from .membership import Membership
 
 

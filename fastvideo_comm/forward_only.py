@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import collectives, validation
+from .collective import messages as collectives
+from .collective import validation
 from .membership import Membership
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from .channel import Channel
+from .collective.group import Channel
 from .diagnosis import Diagnosis, Validate
 from .errors import ClosedError, CommunicationError
 from .profiling import OpStats, Stats, span

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .collective.layout import message_view, near_even_sizes
 from .kernels import strided_copy_
-from .layout import message_view
 from .stateless import StatelessProcessGroup
 
 __all__ = [
@@ -57,28 +57,6 @@ def divide(numerator: int, denominator: int) -> int:
     """
     ensure_divisibility(numerator, denominator)
     return numerator // denominator
-
-
-def near_even_sizes(size: int, num_parts: int) -> list[int]:
-    """The sizes of `num_parts` parts that differ by at most 1, the longer ones first.
-
-    What `torch.tensor_split` makes of a dim; every rank computes the same, so it can be passed as
-    `scatter_sizes` or `gather_sizes`.
-
-    Example:
-        >>> near_even_sizes(10, 4)
-        [3, 3, 2, 2]
-
-    Raises:
-        ValueError: `size` is negative or `num_parts` is less than 1.
-    """
-    if size < 0:
-        raise ValueError(f"size must not be negative, got {size}")
-    if num_parts < 1:
-        raise ValueError(f"num_parts must be at least 1, got {num_parts}")
-    # Not divmod: torch.compile does not trace it for a size that may change.
-    shorter, longer_parts = size // num_parts, size % num_parts
-    return [shorter + 1 if part < longer_parts else shorter for part in range(num_parts)]
 
 
 def split_tensor_along_last_dim(

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .utils import near_even_sizes
+from .collective.layout import near_even_sizes
 
 if TYPE_CHECKING:
+    from .collective.validation import Sizes
     from .communicator import DeviceCommunicatorBase
-    from .validation import Sizes
 
 # As many elements of float32 as take the way of large tensors on two ranks and more: the copies of
 # long runs are one kernel, whatever their length.

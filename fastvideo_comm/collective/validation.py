@@ -1,0 +1,327 @@
+"""What every op asks of its arguments, checked before anything is sent.
+
+Each function raises the small fact, `<argument> must <rule>, got <value>`, and returns the
+arguments in their normal form; the communicator adds op, group and rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .layout import Share, near_even_sizes
+
+if TYPE_CHECKING:
+    from .group import Group
+
+# c10d's constants are of the inner type, and compare equal to the outer.
+# Every rank's size of a dim, for all tensors or for each; "auto": found out.
+Sizes: TypeAlias = "Sequence[int] | Sequence[Sequence[int] | None] | Literal['auto'] | None"
+
+ReduceOp: TypeAlias = dist.ReduceOp | dist.ReduceOp.RedOpType
+
+REDUCE_OPS: dict[str, ReduceOp] = {
+    "sum": dist.ReduceOp.SUM,
+    "avg": dist.ReduceOp.AVG,
+    "product": dist.ReduceOp.PRODUCT,
+    "min": dist.ReduceOp.MIN,
+    "max": dist.ReduceOp.MAX,
+    "band": dist.ReduceOp.BAND,
+    "bor": dist.ReduceOp.BOR,
+    "bxor": dist.ReduceOp.BXOR,
+}
+_BITWISE = ("band", "bor", "bxor")
+# What gloo and NCCL both reduce.
+_REDUCIBLE = frozenset(
+    {
+        torch.uint8,
+        torch.int8,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    }
+)
+
+
+def check_tensor(name: str, value: Tensor) -> None:
+    """A dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    # Traced tensors are dense, and in a traced backward `layout` must not be asked for.
+    if not torch.compiler.is_compiling():
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+        if value.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got a nested one")
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    """A tensor on the communicator's device; a device without an index means any of its type."""
+    if value.device.type != device.type or (
+        device.index is not None and value.device.index != device.index
+    ):
+        raise ValueError(f"{name} must be on the communicator's {device}, got {value.device}")
+
+
+def check_world_size(group: Group, world_size: int) -> None:
+    """The caller's world size is the group's."""
+    if group.size() != world_size:
+        raise ValueError(f"world_size must be the group's {group.size()}, got {world_size}")
+
+
+def check_int(name: str, value: int) -> None:
+    """An int, and not a bool."""
+    if type(value) is not int and (not isinstance(value, int) or isinstance(value, bool)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def normal_dim(input_: Tensor, dim: int) -> int:
+    """`dim` counted from the front."""
+    check_int("dim", dim)
+    if input_.dim() == 0:
+        raise ValueError("input_ must have at least 1 dim, got a 0-d tensor")
+    if not -input_.dim() <= dim < input_.dim():
+        raise ValueError(
+            f"dim must be in [{-input_.dim()}, {input_.dim() - 1}] "
+            f"for input_ of shape {list(input_.shape)}, got {dim}"
+        )
+    return dim % input_.dim()
+
+
+def check_divisible(input_: Tensor, name: str, dim: int, world_size: int, remedy: str = "") -> None:
+    """World size divides the size at `dim`."""
+    if input_.shape[dim] % world_size:
+        raise ValueError(
+            f"input_ must have a size at {name}={dim} that world_size={world_size} divides, "
+            f"got {input_.shape[dim]} of shape {list(input_.shape)}{remedy}"
+        )
+
+
+def all_to_all_4D_dims(input_: Tensor, scatter_dim: int, gather_dim: int) -> tuple[int, int]:
+    """A 4-d tensor, and heads against sequence; the dims counted from the front."""
+    check_tensor("input_", input_)
+    check_int("scatter_dim", scatter_dim)
+    check_int("gather_dim", gather_dim)
+    if input_.dim() != 4:
+        raise ValueError(f"input_ must have 4 dims [B, S, H, D], got shape {list(input_.shape)}")
+    dims = (
+        scatter_dim + 4 if scatter_dim < 0 else scatter_dim,
+        gather_dim + 4 if gather_dim < 0 else gather_dim,
+    )
+    if dims not in ((2, 1), (1, 2)):
+        raise ValueError(
+            f"(scatter_dim, gather_dim) must be (2, 1) or (1, 2), got {(scatter_dim, gather_dim)}"
+        )
+    return dims
+
+
+def all_to_all_4D(
+    input_: Tensor, world_size: int, scatter_dim: int, gather_dim: int
+) -> tuple[int, int]:
+    """`all_to_all_4D_dims`, and a size that the ranks can share evenly."""
+    dims = all_to_all_4D_dims(input_, scatter_dim, gather_dim)
+    check_divisible(
+        input_, "scatter_dim", dims[0], world_size, "; scatter_sizes= shares it unevenly"
+    )
+    return dims
+
+
+def tensors(input_: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """One tensor or at least one, as a tuple."""
+    if isinstance(input_, Tensor):
+        return (input_,)
+    if not isinstance(input_, list | tuple):
+        raise TypeError(f"input_ must be a tensor or several, got {type(input_).__name__}")
+    if not input_:
+        raise ValueError("input_ must hold at least one tensor, got an empty sequence")
+    return tuple(input_)
+
+
+def exchange_shares(
+    inputs: tuple[Tensor, ...],
+    dims: tuple[int, int],
+    sizes: tuple[Sizes, Sizes],
+    rank_and_world_size: tuple[int, int],
+    *,
+    packed: bool,
+    sizes_of_all_ranks: Callable[[list[int]], list[list[int]]],
+) -> tuple[tuple[Share, ...], tuple[Share, ...]]:
+    """For each tensor how its scatter dim and its gather dim are shared, from checked arguments."""
+    rank, world_size = rank_and_world_size
+    normal = [all_to_all_4D_dims(input_, *dims) for input_ in inputs]
+    scatter_dim, gather_dim = normal[0]
+    scatter_sizes = _sizes_of_each("scatter_sizes", sizes[0], len(inputs))
+    scatter = tuple(
+        scatter_share(input_, scatter_dim, of_each, world_size, packed=packed)
+        for input_, of_each in zip(inputs, scatter_sizes, strict=True)
+    )
+    gather_sizes = _sizes_of_each("gather_sizes", sizes[1], len(inputs))
+    if "auto" in gather_sizes:
+        gather_sizes = [*sizes_of_all_ranks([input_.shape[gather_dim] for input_ in inputs])]
+    gather = tuple(
+        gather_share(input_, gather_dim, of_each, rank, world_size)
+        for input_, of_each in zip(inputs, gather_sizes, strict=True)
+    )
+    return scatter, gather
+
+
+def _sizes_of_each(name: str, sizes: Sizes, num_tensors: int) -> list[Any]:
+    """One entry for each tensor: None, "auto", or every rank's size."""
+    if isinstance(sizes, str) and sizes != "auto":
+        raise ValueError(f"{name} must be None, 'auto' or sizes, got {sizes!r}")
+    if sizes is None or isinstance(sizes, str) or all(isinstance(size, int) for size in sizes):
+        return [sizes] * num_tensors
+    if len(sizes) != num_tensors:
+        raise ValueError(f"{name} must hold sizes for {num_tensors} tensors, got {len(sizes)}")
+    return list(sizes)
+
+
+def share(name: str, dim: int, sizes: Sequence[int], world_size: int) -> Share:
+    """A size of at least 0 for every rank; equal ones are an even share."""
+    sizes = tuple(sizes)
+    for size in sizes:
+        check_int(f"every entry of {name}", size)
+    if len(sizes) != world_size or any(size < 0 for size in sizes):
+        raise ValueError(
+            f"{name} must hold world_size={world_size} sizes of at least 0, got {list(sizes)}"
+        )
+    # Not `set`: what is hashed becomes a constant of a compiled graph.
+    return Share(dim, sizes if any(size != sizes[0] for size in sizes) else None)
+
+
+def scatter_share(input_: Tensor, dim: int, sizes: Any, world_size: int, *, packed: bool) -> Share:
+    """How `dim` of a tensor is dealt out; among several tensors, scarce heads are replicated."""
+    size = input_.shape[dim]
+    if sizes is not None:
+        return _given_scatter_share(input_, "scatter_dim", dim, sizes, world_size)
+    if packed and dim == 2 and 0 < size < world_size and world_size % size == 0:
+        return Share(dim, None, world_size // size)
+    check_divisible(input_, "scatter_dim", dim, world_size, "; scatter_sizes= shares it unevenly")
+    return Share(dim)
+
+
+def _given_scatter_share(input_: Tensor, name: str, dim: int, sizes: Any, world_size: int) -> Share:
+    """Sizes that add up to that of `dim`, which errors call `name`; or near even ones."""
+    size = input_.shape[dim]
+    if sizes == "auto":
+        return share("scatter_sizes", dim, near_even_sizes(size, world_size), world_size)
+    if sum(sizes) != size:
+        raise ValueError(
+            f"scatter_sizes must add up to the {size} at {name}={dim} of shape "
+            f"{list(input_.shape)}, got {list(sizes)}"
+        )
+    return share("scatter_sizes", dim, sizes, world_size)
+
+
+def gather_share(
+    input_: Tensor,
+    dim: int,
+    sizes: Sequence[int] | None,
+    rank: int,
+    world_size: int,
+    name: str = "gather_dim",
+) -> Share:
+    """What every rank has of the dim that comes together, which errors call `name`."""
+    if sizes is None:
+        return Share(dim)
+    result = share("gather_sizes", dim, sizes, world_size)
+    if sizes[rank] != input_.shape[dim]:
+        raise ValueError(
+            f"gather_sizes must hold the {input_.shape[dim]} at {name}={dim} of shape "
+            f"{list(input_.shape)} for rank {rank}, got {list(sizes)}"
+        )
+    return result
+
+
+def all_gather(input_: Tensor, dim: int | Share) -> Share:
+    """Any tensor with at least one dim; a share is taken as it is."""
+    check_tensor("input_", input_)
+    return dim if isinstance(dim, Share) else Share(normal_dim(input_, dim))
+
+
+def all_gather_sizes(
+    input_: Tensor,
+    dim: int,
+    sizes: Sizes,
+    rank_and_world_size: tuple[int, int],
+    *,
+    sizes_of_all_ranks: Callable[[list[int]], list[list[int]]],
+) -> Share:
+    """`all_gather`, and what every rank has of `dim`."""
+    dim = all_gather(input_, dim).dim
+    (of_each,) = _sizes_of_each("gather_sizes", sizes, 1)
+    if of_each == "auto":
+        (of_each,) = sizes_of_all_ranks([input_.shape[dim]])
+    return gather_share(input_, dim, of_each, *rank_and_world_size, "dim")
+
+
+def parts(input_: Tensor, world_size: int, dim: int | Share, remedy: str = "") -> Share:
+    """A tensor whose `dim` holds a part for every rank; a share is taken as it is."""
+    result = all_gather(input_, dim)
+    if result.sizes is None:
+        check_divisible(input_, "dim", result.dim, world_size, remedy)
+    return result
+
+
+def slice_(input_: Tensor, world_size: int, dim: int | Share) -> Share:
+    """`parts`, for a caller who can say what the parts are."""
+    return parts(input_, world_size, dim, "; scatter_sizes= shares it unevenly")
+
+
+def slice_sizes(input_: Tensor, dim: int, sizes: Sizes, world_size: int) -> Share:
+    """`slice_`, and what every rank gets of `dim`."""
+    dim = all_gather(input_, dim).dim
+    (of_each,) = _sizes_of_each("scatter_sizes", sizes, 1)
+    if of_each is None:
+        return slice_(input_, world_size, dim)
+    return _given_scatter_share(input_, "dim", dim, of_each, world_size)
+
+
+def all_reduce(input_: Tensor, op: ReduceOp | None) -> str:
+    """A dtype that can be reduced by `op`; returns the name of `op`."""
+    check_tensor("input_", input_)
+    op = dist.ReduceOp.SUM if op is None else op
+    # By identity first: torch 2.11's tracer cannot compare c10d's constants.
+    name = next((name for name, known in REDUCE_OPS.items() if op is known), None)
+    if name is None:
+        name = next((name for name, known in REDUCE_OPS.items() if op == known), None)
+    if name is None:
+        raise ValueError(f"op must be one of ReduceOp.{', '.join(REDUCE_OPS).upper()}, got {op}")
+    if input_.dtype not in _REDUCIBLE:
+        raise TypeError(
+            f"input_ must have a dtype that backends reduce, got {input_.dtype}; "
+            "convert it before and after"
+        )
+    if input_.is_complex() and name not in ("sum", "avg"):
+        raise TypeError(f"op must be SUM or AVG for {input_.dtype}, got {name.upper()}")
+    if name == "avg" and not (input_.is_floating_point() or input_.is_complex()):
+        raise TypeError(f"op must not be AVG for {input_.dtype}, got AVG")
+    if name in _BITWISE and (input_.is_floating_point() or input_.is_complex()):
+        raise TypeError(f"op must not be bitwise for {input_.dtype}, got {name.upper()}")
+    return name
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """One of a few words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def peer(name: str, value: int, rank: int, world_size: int, *, others_only: bool) -> None:
+    """A rank of the group; for send and recv another than this one."""
+    check_int(name, value)
+    if not 0 <= value < world_size:
+        raise ValueError(
+            f"{name} must be a rank of the group in [0, {world_size - 1}], got {value}"
+        )
+    if others_only and value == rank:
+        raise ValueError(f"{name} must be another rank than this one, got {value}")
