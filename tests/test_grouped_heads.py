@@ -15,7 +15,7 @@ from test_collectives import GROUPS, same
 from test_exchange import finish, sizes_of
 
 from fastvideo_comm import DeviceCommunicatorBase
-from fastvideo_comm.grouped_heads import form_groups, grouped_shares
+from fastvideo_comm.grouped_heads import grouped_shares
 from fastvideo_comm.layout import Share
 
 
