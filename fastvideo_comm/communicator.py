@@ -127,7 +127,8 @@ class DeviceCommunicatorBase(Differentiable, ForwardOnly):
                 `scatter_sizes` says what each rank gets.
             gather_dim: the dim that comes together from the ranks, in rank order.
             scatter_sizes: every rank's part of `scatter_dim`, the same list on all ranks; one list
-                for all tensors or one for each. "auto": as even as can be (`near_even_sizes`).
+                for all tensors or one for each. "auto": as even as can be (`near_even_sizes`); the
+                heads of several tensors so that every rank has the key heads of its query heads.
             gather_sizes: what every rank has of `gather_dim`, where it is not the same for all.
                 "auto": asked of the ranks, in one small collective more.
             async_op: returns at once a handle, whose `wait()` gives the result; until then the

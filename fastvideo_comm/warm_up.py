@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .collective.grouped_heads import form_groups
 from .collective.layout import near_even_sizes
 
 if TYPE_CHECKING:
@@ -72,15 +73,17 @@ def there_and_back(communicator: DeviceCommunicatorBase, call: Call, *, heads_fi
     # Fewer heads than ranks go to several of them where others are there to use them.
     heads = [x.shape[2] for x in xs]
     uneven = any(each % ranks and (not call.packed or ranks % each) for each in heads)
-    sizes: Sizes = "auto" if uneven else None
+    sizes: Sizes = None
+    if uneven:
+        sizes = "auto" if form_groups(heads) else [near_even_sizes(each, ranks) for each in heads]
     if call.packed:
         outputs = communicator.all_to_all_4D(xs, scatter_sizes=sizes)
     else:
         outputs = (communicator.all_to_all_4D(xs[0], scatter_sizes=sizes),)
     backward(outputs)
     attended = zeros(outputs[0].shape)
-    gather_sizes = near_even_sizes(heads[0], ranks) if uneven else None
-    backward([communicator.all_to_all_4D(attended, 1, 2, gather_sizes=gather_sizes)])
+    gathered: Sizes = "auto" if uneven else None
+    backward([communicator.all_to_all_4D(attended, 1, 2, gather_sizes=gathered)])
 
 
 def other_collectives(communicator: DeviceCommunicatorBase) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .grouped_heads import HEADS_DIM, form_groups, grouped_shares
 from .layout import Share, near_even_sizes
 
 if TYPE_CHECKING:
@@ -159,11 +160,7 @@ def exchange_shares(
     rank, world_size = rank_and_world_size
     normal = [all_to_all_4D_dims(input_, *dims) for input_ in inputs]
     scatter_dim, gather_dim = normal[0]
-    scatter_sizes = _sizes_of_each("scatter_sizes", sizes[0], len(inputs))
-    scatter = tuple(
-        scatter_share(input_, scatter_dim, of_each, world_size, packed=packed)
-        for input_, of_each in zip(inputs, scatter_sizes, strict=True)
-    )
+    scatter = _scatter_shares(inputs, scatter_dim, sizes[0], world_size, packed=packed)
     gather_sizes = _sizes_of_each("gather_sizes", sizes[1], len(inputs))
     if "auto" in gather_sizes:
         gather_sizes = [*sizes_of_all_ranks([input_.shape[gather_dim] for input_ in inputs])]
@@ -172,6 +169,30 @@ def exchange_shares(
         for input_, of_each in zip(inputs, gather_sizes, strict=True)
     )
     return scatter, gather
+
+
+def _scatter_shares(
+    inputs: tuple[Tensor, ...], dim: int, sizes: Sizes, world_size: int, *, packed: bool
+) -> tuple[Share, ...]:
+    """How `dim` of each tensor is dealt out; "auto" keeps heads and their key heads together."""
+    of_each = _sizes_of_each("scatter_sizes", sizes, len(inputs))
+    remedy = "; scatter_sizes= shares it unevenly"
+    if dim == HEADS_DIM:
+        auto = [index for index, each in enumerate(of_each) if each == "auto"]
+        heads = [inputs[index].shape[dim] for index in auto]
+        if not form_groups(heads):
+            raise ValueError(
+                "input_ must have head counts that are multiples of the smallest for "
+                f"scatter_sizes='auto', got {heads}; scatter_sizes= takes sizes for each tensor"
+            )
+        for index, grouped in zip(auto, grouped_shares(heads, world_size), strict=True):
+            of_each[index] = grouped
+        if len(inputs) > 1 and form_groups([input_.shape[dim] for input_ in inputs]):
+            remedy = "; scatter_sizes='auto' gives every rank the key heads of its query heads"
+    return tuple(
+        scatter_share(input_, dim, each, world_size, packed=packed, remedy=remedy)
+        for input_, each in zip(inputs, of_each, strict=True)
+    )
 
 
 def _sizes_of_each(name: str, sizes: Sizes, num_tensors: int) -> list[Any]:
@@ -198,14 +219,21 @@ def share(name: str, dim: int, sizes: Sequence[int], world_size: int) -> Share:
     return Share(dim, sizes if any(size != sizes[0] for size in sizes) else None)
 
 
-def scatter_share(input_: Tensor, dim: int, sizes: Any, world_size: int, *, packed: bool) -> Share:
-    """How `dim` of a tensor is dealt out; among several tensors, scarce heads are replicated."""
+def scatter_share(
+    input_: Tensor, dim: int, sizes: Any, world_size: int, *, packed: bool, remedy: str
+) -> Share:
+    """How `dim` of a tensor is dealt out; a share is taken as it is.
+
+    Among several tensors, scarce heads are replicated.
+    """
+    if isinstance(sizes, Share):
+        return sizes
     size = input_.shape[dim]
     if sizes is not None:
         return _given_scatter_share(input_, "scatter_dim", dim, sizes, world_size)
-    if packed and dim == 2 and 0 < size < world_size and world_size % size == 0:
+    if packed and dim == HEADS_DIM and 0 < size < world_size and world_size % size == 0:
         return Share(dim, None, world_size // size)
-    check_divisible(input_, "scatter_dim", dim, world_size, "; scatter_sizes= shares it unevenly")
+    check_divisible(input_, "scatter_dim", dim, world_size, remedy)
     return Share(dim)
 
 

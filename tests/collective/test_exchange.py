@@ -319,6 +319,7 @@ def warm(communicator: DeviceCommunicatorBase) -> None:
     fresh.warmup(
         [(1, 2, 3, 4), (1, 2, 1, 4), [(2, 3, 5, 8), (1, 4, 0, 2)], [(1, 2, 4, 3), (1, 2, 1, 3)]]
     )
+    fresh.warmup([[(1, 2, 9, 4), (1, 2, 3, 4)], [(1, 2, 5, 4), (1, 2, 3, 4)]])  # grouped, and not
     bad: list[tuple[Any, Any, type[Exception], str]] = [
         ([[(2, 3, 4)]], [torch.half], ValueError, r"must be 4 sizes .* each, got \(2, 3, 4\)$"),
         ([(1, 2, 4, -8)], [torch.half], ValueError, r"each, got \(1, 2, 4, -8\)$"),
