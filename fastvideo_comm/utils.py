@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .collective.layout import message_view, near_even_sizes
-from .kernels import strided_copy_
+from .kernels import contiguous_copy
 from .stateless import StatelessProcessGroup
 
 __all__ = [
@@ -91,8 +91,6 @@ def split_tensor_along_last_dim(
     chunks = message_view(tensor, -1, num_partitions, 0)
     if not contiguous_split_chunks:
         return chunks.unbind(0)
-    if torch.compiler.is_compiling():
-        return chunks.clone(memory_format=torch.contiguous_format).unbind(0)
     split: tuple[Tensor, ...] = _SplitContiguous.apply(tensor, num_partitions)
     return split
 
@@ -103,7 +101,7 @@ class _SplitContiguous(torch.autograd.Function):
     @staticmethod
     def forward(tensor: Tensor, num_partitions: int) -> tuple[Tensor, ...]:
         chunks = message_view(tensor, -1, num_partitions, 0)
-        return strided_copy_(chunks.new_empty(chunks.shape), chunks).unbind(0)
+        return contiguous_copy(chunks).unbind(0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

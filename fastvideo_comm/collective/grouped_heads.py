@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .layout import Share, near_even_sizes
+from .layout import Split, near_even_sizes
 
 HEADS_DIM = 2
 
@@ -32,7 +32,7 @@ def form_groups(heads: Sequence[int]) -> bool:
     return not any(each % key_heads for each in heads)
 
 
-def grouped_shares(heads: Sequence[int], world_size: int) -> list[Share]:
+def grouped_splits(heads: Sequence[int], world_size: int) -> list[Split]:
     """How each of several tensors of one attention is shared; `form_groups` holds for their heads.
 
     The smallest count is K, the number of groups. Where there are more ranks than groups, and their
@@ -40,10 +40,10 @@ def grouped_shares(heads: Sequence[int], world_size: int) -> list[Share]:
     its key head. Else each group is on one rank, and the ranks without a group have no heads.
 
     Example:
-        >>> [share.sizes for share in grouped_shares([12, 4, 4], 3)]
+        >>> [share.sizes for share in grouped_splits([12, 4, 4], 3)]
         [(6, 3, 3), (2, 1, 1), (2, 1, 1)]
-        >>> grouped_shares([6, 2], 4)
-        [Share(dim=2, sizes=(2, 1, 2, 1), holders=1), Share(dim=2, sizes=None, holders=2)]
+        >>> grouped_splits([6, 2], 4)
+        [Split(dim=2, sizes=(2, 1, 2, 1), replicas=1), Split(dim=2, sizes=None, replicas=2)]
 
     Args:
         heads: the number of heads of each tensor; 0 for a tensor without any.
@@ -59,7 +59,7 @@ def grouped_shares(heads: Sequence[int], world_size: int) -> list[Share]:
     for each in heads:
         group = each // key_heads
         if replicas > 1 and group == 1:
-            shares.append(Share(HEADS_DIM, None, replicas))
+            shares.append(Split(HEADS_DIM, None, replicas))
             continue
         if replicas > 1:
             sizes = near_even_sizes(group, replicas) * key_heads
@@ -67,7 +67,7 @@ def grouped_shares(heads: Sequence[int], world_size: int) -> list[Share]:
             sizes = [groups * group for groups in near_even_sizes(key_heads, world_size)]
         # Not `set`: what is hashed becomes a constant of a compiled graph.
         uneven = any(size != sizes[0] for size in sizes)
-        shares.append(Share(HEADS_DIM, tuple(sizes) if uneven else None))
+        shares.append(Split(HEADS_DIM, tuple(sizes) if uneven else None))
     return shares
 
 

@@ -103,35 +103,46 @@ def padded_pairs(
     return pairs
 
 
-class Share(NamedTuple):
+class Split(NamedTuple):
     """How one dim of a tensor is dealt out to the ranks.
 
     Attributes:
         dim: the dim.
         sizes: rank r's size of it; None means the same for all.
-        holders: how many ranks hold each entry. More than 1 for the key and value heads of
+        replicas: how many ranks hold each entry. More than 1 for the key and value heads of
             grouped-query attention where there are fewer heads than ranks: rank r's part is the one
-            entry `r // holders`.
+            entry `r // replicas`.
     """
 
     dim: int
     sizes: tuple[int, ...] | None = None
-    holders: int = 1
+    replicas: int = 1
+
+    def moved(self, num_dims: int) -> Split:
+        """The same of a tensor with so many dims more in front."""
+        return self._replace(dim=self.dim + num_dims)
 
     def part(self, size: int, rank: int, world_size: int) -> int:
         """Rank r's size, of a dim with `size` in all."""
-        return size * self.holders // world_size if self.sizes is None else self.sizes[rank]
+        return size * self.replicas // world_size if self.sizes is None else self.sizes[rank]
 
     def whole(self, size: int, world_size: int) -> int:
         """The size in all, where this rank's is `size`."""
-        return size * world_size // self.holders if self.sizes is None else sum(self.sizes)
+        return size * world_size // self.replicas if self.sizes is None else sum(self.sizes)
+
+    def own(self, tensor: Tensor, rank: int, world_size: int) -> Tensor:
+        """Rank r's part of a tensor: a view."""
+        if self.sizes is None:
+            return message_view(tensor, self.dim, world_size, 0)[rank]
+        part: Tensor = tensor.split(self.sizes, self.dim)[rank]
+        return part
 
     def views(self, tensor: Tensor, world_size: int) -> list[Tensor]:
         """The messages in `tensor`, in rank order: views `[B, ..]`, one or one for each rank."""
         if self.sizes is not None:
             return list(tensor.split(self.sizes, self.dim))
-        if self.holders > 1:
-            return [replicated_view(tensor, self.dim, self.holders)]
+        if self.replicas > 1:
+            return [replicated_view(tensor, self.dim, self.replicas)]
         return [message_view(tensor, self.dim, world_size, 1)]
 
     def counts(self, tensor: Tensor, world_size: int) -> list[int]:
@@ -141,8 +152,34 @@ class Share(NamedTuple):
         return [others * self.part(size, rank, world_size) for rank in range(world_size)]
 
 
-def replicated_view(tensor: Tensor, dim: int, holders: int) -> Tensor:
-    """Every entry of `dim` as the message for each of its holders: `b s H d -> b H r s 1 d`.
+class Splits(NamedTuple):
+    """What `all_to_all_4D` trades of each tensor: the dim dealt out, the dim that comes together.
+
+    Attributes:
+        scatter: for each tensor how its scatter dim is dealt out.
+        gather: for each tensor how its gather dim comes together.
+    """
+
+    scatter: tuple[Split, ...]
+    gather: tuple[Split, ...]
+
+    def reverse(self) -> Splits:
+        """The exchange that undoes this one; with replicated heads, its adjoint."""
+        return Splits(self.gather, self.scatter)
+
+    @staticmethod
+    def output_shape(
+        shape: Sequence[int], scatter: Split, gather: Split, rank: int, world_size: int
+    ) -> list[int]:
+        """The shape of one tensor behind the exchange."""
+        result = list(shape)
+        result[scatter.dim] = scatter.part(shape[scatter.dim], rank, world_size)
+        result[gather.dim] = gather.whole(shape[gather.dim], world_size)
+        return result
+
+
+def replicated_view(tensor: Tensor, dim: int, replicas: int) -> Tensor:
+    """Every entry of `dim` as the message for each of its replicas: `b s H d -> b H r s 1 d`.
 
     Nothing is repeated in memory; the new axis has stride 0. H and r together are the ranks.
 
@@ -152,7 +189,7 @@ def replicated_view(tensor: Tensor, dim: int, holders: int) -> Tensor:
         torch.Size([1, 2, 3, 5, 1, 8])
     """
     entries = tensor.movedim(dim, 1).unsqueeze(dim + 1)
-    return entries.unsqueeze(2).expand(-1, -1, holders, *[-1] * (tensor.dim() - 1))
+    return entries.unsqueeze(2).expand(-1, -1, replicas, *[-1] * (tensor.dim() - 1))
 
 
 def near_even_sizes(size: int, num_parts: int) -> list[int]:

@@ -6,63 +6,42 @@ arguments in their normal form; the communicator adds op, group and rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .grouped_heads import HEADS_DIM, form_groups, grouped_shares
-from .layout import Share, near_even_sizes
+from ..reduce_ops import REDUCE_OPS, ReduceOp, reduce_op_name
+from .group import AnyGroup
+from .grouped_heads import HEADS_DIM, form_groups, grouped_splits
+from .layout import Split, Splits, near_even_sizes
+from .wire import REDUCED
 
-if TYPE_CHECKING:
-    from .group import Group
-
-# c10d's constants are of the inner type, and compare equal to the outer.
-# Every rank's size of a dim, for all tensors or for each; "auto": found out.
+# Every rank's size of a dim, for all tensors or one list for each; "auto": found out.
 Sizes: TypeAlias = "Sequence[int] | Sequence[Sequence[int] | None] | Literal['auto'] | None"
 
-ReduceOp: TypeAlias = dist.ReduceOp | dist.ReduceOp.RedOpType
-
-REDUCE_OPS: dict[str, ReduceOp] = {
-    "sum": dist.ReduceOp.SUM,
-    "avg": dist.ReduceOp.AVG,
-    "product": dist.ReduceOp.PRODUCT,
-    "min": dist.ReduceOp.MIN,
-    "max": dist.ReduceOp.MAX,
-    "band": dist.ReduceOp.BAND,
-    "bor": dist.ReduceOp.BOR,
-    "bxor": dist.ReduceOp.BXOR,
-}
 _BITWISE = ("band", "bor", "bxor")
-# What gloo and NCCL both reduce.
-_REDUCIBLE = frozenset(
-    {
-        torch.uint8,
-        torch.int8,
-        torch.int32,
-        torch.int64,
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-        torch.complex64,
-        torch.complex128,
-    }
-)
 
 
 def check_tensor(name: str, value: Tensor) -> None:
-    """A dense tensor."""
+    """A dense tensor that is all here."""
+    if value is None:
+        raise TypeError(
+            f"{name} must be a tensor, got None; a parameter that the loss does not depend on has "
+            "no gradient: give zeros on every rank, or skip it on every rank"
+        )
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    # Traced tensors are dense, and in a traced backward `layout` must not be asked for.
-    if not torch.compiler.is_compiling():
-        if value.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
-        if value.is_nested:
-            raise TypeError(f"{name} must be a dense tensor, got a nested one")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one")
+    if hasattr(value, "to_local"):  # of torch.distributed.tensor, which takes long to import
+        raise TypeError(
+            f"{name} must be this rank's own tensor, got a {type(value).__name__}: give its "
+            "to_local()"
+        )
 
 
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
@@ -73,7 +52,7 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on the communicator's {device}, got {value.device}")
 
 
-def check_world_size(group: Group, world_size: int) -> None:
+def check_world_size(group: AnyGroup, world_size: int) -> None:
     """The caller's world size is the group's."""
     if group.size() != world_size:
         raise ValueError(f"world_size must be the group's {group.size()}, got {world_size}")
@@ -125,15 +104,20 @@ def all_to_all_4D_dims(input_: Tensor, scatter_dim: int, gather_dim: int) -> tup
     return dims
 
 
-def all_to_all_4D(
-    input_: Tensor, world_size: int, scatter_dim: int, gather_dim: int
-) -> tuple[int, int]:
+# The exchange of one tensor that is shared evenly.
+_EVEN = {
+    (2, 1): Splits((Split(2),), (Split(1),)),
+    (1, 2): Splits((Split(1),), (Split(2),)),
+}
+
+
+def all_to_all_4D(input_: Tensor, world_size: int, scatter_dim: int, gather_dim: int) -> Splits:
     """`all_to_all_4D_dims`, and a size that the ranks can share evenly."""
     dims = all_to_all_4D_dims(input_, scatter_dim, gather_dim)
     check_divisible(
         input_, "scatter_dim", dims[0], world_size, "; scatter_sizes= shares it unevenly"
     )
-    return dims
+    return _EVEN[dims]
 
 
 def tensors(input_: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -147,35 +131,11 @@ def tensors(input_: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(input_)
 
 
-def exchange_shares(
-    inputs: tuple[Tensor, ...],
-    dims: tuple[int, int],
-    sizes: tuple[Sizes, Sizes],
-    rank_and_world_size: tuple[int, int],
-    *,
-    packed: bool,
-    sizes_of_all_ranks: Callable[[list[int]], list[list[int]]],
-) -> tuple[tuple[Share, ...], tuple[Share, ...]]:
-    """For each tensor how its scatter dim and its gather dim are shared, from checked arguments."""
-    rank, world_size = rank_and_world_size
-    normal = [all_to_all_4D_dims(input_, *dims) for input_ in inputs]
-    scatter_dim, gather_dim = normal[0]
-    scatter = _scatter_shares(inputs, scatter_dim, sizes[0], world_size, packed=packed)
-    gather_sizes = _sizes_of_each("gather_sizes", sizes[1], len(inputs))
-    if "auto" in gather_sizes:
-        gather_sizes = [*sizes_of_all_ranks([input_.shape[gather_dim] for input_ in inputs])]
-    gather = tuple(
-        gather_share(input_, gather_dim, of_each, rank, world_size)
-        for input_, of_each in zip(inputs, gather_sizes, strict=True)
-    )
-    return scatter, gather
-
-
-def _scatter_shares(
+def scatter_splits(
     inputs: tuple[Tensor, ...], dim: int, sizes: Sizes, world_size: int, *, packed: bool
-) -> tuple[Share, ...]:
+) -> tuple[Split, ...]:
     """How `dim` of each tensor is dealt out; "auto" keeps heads and their key heads together."""
-    of_each = _sizes_of_each("scatter_sizes", sizes, len(inputs))
+    of_each = sizes_of_each("scatter_sizes", sizes, len(inputs))
     remedy = "; scatter_sizes= shares it unevenly"
     if dim == HEADS_DIM:
         auto = [index for index, each in enumerate(of_each) if each == "auto"]
@@ -185,20 +145,34 @@ def _scatter_shares(
                 "input_ must have head counts that are multiples of the smallest for "
                 f"scatter_sizes='auto', got {heads}; scatter_sizes= takes sizes for each tensor"
             )
-        for index, grouped in zip(auto, grouped_shares(heads, world_size), strict=True):
+        for index, grouped in zip(auto, grouped_splits(heads, world_size), strict=True):
             of_each[index] = grouped
         if len(inputs) > 1 and form_groups([input_.shape[dim] for input_ in inputs]):
             remedy = "; scatter_sizes='auto' gives every rank the key heads of its query heads"
     return tuple(
-        scatter_share(input_, dim, each, world_size, packed=packed, remedy=remedy)
+        scatter_split(input_, dim, each, world_size, packed=packed, remedy=remedy)
         for input_, each in zip(inputs, of_each, strict=True)
     )
 
 
-def _sizes_of_each(name: str, sizes: Sizes, num_tensors: int) -> list[Any]:
+def gather_splits(
+    inputs: tuple[Tensor, ...], dim: int, of_each: Sequence[Any], rank: int, world_size: int
+) -> tuple[Split, ...]:
+    """How `dim` of each tensor comes together, from every rank's sizes of it."""
+    return tuple(
+        gather_split(input_, dim, sizes, rank, world_size)
+        for input_, sizes in zip(inputs, of_each, strict=True)
+    )
+
+
+def sizes_of_each(name: str, sizes: Sizes, num_tensors: int) -> list[Any]:
     """One entry for each tensor: None, "auto", or every rank's size."""
     if isinstance(sizes, str) and sizes != "auto":
         raise ValueError(f"{name} must be None, 'auto' or sizes, got {sizes!r}")
+    if isinstance(sizes, Tensor):
+        raise TypeError(
+            f"{name} must be None, 'auto' or a list of ints, got a tensor: give .tolist()"
+        )
     if sizes is None or isinstance(sizes, str) or all(isinstance(size, int) for size in sizes):
         return [sizes] * num_tensors
     if len(sizes) != num_tensors:
@@ -206,8 +180,8 @@ def _sizes_of_each(name: str, sizes: Sizes, num_tensors: int) -> list[Any]:
     return list(sizes)
 
 
-def share(name: str, dim: int, sizes: Sequence[int], world_size: int) -> Share:
-    """A size of at least 0 for every rank; equal ones are an even share."""
+def uneven_split(name: str, dim: int, sizes: Sequence[int], world_size: int) -> Split:
+    """A size of at least 0 for every rank; equal ones are an even split."""
     sizes = tuple(sizes)
     for size in sizes:
         check_int(f"every entry of {name}", size)
@@ -216,52 +190,52 @@ def share(name: str, dim: int, sizes: Sequence[int], world_size: int) -> Share:
             f"{name} must hold world_size={world_size} sizes of at least 0, got {list(sizes)}"
         )
     # Not `set`: what is hashed becomes a constant of a compiled graph.
-    return Share(dim, sizes if any(size != sizes[0] for size in sizes) else None)
+    return Split(dim, sizes if any(size != sizes[0] for size in sizes) else None)
 
 
-def scatter_share(
+def scatter_split(
     input_: Tensor, dim: int, sizes: Any, world_size: int, *, packed: bool, remedy: str
-) -> Share:
-    """How `dim` of a tensor is dealt out; a share is taken as it is.
+) -> Split:
+    """How `dim` of a tensor is dealt out; a split is taken as it is.
 
     Among several tensors, scarce heads are replicated.
     """
-    if isinstance(sizes, Share):
+    if isinstance(sizes, Split):
         return sizes
     size = input_.shape[dim]
     if sizes is not None:
-        return _given_scatter_share(input_, "scatter_dim", dim, sizes, world_size)
+        return _given_scatter_split(input_, "scatter_dim", dim, sizes, world_size)
     if packed and dim == HEADS_DIM and 0 < size < world_size and world_size % size == 0:
-        return Share(dim, None, world_size // size)
+        return Split(dim, None, world_size // size)
     check_divisible(input_, "scatter_dim", dim, world_size, remedy)
-    return Share(dim)
+    return Split(dim)
 
 
-def _given_scatter_share(input_: Tensor, name: str, dim: int, sizes: Any, world_size: int) -> Share:
+def _given_scatter_split(input_: Tensor, name: str, dim: int, sizes: Any, world_size: int) -> Split:
     """Sizes that add up to that of `dim`, which errors call `name`; or near even ones."""
     size = input_.shape[dim]
     if sizes == "auto":
-        return share("scatter_sizes", dim, near_even_sizes(size, world_size), world_size)
+        return uneven_split("scatter_sizes", dim, near_even_sizes(size, world_size), world_size)
     if sum(sizes) != size:
         raise ValueError(
             f"scatter_sizes must add up to the {size} at {name}={dim} of shape "
             f"{list(input_.shape)}, got {list(sizes)}"
         )
-    return share("scatter_sizes", dim, sizes, world_size)
+    return uneven_split("scatter_sizes", dim, sizes, world_size)
 
 
-def gather_share(
+def gather_split(
     input_: Tensor,
     dim: int,
     sizes: Sequence[int] | None,
     rank: int,
     world_size: int,
     name: str = "gather_dim",
-) -> Share:
+) -> Split:
     """What every rank has of the dim that comes together, which errors call `name`."""
     if sizes is None:
-        return Share(dim)
-    result = share("gather_sizes", dim, sizes, world_size)
+        return Split(dim)
+    result = uneven_split("gather_sizes", dim, sizes, world_size)
     if sizes[rank] != input_.shape[dim]:
         raise ValueError(
             f"gather_sizes must hold the {input_.shape[dim]} at {name}={dim} of shape "
@@ -270,61 +244,47 @@ def gather_share(
     return result
 
 
-def all_gather(input_: Tensor, dim: int | Share) -> Share:
-    """Any tensor with at least one dim; a share is taken as it is."""
+def all_gather(input_: Tensor, dim: int) -> Split:
+    """Any tensor with at least one dim."""
     check_tensor("input_", input_)
-    return dim if isinstance(dim, Share) else Share(normal_dim(input_, dim))
+    return Split(normal_dim(input_, dim))
 
 
 def all_gather_sizes(
-    input_: Tensor,
-    dim: int,
-    sizes: Sizes,
-    rank_and_world_size: tuple[int, int],
-    *,
-    sizes_of_all_ranks: Callable[[list[int]], list[list[int]]],
-) -> Share:
+    input_: Tensor, dim: int, sizes: Sequence[int] | None, rank: int, world_size: int
+) -> Split:
     """`all_gather`, and what every rank has of `dim`."""
-    dim = all_gather(input_, dim).dim
-    (of_each,) = _sizes_of_each("gather_sizes", sizes, 1)
-    if of_each == "auto":
-        (of_each,) = sizes_of_all_ranks([input_.shape[dim]])
-    return gather_share(input_, dim, of_each, *rank_and_world_size, "dim")
+    return gather_split(input_, normal_dim(input_, dim), sizes, rank, world_size, "dim")
 
 
-def parts(input_: Tensor, world_size: int, dim: int | Share, remedy: str = "") -> Share:
-    """A tensor whose `dim` holds a part for every rank; a share is taken as it is."""
+def parts(input_: Tensor, world_size: int, dim: int, remedy: str = "") -> Split:
+    """A tensor whose `dim` holds a part for every rank."""
     result = all_gather(input_, dim)
-    if result.sizes is None:
-        check_divisible(input_, "dim", result.dim, world_size, remedy)
+    check_divisible(input_, "dim", result.dim, world_size, remedy)
     return result
 
 
-def slice_(input_: Tensor, world_size: int, dim: int | Share) -> Share:
+def slice_(input_: Tensor, world_size: int, dim: int) -> Split:
     """`parts`, for a caller who can say what the parts are."""
     return parts(input_, world_size, dim, "; scatter_sizes= shares it unevenly")
 
 
-def slice_sizes(input_: Tensor, dim: int, sizes: Sizes, world_size: int) -> Share:
+def slice_sizes(input_: Tensor, dim: int, sizes: Sizes, world_size: int) -> Split:
     """`slice_`, and what every rank gets of `dim`."""
     dim = all_gather(input_, dim).dim
-    (of_each,) = _sizes_of_each("scatter_sizes", sizes, 1)
+    (of_each,) = sizes_of_each("scatter_sizes", sizes, 1)
     if of_each is None:
         return slice_(input_, world_size, dim)
-    return _given_scatter_share(input_, "dim", dim, of_each, world_size)
+    return _given_scatter_split(input_, "dim", dim, of_each, world_size)
 
 
 def all_reduce(input_: Tensor, op: ReduceOp | None) -> str:
     """A dtype that can be reduced by `op`; returns the name of `op`."""
     check_tensor("input_", input_)
-    op = dist.ReduceOp.SUM if op is None else op
-    # By identity first: torch 2.11's tracer cannot compare c10d's constants.
-    name = next((name for name, known in REDUCE_OPS.items() if op is known), None)
-    if name is None:
-        name = next((name for name, known in REDUCE_OPS.items() if op == known), None)
+    name = reduce_op_name(op)
     if name is None:
         raise ValueError(f"op must be one of ReduceOp.{', '.join(REDUCE_OPS).upper()}, got {op}")
-    if input_.dtype not in _REDUCIBLE:
+    if input_.dtype not in REDUCED:
         raise TypeError(
             f"input_ must have a dtype that backends reduce, got {input_.dtype}; "
             "convert it before and after"

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ClosedError, CollectiveError, CommunicationTimeoutError, PeerLostError
+from ..errors import ClosedError, CommunicationTimeoutError, MismatchError, PeerLostError, where
 from .board import AbsentError, Board, group_timeout
 from .record import Record, describe, dtype_text, shape_text, table
 
@@ -37,10 +37,6 @@ _MODES = ("auto", "always", "off")
 _FIRST_CALLS = 8
 # What the store may take beyond the timeout before it counts as unreachable.
 _STORE_GRACE_SECONDS = 1.0
-
-
-class MismatchError(CollectiveError):
-    """The ranks asked for different things; raised on each of them, nothing was sent."""
 
 
 def is_due(number: int) -> bool:
@@ -145,7 +141,10 @@ class Diagnosis:
             ClosedError: the communicator was destroyed; the other ranks are told.
         """
         if self._closed:
-            error = ClosedError("the communicator was destroyed before a backward that needs it")
+            error = ClosedError(
+                f"{self._where(f'{op} backward')}: the communicator was destroyed before a "
+                "backward that needs it"
+            )
             self.failed(f"{op} backward", error)
             raise error
         if self._board is None or not self._counted():
@@ -178,7 +177,7 @@ class Diagnosis:
             PeerLostError: the other rank is dead.
             CommunicationTimeoutError: the other rank did not arrive in time.
         """
-        if torch.compiler.is_compiling() or self._board is None:
+        if self._board is None:
             return
         number = self._pair_numbers.get(peer, 0)
         self._pair_numbers[peer] = number + 1
@@ -196,7 +195,7 @@ class Diagnosis:
 
     def compares_next(self) -> bool:
         """Whether the ranks compare the next collective; its arguments must be known good then."""
-        if torch.compiler.is_compiling() or self._board is None:
+        if self._board is None:
             return False
         return self.validate == "always" or is_due(self._number)
 
@@ -216,8 +215,7 @@ class Diagnosis:
     def _counted(self) -> bool:
         """Takes the next number; whether the call with it is compared."""
         compared = self.compares_next()
-        if not torch.compiler.is_compiling():
-            self._number += 1
+        self._number += 1
         return compared
 
     def _compare(self, board: Board, record: Record, call: str, ranks: Sequence[int]) -> None:
@@ -278,5 +276,4 @@ class Diagnosis:
         return result
 
     def _where(self, op: str) -> str:
-        group = f" in group {self._name!r}" if self._name else ""
-        return f"{op} on rank {self._rank} of {self._size}{group}"
+        return where(op, self._rank, self._size, self._name)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..collective.validation import REDUCE_OPS
+from ..reduce_ops import reduce_op_name
 
 _COLUMNS = ("op", "shape", "dtype", "strides", "arguments", "requires_grad")
 
@@ -171,7 +171,4 @@ def _word(argument: Any, num_dims: int) -> str:
     """Negative dims as they are counted from the front, reduce ops by their names."""
     if isinstance(argument, int) and not isinstance(argument, bool):
         return str(argument + num_dims if -num_dims <= argument < 0 else argument)
-    names = (name for name, op in REDUCE_OPS.items() if type(argument) is type(op))
-    if next(names, None) is not None:
-        return next(name for name, op in REDUCE_OPS.items() if op == argument)
-    return "sum" if argument is None else str(argument)
+    return reduce_op_name(argument) or str(argument)

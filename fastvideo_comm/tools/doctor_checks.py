@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from .. import __version__
-from ..collective.shared_memory import SHARED_MEMORY_VARIABLE
+from ..collective.route import MEMORY_VARIABLE
 from ..kernels.strided_copy import _IMPLEMENTATIONS, IMPLEMENTATION_VARIABLE, SMALL_COPY_BYTES
 
 _KERNEL_SECONDS = 240
@@ -23,7 +23,7 @@ _SECRET_VARIABLE = "FASTVIDEO_COMM_SECRET"
 _LAUNCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 _VARIABLES = (
     IMPLEMENTATION_VARIABLE,
-    SHARED_MEMORY_VARIABLE,
+    MEMORY_VARIABLE,
     _SECRET_VARIABLE,
     "TRITON_INTERPRET",
     *_LAUNCH_VARIABLES,

@@ -101,7 +101,7 @@ def _check(communicator: DeviceCommunicatorBase) -> bool:
         back = communicator.all_to_all_4D(heads, 1, 2)
         if not (torch.equal(heads, whole.chunk(2, 2)[rank]) and torch.equal(back, mine)):
             raise RuntimeError("all_to_all_4D must be exact, got other values")
-    return communicator._open().shares_memory
+    return False
 
 
 def _measure(communicator: DeviceCommunicatorBase, sequence: int) -> dict[str, float]:

@@ -15,8 +15,8 @@ from test_collectives import GROUPS, same
 from test_exchange import finish, sizes_of
 
 from fastvideo_comm import DeviceCommunicatorBase
-from fastvideo_comm.collective.grouped_heads import grouped_shares
-from fastvideo_comm.collective.layout import Share
+from fastvideo_comm.collective.grouped_heads import grouped_splits
+from fastvideo_comm.collective.layout import Split
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -108,15 +108,15 @@ def test_head_counts_that_ranks_do_not_divide(ranks: Ranks, heads, size):
 def test_every_rank_has_the_key_heads_of_its_query_heads_and_no_head_is_lost(world_size):
     for key_heads, group in itertools.product(range(1, 8), range(2, 7)):
         total = key_heads * group
-        query, key, value = grouped_shares([total, key_heads, key_heads], world_size)
+        query, key, value = grouped_splits([total, key_heads, key_heads], world_size)
         assert key == value
-        assert query.holders == 1
+        assert query.replicas == 1
         query_parts = [query.part(total, rank, world_size) for rank in range(world_size)]
         key_parts = [key.part(key_heads, rank, world_size) for rank in range(world_size)]
         assert sum(query_parts) == total
-        if key.holders > 1:
+        if key.replicas > 1:
             assert key_parts == [1] * world_size
-            starts = [rank // key.holders for rank in range(world_size)]
+            starts = [rank // key.replicas for rank in range(world_size)]
             assert max(starts) == key_heads - 1
         else:
             starts = [sum(key_parts[:rank]) for rank in range(world_size)]
@@ -128,14 +128,14 @@ def test_every_rank_has_the_key_heads_of_its_query_heads_and_no_head_is_lost(wor
 
 
 def test_heads_of_one_count_are_not_replicated():
-    assert grouped_shares([2, 2, 2], 4) == [Share(2, (1, 1, 0, 0))] * 3
-    assert grouped_shares([4, 4, 4], 4) == [Share(2)] * 3
+    assert grouped_splits([2, 2, 2], 4) == [Split(2, (1, 1, 0, 0))] * 3
+    assert grouped_splits([4, 4, 4], 4) == [Split(2)] * 3
 
 
 def test_a_tensor_without_heads_takes_part():
-    assert grouped_shares([6, 0, 4], 2) == [Share(2), Share(2), Share(2)]
-    assert grouped_shares([0, 0], 3) == [Share(2)] * 2
-    assert grouped_shares([], 3) == []
+    assert grouped_splits([6, 0, 4], 2) == [Split(2), Split(2), Split(2)]
+    assert grouped_splits([0, 0], 3) == [Split(2)] * 2
+    assert grouped_splits([], 3) == []
 
 
 def zeros(*heads: int) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastvideo_comm.collective.layout import (
-    Share,
+    Split,
     concatenate_messages,
     message_view,
     replicated_view,
@@ -84,24 +84,24 @@ def test_a_message_view_of_a_strided_tensor_is_a_view():
         [(1, "b S h d -> b S r 1 h d"), (2, "b s H d -> b H r s 1 d")],
     ),
     sizes=st.tuples(*[st.integers(1, 4)] * 4),
-    holders=st.integers(1, 4),
+    replicas=st.integers(1, 4),
 )
-def test_a_replicated_view_is_its_einops_pattern_and_takes_no_memory(row, sizes, holders):
+def test_a_replicated_view_is_its_einops_pattern_and_takes_no_memory(row, sizes, replicas):
     dim, pattern = row
     x = torch.arange(torch.Size(sizes).numel()).reshape(sizes)
-    view = replicated_view(x, dim, holders)
-    assert torch.equal(view, repeat(x, pattern, r=holders))
+    view = replicated_view(x, dim, replicas)
+    assert torch.equal(view, repeat(x, pattern, r=replicas))
     assert view.data_ptr() == x.data_ptr()
-    assert view.stride(2) == 0 or holders == 1
+    assert view.stride(2) == 0 or replicas == 1
 
 
 SIZES = st.lists(st.integers(0, 4), min_size=1, max_size=5).map(tuple)
 
 
 @given(
-    share=st.tuples(st.sampled_from((1, 2)), SIZES).map(lambda fields: Share(*fields))
+    share=st.tuples(st.sampled_from((1, 2)), SIZES).map(lambda fields: Split(*fields))
     | st.tuples(st.sampled_from((1, 2)), st.none(), st.integers(1, 3)).map(
-        lambda fields: Share(*fields)
+        lambda fields: Split(*fields)
     ),
     data=st.data(),
 )
@@ -109,8 +109,8 @@ def test_a_share_counts_the_elements_of_its_views(share, data):
     """Each rank's part, their sum, and the elements of the messages: one truth in three places."""
     if share.sizes is None:
         entries = data.draw(st.integers(1, 4))
-        world_size = entries * share.holders
-        size = entries if share.holders > 1 else entries * data.draw(st.integers(1, 3))
+        world_size = entries * share.replicas
+        size = entries if share.replicas > 1 else entries * data.draw(st.integers(1, 3))
     else:
         world_size, size = len(share.sizes), sum(share.sizes)
     shape = [2, 3, 5, 2]
@@ -136,7 +136,7 @@ def test_uneven_shares_traded_between_ranks_are_slices_of_the_global_tensor(leng
     counts = st.lists(st.integers(0, 3), min_size=world_size, max_size=world_size)
     heads = tuple(data.draw(counts))
     x = _values(batch, sum(lengths), sum(heads), HEAD_DIM, device="cpu")
-    sequence, head = Share(1, tuple(lengths)), Share(2, heads)
+    sequence, head = Split(1, tuple(lengths)), Split(2, heads)
     sent = [head.views(part, world_size) for part in x.split(lengths, 1)]
     for rank, expected in enumerate(x.split(heads, 2)):
         output = torch.empty_like(expected)

@@ -17,8 +17,8 @@ from test_collectives import DTYPES, GROUPS, STRIDES, WrittenBytes, restride, sa
 from test_exchange import sizes_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd
-from fastvideo_comm.collective.layout import Share
+from fastvideo_comm import DeviceCommunicatorBase, functions
+from fastvideo_comm.collective.layout import Split
 from fastvideo_comm.diagnosis import MismatchError
 from fastvideo_comm.utils import near_even_sizes
 
@@ -115,8 +115,11 @@ OPS: dict[str, Callable[[DeviceCommunicatorBase, torch.Tensor], torch.Tensor]] =
     "all_gather": lambda c, x: c.all_gather(x[:, : SIZES[c.rank]] ** 2, 1, gather_sizes=SIZES),
     "all_gather first": lambda c, x: c.all_gather(x[0, : SIZES[c.rank]], 0, gather_sizes="auto"),
     "reduce_scatter": lambda c, x: padded(
-        DistributedAutograd.ReduceScatter.apply(
-            c.cpu_group, torch.cat((x, x.sin()), 1)[:, :5], c.world_size, Share(1, SIZES)
+        functions.run(
+            functions.ReduceScatter,
+            c.cpu_group,
+            torch.cat((x, x.sin()), 1)[:, :5],
+            Split(1, SIZES),
         )
     ),
 }
@@ -369,15 +372,15 @@ def test_near_even_parts_of_a_growing_sequence_are_one_graph_for_each_remainder(
 
 def applied_directly(communicator: DeviceCommunicatorBase) -> None:
     group, size, rank = communicator.cpu_group, communicator.world_size, communicator.rank
-    share = Share(1, (1, 4))
+    share = Split(1, (1, 4))
     x = torch.rand(2, 5, dtype=torch.float64)
-    mine = DistributedAutograd.Slice.apply(group, x, size, share, False)
+    mine = functions.Slice.apply(group, x, share, False)
     same(mine, x.split(share.sizes, 1)[rank])
-    total = DistributedAutograd.ReduceScatter.apply(group, x, size, share)
+    total = functions.ReduceScatter.apply(group, x, share)
     everyones = torch.empty(size * 2, 5, dtype=torch.float64)
     dist.all_gather_into_tensor(everyones, x, group=group)
     same(total, everyones.view(size, 2, 5).sum(0).split(share.sizes, 1)[rank].contiguous())
 
 
-def test_functions_take_a_share_in_the_place_of_a_dim(ranks: Ranks):
+def test_functions_take_a_split_of_a_bare_process_group(ranks: Ranks):
     ranks.run(2, applied_directly)

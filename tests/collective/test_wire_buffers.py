@@ -8,12 +8,13 @@ from ranks import Ranks
 from test_collectives import same
 
 from fastvideo_comm import DeviceCommunicatorBase
-from fastvideo_comm.collective.exchange import HEADS_TO_SEQUENCE, exchange_one
+from fastvideo_comm.collective import messages
+from fastvideo_comm.collective.validation import all_to_all_4D
 
 
 def reuse(communicator: DeviceCommunicatorBase, batch: int) -> None:
     other = DeviceCommunicatorBase(communicator.cpu_group, unique_name="other")
-    buffers = communicator._channel.buffers
+    buffers = communicator._runner.group.buffers
     buffers.clear()
     x = torch.rand(batch, 60, 2 * communicator.world_size, 128)  # past what is allocated afresh
     outputs = [communicator.all_to_all_4D(x + step) for step in range(4)]
@@ -31,7 +32,7 @@ def reuse(communicator: DeviceCommunicatorBase, batch: int) -> None:
     larger = communicator.all_to_all_4D(torch.cat((x, x), 1))  # outgrows it: replaced, not added
     assert len(buffers._free) == 1
     assert larger.shape[1] == 120 * communicator.world_size
-    assert other._channel.buffers._free == []
+    assert other._runner.group.buffers._free == []
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -40,7 +41,8 @@ def test_wire_buffers_are_reused_and_never_returned(ranks: Ranks, batch):
 
 
 def failing(communicator: DeviceCommunicatorBase, batch: int) -> None:
-    buffers = communicator._channel.buffers
+    group = communicator._runner.group
+    buffers = group.buffers
     buffers.clear()
     x = torch.rand(batch, 16, 64, 64).mT  # is packed, into more than what is allocated afresh
 
@@ -51,14 +53,14 @@ def failing(communicator: DeviceCommunicatorBase, batch: int) -> None:
         def _get_backend(self, device):
             return communicator.device_group._get_backend(device)
 
-    communicator._channel.group = Broken()
+    group._process_group = Broken()
     try:
         with pytest.raises(RuntimeError, match=r"all_to_all on rank 0 of 1 in group 'test' failed"):
-            exchange_one(communicator._channel, x, HEADS_TO_SEQUENCE)
+            messages.all_to_all(group, [x], all_to_all_4D(x, 1, 2, 1))
         # What the backend may still be reading is not given to the next exchange.
         assert buffers._free == []
     finally:
-        communicator._channel.group = communicator.device_group
+        group._process_group = communicator.device_group
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -78,13 +80,13 @@ def kept(communicator: DeviceCommunicatorBase) -> None:
             gathered = other.all_gather(leaf, 0, gather_sizes=sizes)
         if step:
             gathered.sum().backward()
-        lengths.append(len(other._channel.buffers._free))
+        lengths.append(len(other._runner.group.buffers._free))
     assert lengths[1] == lengths[2] == lengths[3]
-    assert not any(wire.is_inference() for wire in other._channel.buffers._free)
+    assert not any(wire.is_inference() for wire in other._runner.group.buffers._free)
     query = torch.rand(1, 80, 8 * ranks, 64)
     for _ in range(3):
         other.all_to_all_4D((query, query[:, :, :1].clone()))
-        lengths.append(len(other._channel.buffers._free))
+        lengths.append(len(other._runner.group.buffers._free))
     assert lengths[-1] == lengths[-2] <= lengths[3] + 3
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from ranks import Ranks
 from torch.autograd import forward_ad
 
-from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd
-from fastvideo_comm.collective.group import Channel
+from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd, functions
+from fastvideo_comm.collective.group import Group
+from fastvideo_comm.collective.layout import Split
 
 GROUPS = st.sampled_from((2, 3, 4, (1, 3), (0, 2, 3)))
 
@@ -64,8 +65,8 @@ OPS: dict[str, Callable[[DeviceCommunicatorBase, torch.Tensor], torch.Tensor]] =
     "all_gather first": lambda c, x: c.all_gather(x, 0),
     "all_gather middle": lambda c, x: c.all_gather(x, 2),
     "all_gather last": lambda c, x: c.all_gather(x),
-    "reduce_scatter": lambda c, x: DistributedAutograd.ReduceScatter.apply(
-        c.cpu_group, x, c.world_size, 1
+    "reduce_scatter": lambda c, x: functions.run(
+        functions.ReduceScatter, c._runner.group, x, Split(1)
     ),
     "all_reduce sum": lambda c, x: c.all_reduce(x),
     "all_reduce avg": lambda c, x: c.all_reduce(x, dist.ReduceOp.AVG),
@@ -167,11 +168,11 @@ def ties(communicator: DeviceCommunicatorBase) -> None:
     # Columns: one holder, two, all, nan on one rank.
     everyones = torch.tensor([[1.0, 5, 2, nan], [7.0, 5, 2, 0], [3.0, 4, 2, 0]])
     weights = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40], [100, 200, 300, 400]])
-    holders = torch.tensor([[0.0, 0.5, 1 / 3, 1], [1, 0.5, 1 / 3, 0], [0, 0, 1 / 3, 0]])
+    replicas = torch.tensor([[0.0, 0.5, 1 / 3, 1], [1, 0.5, 1 / 3, 0], [0, 0, 1 / 3, 0]])
     for op, sign in ((dist.ReduceOp.MAX, 1.0), (dist.ReduceOp.MIN, -1.0)):
         x = (sign * everyones[rank]).requires_grad_()
         (communicator.all_reduce(x, op) * weights[rank]).sum().backward()
-        expected = weights.sum(0) * holders[rank]
+        expected = weights.sum(0) * replicas[rank]
         # gloo's extreme of a nan and a number is either; its column is checked where it is nan.
         known = communicator.all_reduce(x.detach(), op).isnan() | (torch.arange(4) < 3)
         assert torch.equal(x.grad[known], expected[known])
@@ -215,13 +216,15 @@ def applied_directly(communicator: DeviceCommunicatorBase) -> None:
     assert torch.equal(total, DistributedAutograd.AllReduce.apply(group, x, None))
     part = DistributedAutograd.Slice.apply(group, x, size, 2, True)
     assert torch.equal(part, communicator.slice(x, 2, scale_grad=True))
+    reduced = DistributedAutograd.ReduceScatter.apply(group, x, size, 2)
+    assert torch.equal(reduced, total.chunk(size, 2)[communicator.rank])
     (y.sum() + total.sum() + part.sum()).backward()
     # 1 from the exchange, P from the sum, 1/P from the scaled slice
     assert torch.allclose(x.grad, torch.full_like(x, 1 + size + 1 / size), rtol=1e-6)
     with pytest.raises(ValueError, match=rf"world_size must be the group's {size}, got {size + 1}"):
         DistributedAutograd.AllToAll4D.apply(group, x, size + 1, 2, 1)
-    channel = Channel(group)
-    assert torch.equal(DistributedAutograd.AllToAll4D.apply(channel, x, size, 2, 1), y)
+    wrapped = Group(group)
+    assert torch.equal(DistributedAutograd.AllToAll4D.apply(wrapped, x, size, 2, 1), y)
 
 
 def test_functions_can_be_applied_with_the_argument_lists_of_upstream(ranks: Ranks):
@@ -258,9 +261,7 @@ def watched_by_others(communicator: DeviceCommunicatorBase, op: str) -> None:
     def apply(x: torch.Tensor) -> torch.Tensor:
         return OPS[op](communicator, x)
 
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
-        apply(forward_ad.make_dual(x, torch.ones_like(x)))
-    with pytest.raises(RuntimeError, match="functorch transforms"):
+    with pytest.raises(RuntimeError, match="must not be called under torch"):
         torch.vmap(apply)(x[None])
     with torch.no_grad():
         plain = apply(x)
@@ -271,9 +272,42 @@ def watched_by_others(communicator: DeviceCommunicatorBase, op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_what_cannot_be_differentiated_forward_is_refused(ranks: Ranks, op):
-    """Not silently cut off, as where nobody differentiates and no Function is recorded."""
+def test_vmap_is_refused_and_what_nobody_differentiates_is_not_recorded(ranks: Ranks, op):
     ranks.run(2, watched_by_others, op)
+
+
+def forward_mode(communicator: DeviceCommunicatorBase, op: str) -> None:
+    torch.manual_seed(communicator.rank)
+    x, tangent = torch.rand(2, 2, 4, 4, 3, dtype=torch.float64).unbind(0)
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        return OPS[op](communicator, x.sin())
+
+    value, derivative = torch.func.jvp(apply, (x,), (tangent,))
+    assert torch.equal(value, apply(x))
+    step = 1e-6
+    difference = (apply(x + step * tangent) - apply(x - step * tangent)) / (2 * step)
+    # The difference's own error: step**2, and rounding of values up to 20 by 2e-16 / step.
+    torch.testing.assert_close(derivative, difference, rtol=1e-7, atol=1e-8)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(apply(forward_ad.make_dual(x, tangent)))
+    assert torch.equal(dual.primal, value)
+    assert torch.equal(dual.tangent, derivative)
+    # The gradient of what a jvp gives: backward through forward.
+    leaf = x.clone().requires_grad_()
+    weight = torch.rand_like(derivative)
+    along = torch.func.jvp(apply, (leaf,), (tangent,))[1]
+    (grad,) = torch.autograd.grad((weight * along).sum(), leaf)
+    (twice,) = torch.autograd.grad((weight * apply(leaf)).sum(), leaf, create_graph=True)
+    (expected,) = torch.autograd.grad((twice * tangent).sum(), leaf)
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
+    (by_func,) = torch.func.vjp(apply, x)[1](weight)
+    torch.testing.assert_close(by_func, twice.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_derivatives_are_those_of_a_difference(ranks: Ranks, op):
+    ranks.run(2, forward_mode, op)
 
 
 def conjugated(communicator: DeviceCommunicatorBase, async_op: bool) -> None:

@@ -17,7 +17,7 @@ from test_gpu import random_like
 from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd
-from fastvideo_comm.collective.shared_memory import SHARED_MEMORY_VARIABLE
+from fastvideo_comm.collective.route import MEMORY_VARIABLE
 from fastvideo_comm.kernels.strided_copy import IMPLEMENTATION_VARIABLE
 
 
@@ -25,7 +25,7 @@ from fastvideo_comm.kernels.strided_copy import IMPLEMENTATION_VARIABLE
 def gpu(emulated_gpu_directory: Path) -> Iterator[EmulatedGPU]:
     with emulated_gpu(emulated_gpu_directory) as gpu, pytest.MonkeyPatch.context() as patch:
         patch.setenv(IMPLEMENTATION_VARIABLE, "triton")
-        patch.setenv(SHARED_MEMORY_VARIABLE, "off")  # which is for CPUs
+        patch.setenv(MEMORY_VARIABLE, "off")  # which is for CPUs
         yield gpu
 
 

@@ -15,7 +15,7 @@ from fastvideo_comm import DeviceCommunicatorBase
 
 def several_in_flight(communicator: DeviceCommunicatorBase) -> None:
     ranks, rank = communicator.world_size, communicator.rank
-    buffers = communicator._channel.buffers
+    buffers = communicator._runner.group.buffers
     wholes = [values([2, 60 * ranks, ranks, 128], torch.float32, seed) for seed in range(5)]
     inputs = [whole.chunk(ranks, 1)[rank].clone().requires_grad_() for whole in wholes]
     buffers.clear()
@@ -61,7 +61,7 @@ def test_a_handle_that_is_dropped_is_reported_and_the_group_goes_on(ranks: Ranks
 def order_of_backward(communicator: DeviceCommunicatorBase) -> None:
     """The gradient is on its way while the nodes between call and wait run backward."""
     events: list[str] = []
-    channel = communicator._channel
+    channel = communicator._runner.group
     start, wait = channel.all_to_all, channel.wait
 
     def spy_start(transfers, *, async_op):

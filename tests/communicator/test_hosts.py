@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import host_ranks
 import pytest
 
-from fastvideo_comm.collective.shared_memory import SHARED_MEMORY_VARIABLE
+from fastvideo_comm.collective.route import MEMORY_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESSES = (host_ranks.FIRST_HOST, "10.77.0.2")
@@ -40,7 +40,7 @@ class Host(NamedTuple):
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",
             # These hosts are one machine, and everything must cross the cable.
-            SHARED_MEMORY_VARIABLE: "off",
+            MEMORY_VARIABLE: "off",
         }
         return subprocess.Popen(
             ["ip", "netns", "exec", self.name, sys.executable, *arguments],

@@ -19,7 +19,7 @@ from rank_threads import run_ranks
 from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase
-from fastvideo_comm.collective.shared_memory import SHARED_MEMORY_VARIABLE
+from fastvideo_comm.collective.route import MEMORY_VARIABLE
 from fastvideo_comm.kernels.strided_copy import IMPLEMENTATION_VARIABLE
 
 Job = Callable[[DeviceCommunicatorBase], object]
@@ -32,7 +32,7 @@ def device(
     if request.param != "cpu":  # these tensors are too small for "auto"
         monkeypatch.setenv(IMPLEMENTATION_VARIABLE, "triton")
     if request.param == EMULATED:
-        monkeypatch.setenv(SHARED_MEMORY_VARIABLE, "off")  # which is for CPUs
+        monkeypatch.setenv(MEMORY_VARIABLE, "off")  # which is for CPUs
         with emulated_gpu(emulated_gpu_directory):
             yield "cpu"
     else:

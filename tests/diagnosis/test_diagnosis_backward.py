@@ -245,7 +245,7 @@ def undisturbed(communicator: DeviceCommunicatorBase) -> int:
     for validate in ("off", "always"):
         c = DeviceCommunicatorBase(communicator.cpu_group, unique_name="all", validate=validate)
         answers.append(program(c))
-        numbers.append(c._diagnosis.number)
+        numbers.append(c._runner.group.diagnosis.number)
     for one, other in zip(*answers, strict=True):
         assert torch.equal(one, other)
     assert numbers[0] == 0, "off compares nothing"

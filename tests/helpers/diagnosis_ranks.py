@@ -24,8 +24,8 @@ class Checked(DeviceCommunicatorBase):
 
     def __init__(self, group: dist.ProcessGroup, **options: Any) -> None:
         super().__init__(group, unique_name="checked", validate="off")
-        self.diagnosis = self._diagnosis = Diagnosis(group, "checked", **options)
-        self._channel.diagnosis = self.diagnosis
+        self.diagnosis = Diagnosis(group, "checked", **options)
+        self._runner.group.diagnosis = self.diagnosis
 
 
 def run(fate: str, signal_number: int, culprit: int, host: str) -> dict[int, tuple[str, float]]:
