@@ -27,6 +27,10 @@ from fastvideo_comm.stateless import StatelessProcessGroup
 from .installation import Installation, checked_version, installed_on, looked_up, uninstall_from
 
 KNOWN_VERSIONS = ("0.2.1",)
+SERVED = (
+    "GroupCoordinator and communication_op, on the CPU and CUDA",
+    "StatelessProcessGroup, with PyNccl and PyHccl on it",
+)
 
 _DISTRIBUTED = "fastvideo.distributed"
 _BASE = f"{_DISTRIBUTED}.device_communicators.base_device_communicator"
@@ -97,7 +101,7 @@ def install(*, allow_unknown_version: bool = False) -> Installation:
         importlib.import_module(f"{_DISTRIBUTED}.device_communicators.npu_communicator")
     originals = tuple(original for original, _ in pairs[: len(_REPLACEMENTS)])
 
-    installation = Installation("fastvideo", version)
+    installation = Installation("fastvideo", version, SERVED)
     for original, replacement in pairs:
         installation.replace(original, replacement)
     for coordinator in [reference() for reference in registry.values()]:
