@@ -133,6 +133,7 @@ def attention_of(dispatch: Any, communicator: DeviceCommunicatorBase, **options:
         _ulysses_mesh=mesh,
     )
     vars(config).update(options)
+    parallel_config = types.SimpleNamespace(context_parallel_config=config)
 
     def attention(*qkv_mask: Any) -> Any:
         return dispatch._templated_context_parallel_attention(
@@ -140,7 +141,7 @@ def attention_of(dispatch: Any, communicator: DeviceCommunicatorBase, **options:
             return_lse=True,
             forward_op=attention_with_lse,
             backward_op=gradient_of_attention,
-            _parallel_config=types.SimpleNamespace(context_parallel_config=config),
+            _parallel_config=parallel_config,
         )
 
     return attention
