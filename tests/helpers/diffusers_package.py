@@ -1,4 +1,4 @@
-"""diffusers' real `attention_dispatch`, without the packages that it only names.
+"""diffusers' real modules, without the packages that they only name.
 
 While it is imported, packages that are missing are answered by modules of placeholders, and
 diffusers' own check of its dependencies is left out.
@@ -15,13 +15,21 @@ from typing import Any
 
 import peer_wheels
 
-_UNUSED = ("httpx", "huggingface_hub", "importlib_metadata", "regex", "requests", "safetensors")
+_UNUSED = (
+    *("httpx", "huggingface_hub", "importlib_metadata", "regex", "requests", "safetensors"),
+    *("tqdm", "yaml"),
+)
 _CHECK = "diffusers.dependency_versions_check"
 
 
 def attention_dispatch() -> Any:
     """`diffusers.models.attention_dispatch`."""
-    name = "diffusers.models.attention_dispatch"
+    return module("models.attention_dispatch")
+
+
+def module(name: str) -> Any:
+    """A module of diffusers, by its name within the package."""
+    name = f"diffusers.{name}"
     if name in sys.modules:
         return sys.modules[name]
     assert peer_wheels.is_there("diffusers")
@@ -34,13 +42,13 @@ def attention_dispatch() -> Any:
         return importlib.import_module(name)
     finally:
         sys.meta_path.remove(finder)
-        for module in [m for m, value in sys.modules.items() if isinstance(value, _Placeholders)]:
-            del sys.modules[module]
+        for each in [m for m, value in sys.modules.items() if isinstance(value, _Placeholders)]:
+            del sys.modules[each]
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.split(".")[0] not in (*_UNUSED, "tqdm"):
+        if name.split(".")[0] not in _UNUSED:
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 

@@ -54,7 +54,13 @@ CUresult cuCtxGetCurrent(CUcontext *context) {
   return CUDA_SUCCESS;
 }
 
-/* Needed to load the launcher, not called. */
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
+
+/* Needed to load the launcher of a Triton between 3.6 and 3.9, not called. */
+CUresult cuCtxGetDevice(CUdevice *device) { return CUDA_ERROR_NOT_SUPPORTED; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  return CUDA_ERROR_NOT_SUPPORTED;
+}
 CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_ERROR_NOT_SUPPORTED; }
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return CUDA_ERROR_NOT_SUPPORTED; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_ERROR_NOT_SUPPORTED; }

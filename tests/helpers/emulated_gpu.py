@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import shutil
 import subprocess
 import threading
@@ -117,7 +118,6 @@ def emulated_gpu(directory: Path, capability: int = 90) -> Iterator[EmulatedGPU]
         triton.knobs.nvidia.scope(),
         triton.knobs.cache.scope(),
         triton.knobs.runtime.scope(),
-        imported_tile_copy(interpret=False) as module,
         pytest.MonkeyPatch.context() as patch,
     ):
         triton.knobs.nvidia.libcuda_path = str(directory)
@@ -133,6 +133,16 @@ def emulated_gpu(directory: Path, capability: int = 90) -> Iterator[EmulatedGPU]
         # Not set_active: its inverse asks for a GPU.
         patch.setattr(triton.runtime.driver, "_active", active)
         patch.setattr(strided_copy, "_TRITON_DEVICES", (*strided_copy._TRITON_DEVICES, "cpu"))
+        try:
+            with _module_launching_on(gpu):
+                yield gpu
+        finally:
+            gc.collect()  # a kernel that dies asks the active driver to unload it
+
+
+@contextlib.contextmanager
+def _module_launching_on(gpu: EmulatedGPU) -> Iterator[None]:
+    with imported_tile_copy(interpret=False) as module, pytest.MonkeyPatch.context() as patch:
         launch = module._launch
 
         def watched(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -140,7 +150,7 @@ def emulated_gpu(directory: Path, capability: int = 90) -> Iterator[EmulatedGPU]
                 launch(pairs)
 
         patch.setattr(module, "_launch", watched)
-        yield gpu
+        yield
 
 
 def _emulated_driver(directory: Path, include: Path) -> ctypes.CDLL:

@@ -40,6 +40,7 @@ def prepare() -> None:
     assert peer_wheels.is_there("fastvideo")
     specification = importlib.util.find_spec("fastvideo")
     package = types.ModuleType("fastvideo")
+    package.__spec__ = specification  # who asks whether it is there finds it
     package.__path__ = list(specification.submodule_search_locations)
     sys.modules["fastvideo"] = package
     before = {name: sys.modules.get(name) for name in _UNUSED}
@@ -52,6 +53,18 @@ def prepare() -> None:
                 del sys.modules[name]
             else:
                 sys.modules[name] = module
+
+
+def make_groups(size: int) -> Any:
+    """FastVideo's groups over the 4 ranks: tensor and sequence parallel of `size`."""
+    prepare()
+    state = importlib.import_module("fastvideo.distributed.parallel_state")
+    importlib.import_module("fastvideo.attention")
+    if state._WORLD is None:
+        state._WORLD = state.init_world_group([0, 1, 2, 3], 0, "gloo")
+    state.destroy_model_parallel()  # of a test that failed
+    state.initialize_model_parallel(size, size, backend="gloo")
+    return state
 
 
 class _Unused(types.ModuleType):

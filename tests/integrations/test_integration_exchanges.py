@@ -1,16 +1,15 @@
-"""yunchang's and diffusers' own attention through this library's exchange, on gloo ranks."""
+"""yunchang's own attention through this library's exchange; what its and diffusers' seams share."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 import sys
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any
 
-import diffusers_package
 import peer_wheels
 import pytest
 import torch
@@ -19,14 +18,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.integrations import diffusers, yunchang
-from fastvideo_comm.integrations.installation import Installation
-from fastvideo_comm.integrations.sequence_exchange import Communicators
+from fastvideo_comm.integrations.installation import Installation, IntegrationError
+from fastvideo_comm.integrations.sequence_exchange import Communicators, check_shared
 
 needs_yunchang = pytest.mark.skipif(
     not peer_wheels.is_there("yunchang"), reason=peer_wheels.how_to_install("yunchang")
-)
-needs_diffusers = pytest.mark.skipif(
-    not peer_wheels.is_there("diffusers"), reason=peer_wheels.how_to_install("diffusers")
 )
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -50,8 +46,8 @@ def compare(
     expected = results(attention, communicator.world_size)
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        exchange = Communicators.exchange
-        patch.setattr(Communicators, "exchange", lambda *a: calls.append(a[0]) or exchange(*a))
+        of = Communicators.of
+        patch.setattr(Communicators, "of", lambda *a: calls.append(a[0]) or of(*a))
         with install():
             got = results(attention, communicator.world_size)
             assert len(calls) == 4, "q, k, v and the output go through this library"
@@ -86,44 +82,32 @@ def test_yunchangs_ulysses_attention_gives_the_same_bits(ranks: Ranks, size: int
     assert ranks.run(size, with_yunchang) == [[]] * size
 
 
-def with_diffusers(communicator: DeviceCommunicatorBase) -> list[int]:
+def too_few_heads(communicator: DeviceCommunicatorBase) -> None:
+    assert peer_wheels.is_there("yunchang")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dispatch = diffusers_package.attention_dispatch()
-    mesh = types.SimpleNamespace(get_group=lambda: communicator.device_group)
-    config = types.SimpleNamespace(
-        context_parallel_config=types.SimpleNamespace(_ulysses_mesh=mesh)
-    )
-    # A ring of one rank; ring attention itself needs a GPU's flash attention.
-    dispatch.TemplatedRingAttention = types.SimpleNamespace(
-        apply=lambda q, k, v, *_: local(q, k, v)
-    )
-
-    def attention(*qkv: torch.Tensor) -> Any:
-        return dispatch._templated_unified_attention(
-            *qkv, None, 0.0, False, None, False, False, None, None, _parallel_config=config
-        )
-
-    return compare(attention, diffusers.install, communicator)
+        module = importlib.import_module("yunchang.comm.all_to_all")
+    x = torch.zeros(1, 2, 3, 2)
+    with yunchang.install(), pytest.raises(ValueError, match=r"divides, got 3 .*: pad them$"):
+        module.SeqAllToAll4D.apply(communicator.device_group, x, 2, 1)
 
 
-@needs_diffusers
-@pytest.mark.parametrize("size", [2, 4])
-def test_diffusers_unified_attention_gives_the_same_bits(ranks: Ranks, size: int):
-    assert ranks.run(size, with_diffusers) == [[]] * size
+@needs_yunchang
+def test_the_error_names_what_a_caller_of_yunchang_can_do(ranks: Ranks):
+    ranks.run(2, too_few_heads)
 
 
 def one_for_each_group(communicator: DeviceCommunicatorBase) -> None:
     communicators = Communicators("test")
     x = torch.zeros(1, 2, 4, 2)
-    for _ in range(2):
-        communicators.exchange(communicator.device_group, x, 2, 1)
-    (kept,) = communicators._by_name.values()
+    kept = communicators.of(communicator.device_group, x)
+    assert communicators.of(communicator.device_group, x) is kept
     assert kept.device_group is communicator.device_group
-    with pytest.raises(ValueError, match=r"in group .test.: .* divides, got 3"):
-        communicators.exchange(communicator.device_group, x[:, :, :3], 2, 1)
+    with pytest.raises(ValueError, match=r"in group .test.: .* divides, got 3 .*; buy a head"):
+        check_shared(kept, x[:, :, :3], 2, "buy a head")
+    check_shared(kept, x, 2, "buy a head")
     if communicator.world_size == 4:
-        assert communicators.exchange(None, x, 2, 1).shape == (1, 8, 1, 2)
+        assert communicators.of(None, x).all_to_all_4D(x).shape == (1, 8, 1, 2)
     communicators.clear()
     assert not communicators._by_name
     with pytest.raises(ConnectionError, match="was destroyed"):
@@ -135,17 +119,54 @@ def test_a_group_keeps_its_communicator_from_call_to_call(ranks: Ranks, size: in
     ranks.run(size, one_for_each_group)
 
 
-@pytest.mark.parametrize("integration", [yunchang, diffusers])
-def test_a_second_install_is_the_first_and_uninstall_may_be_repeated(monkeypatch, integration):
+NAMES = {
+    yunchang: ["SeqAllToAll4D"],
+    diffusers: ["SeqAllToAllDim", "TemplatedUlyssesAnythingAttention", "TemplatedUlyssesAttention"],
+}
+
+
+@pytest.fixture(params=NAMES, ids=["yunchang", "diffusers"])
+def package(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A module like the one of the package that an integration replaces names of."""
+    integration = request.param
     module = types.ModuleType(integration._MODULE)
-    name = {yunchang: "SeqAllToAll4D", diffusers: "SeqAllToAllDim"}[integration]
-    setattr(module, name, "theirs")
+    for name in NAMES[integration]:
+        setattr(module, name, f"their {name}")
     monkeypatch.setitem(sys.modules, integration._MODULE, module)
     monkeypatch.setattr(importlib, "import_module", lambda _: module)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: integration.KNOWN_VERSIONS[0])
+    module.integration = integration
+    return module
+
+
+def test_a_second_install_is_the_first_and_uninstall_may_be_repeated(package):
+    integration = package.integration
     first = integration.install()
     assert integration.install() is first
-    assert isinstance(getattr(module, name), getattr(integration, name))
+    for name in NAMES[integration]:
+        assert type(getattr(package, name)) is getattr(integration, name)
     integration.uninstall()
     integration.uninstall()
-    assert getattr(module, name) == "theirs"
+    for name in NAMES[integration]:
+        assert getattr(package, name) == f"their {name}"
+
+
+def test_an_installation_says_what_it_serves_and_what_it_replaced(package):
+    integration = package.integration
+    with integration.install() as installation:
+        text = repr(installation)
+    name, version = integration._MODULE.split(".")[0], integration.KNOWN_VERSIONS[0]
+    assert text.splitlines()[0] == f"fastvideo_comm in {name} {version}:"
+    assert re.findall("serves    (.*)", text) == list(integration.SERVED)
+    replaced = [f"{integration._MODULE}.{each}" for each in NAMES[integration]]
+    assert sorted(re.findall("replaces  (.*)", text)) == replaced
+    assert repr(installation).endswith("nothing, it was uninstalled")
+
+
+def test_a_package_that_lacks_a_name_is_left_as_it_was(package):
+    last = NAMES[package.integration][-1]
+    delattr(package, last)
+    before = dict(vars(package))
+    with pytest.raises(IntegrationError, match=rf"must have {last}, got version .* without it"):
+        package.integration.install()
+    assert vars(package) == before

@@ -13,35 +13,22 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import fastvideo_package
 import peer_wheels
 import pytest
 import torch
 import torch.distributed as dist
+from fastvideo_package import make_groups
 from ranks import Ranks
 
 from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd
 from fastvideo_comm.integrations import fastvideo as integration
 from fastvideo_comm.integrations.installation import IntegrationError
-from fastvideo_comm.stateless import StatelessProcessGroup
 
 needs_fastvideo = pytest.mark.skipif(
     not peer_wheels.is_there("fastvideo"), reason=peer_wheels.how_to_install("fastvideo")
 )
 Results = dict[str, list[torch.Tensor | None]]
 BASE = "fastvideo.distributed.device_communicators.base_device_communicator"
-
-
-def make_groups(size: int) -> Any:
-    """FastVideo's groups over the 4 ranks: tensor and sequence parallel of `size`."""
-    fastvideo_package.prepare()
-    state = importlib.import_module("fastvideo.distributed.parallel_state")
-    importlib.import_module("fastvideo.attention")
-    if state._WORLD is None:
-        state._WORLD = state.init_world_group([0, 1, 2, 3], 0, "gloo")
-    state.destroy_model_parallel()  # of a test that failed
-    state.initialize_model_parallel(size, size, backend="gloo")
-    return state
 
 
 def with_gradients(
@@ -202,7 +189,7 @@ def installed_and_undone(communicator: DeviceCommunicatorBase) -> None:
     installation = integration.install()
     assert integration.install() is installation, "a second install must change nothing"
     assert base.DistributedAutograd is DistributedAutograd
-    assert state.StatelessProcessGroup is StatelessProcessGroup
+    assert state.StatelessProcessGroup is integration.FastVideoStatelessProcessGroup
     assert f"{BASE}.DeviceCommunicatorBase" in installation.replaced
     assert type(coordinator.device_communicator) is integration.FastVideoCommunicator
     npu = sys.modules["fastvideo.distributed.device_communicators.npu_communicator"]
@@ -233,29 +220,6 @@ def without_install(communicator: DeviceCommunicatorBase) -> None:
 @needs_fastvideo
 def test_importing_the_integration_changes_nothing(ranks: Ranks):
     ranks.run(4, without_install)
-
-
-def same_node(communicator: DeviceCommunicatorBase, port: int) -> list[int]:
-    with integration.install():
-        state = make_groups(2)
-        group = state.StatelessProcessGroup.create(
-            "127.0.0.1", port, communicator.rank, communicator.world_size
-        )
-        try:
-            return list(state.get_same_node_ranks(group))
-        finally:
-            group.close()
-            state.destroy_model_parallel()
-
-
-@needs_fastvideo
-def test_fastvideo_finds_the_ranks_of_a_node_through_our_stateless_group(ranks: Ranks):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    assert ranks.run(4, same_node, port) == [[0, 1, 2, 3]] * 4
 
 
 def test_without_fastvideo_the_error_names_the_package_and_the_version(monkeypatch):
