@@ -122,11 +122,12 @@ class StoreClient:
             except PeerLostError as error:
                 if not self._is_cut:
                     raise JoinError(str(error), peers=error.peers) from None
+                time.sleep(min(pause, seconds_left(deadline)))
                 if not seconds_left(deadline):
-                    raise JoinTimeoutError(f"rank 0 hung up: {error}", peers=(0,)) from None
+                    text = f"rank 0 ended the join: {error}"
+                    raise JoinTimeoutError(text, peers=(0,)) from None
             self._pair.close_links()
             self._error, self._is_cut = None, False
-            time.sleep(min(pause, seconds_left(deadline)))
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _open(
