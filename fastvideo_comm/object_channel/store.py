@@ -7,25 +7,36 @@ rank, and listens on every interface; so rank 0 runs `StoreServer`, and every ra
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import util as process_exit
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fastvideo_comm.errors import CommunicationTimeoutError, JoinError
 from fastvideo_comm.object_channel.call import GroupCall
-from fastvideo_comm.object_channel.message_seal import TAG_BYTES, Address, MessageSeal, Op
+from fastvideo_comm.object_channel.message_seal import (
+    EVERYONE,
+    TAG_BYTES,
+    Address,
+    MessageSeal,
+    Op,
+)
 from fastvideo_comm.object_channel.settings import DESCRIPTION_BYTES, GroupSettings
 from fastvideo_comm.object_channel.store_client import StoreClient
 from fastvideo_comm.object_channel.store_link import Kind
 from fastvideo_comm.object_channel.store_messages import (
+    OF_STORE,
     TOKEN_BYTES,
     JoinRequest,
     pack_number,
+    pack_origin,
+    unpack_decimal,
     unpack_number,
+    unpack_origin,
 )
 from fastvideo_comm.object_channel.store_server import ServerSettings, StoreServer
 from fastvideo_comm.object_channel.store_sockets import Heartbeat, is_wildcard, listen, seconds_left
@@ -33,6 +44,8 @@ from fastvideo_comm.object_channel.store_sockets import Heartbeat, is_wildcard, 
 _MAX_KEY_BYTES = 8 * 1024
 _REFUSAL_SECONDS = 0.5
 _LATEST_SECONDS = 0.9  # after the deadline
+
+_T = TypeVar("_T")
 
 
 class StoreOptions(NamedTuple):
@@ -60,7 +73,8 @@ class ObjectStore:
 
     The verbs are those of `torch.distributed.Store`: `set`, `get`, `wait`, `add`, `check`,
     `delete_key`, `num_keys`. A `set` is acknowledged. Values are sealed like messages where there
-    is a secret, each under its key; the numbers of `add` carry the tag of the connection only.
+    is a secret, each under its key and the number of its `set`; the sums of `add` travel in the
+    part of a frame that carries the tag of the connection.
     """
 
     def __init__(
@@ -92,6 +106,7 @@ class ObjectStore:
         self.max_message_bytes = options.max_message_bytes
         self._timeout = options.timeout
         self._names: set[str] = set()
+        self._value_numbers = itertools.count()
         self._names_lock = threading.Lock()
         self._server: StoreServer | None = None
         deadline = time.monotonic() + options.timeout
@@ -198,12 +213,16 @@ class ObjectStore:
             raise ValueError(
                 f"value must have at most {self.max_message_bytes} bytes, got {len(data)}"
             )
-        self._call(Kind.SET, _key(key), self._seal_of(key).seal(_VALUE, [data]))
+        address = _value_address(self.rank, next(self._value_numbers))
+        sealed = self._seal_of(key).seal(address, [data])
+        self._call(Kind.SET, pack_origin(self.rank, address.number, _key(key)), sealed)
 
     def get(self, key: str) -> bytes:
         """Return a value, waiting for it if need be."""
-        sealed = self._call(Kind.GET, _key(key))[1]
-        return bytes(self._seal_of(key).open(_VALUE, sealed))
+        (src, number, decimal), body = self._call(Kind.GET, _key(key), parse=unpack_origin)
+        if src == OF_STORE:
+            return decimal
+        return bytes(self._seal_of(key).open(_value_address(src, number), body))
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Wait until all these keys have values."""
@@ -214,19 +233,19 @@ class ObjectStore:
 
     def add(self, key: str, amount: int) -> int:
         """Add to the number under a key, 0 at first, and return the sum."""
-        return int(self._call(Kind.ADD, pack_number(amount, _key(key)))[0])
+        return self._call(Kind.ADD, pack_number(amount, _key(key)), parse=unpack_decimal)[0]
 
     def check(self, keys: Sequence[str]) -> bool:
         """Whether all these keys have values."""
-        return all(unpack_number(self._call(Kind.CHECK, _key(key))[0])[0] for key in keys)
+        return all(self._call(Kind.CHECK, _key(key), parse=unpack_number)[0][0] for key in keys)
 
     def delete_key(self, key: str) -> bool:
         """Remove a value; False where there was none."""
-        return bool(unpack_number(self._call(Kind.DELETE, _key(key))[0])[0])
+        return bool(self._call(Kind.DELETE, _key(key), parse=unpack_number)[0][0])
 
     def num_keys(self) -> int:
         """Return how many values and unread messages the store holds, of all groups."""
-        return int(self._call(Kind.COUNT, b"")[0])
+        return self._call(Kind.COUNT, b"", parse=unpack_number)[0][0]
 
     def _seal_of(self, key: str) -> MessageSeal:
         return MessageSeal(self._secret, f"value {key}", self.client.session)
@@ -237,7 +256,9 @@ class ObjectStore:
         meta: bytes,
         parts: Sequence[bytes | memoryview] = (),
         deadline: float | None = None,
-    ) -> tuple[bytes, bytes | memoryview]:
+        *,
+        parse: Callable[[bytes], _T] = bytes,  # type: ignore[assignment] # the default of _T
+    ) -> tuple[_T, memoryview]:
         if deadline is None:
             deadline = time.monotonic() + self._timeout
         with self.client.turn(deadline):
@@ -246,14 +267,18 @@ class ObjectStore:
                 self.client.ask_once(kind, meta) if waits else self.client.ask(kind, meta, parts)
             )
             if self.client.wait([ident], deadline):
+                if not waits:
+                    self.client.forget(ident)
                 raise CommunicationTimeoutError(
                     f"store.{kind.name.lower()} timed out after {self._timeout:g} s"
                 )
-            frame = self.client.take(ident)
-            return frame.meta, memoryview(frame.body)
+            return self.client.read(
+                ident, lambda frame: (parse(frame.meta), memoryview(frame.body))
+            )
 
 
-_VALUE = Address(Op.VALUE, 0, 0, 0)
+def _value_address(src: int, number: int) -> Address:
+    return Address(Op.VALUE, src, EVERYONE, number)
 
 
 def _key(key: str) -> bytes:

@@ -1,19 +1,20 @@
 """A rank's end of the store: join, ask, wait, leave; every wait has a deadline.
 
 No thread runs here. A call polls both of the rank's connections, so it hears of an answer, of a
-lost rank and of Ctrl-C alike. An answer that comes after its call gave up is kept, and the same
-question asked again finds it: no message is lost to a timeout.
+lost rank, of `leave` in another thread and of Ctrl-C alike. An answer that comes after its call
+gave up is kept, and the same question asked again finds it: no message is lost to a timeout.
 """
 
 from __future__ import annotations
 
 import contextlib
-import select
+import functools
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 from fastvideo_comm.errors import (
     AuthenticationError,
@@ -22,9 +23,9 @@ from fastvideo_comm.errors import (
     CommunicationTimeoutError,
     JoinError,
     JoinTimeoutError,
-    MessageExpiredError,
     PeerLostError,
 )
+from fastvideo_comm.object_channel.store_answers import Answers
 from fastvideo_comm.object_channel.store_handshake import (
     ANSWER_BYTES,
     MAGIC,
@@ -38,8 +39,11 @@ from fastvideo_comm.object_channel.store_handshake import (
     make_proof,
 )
 from fastvideo_comm.object_channel.store_link import Buffer, Frame, FrameError, Kind, Link
+from fastvideo_comm.object_channel.store_link_pair import CUT, LinkPair
 from fastvideo_comm.object_channel.store_messages import JoinRequest, pack_join, unpack_text
 from fastvideo_comm.object_channel.store_sockets import (
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
     Heartbeat,
     call_after_fork,
     connect,
@@ -53,6 +57,8 @@ from fastvideo_comm.object_channel.store_sockets import (
 _ASK_SECONDS = 0.3
 _GIVE_UP_SECONDS = 0.8
 _LEAVE_SECONDS = 5.0
+
+_T = TypeVar("_T")
 
 
 class StoreClient:
@@ -76,46 +82,75 @@ class StoreClient:
             JoinTimeoutError: Not every rank joined until the deadline, of this rank or another.
         """
         self._lock = threading.Lock()
-        self._requests = 0
-        self._answers: dict[int, Frame] = {}
-        self._asked: dict[tuple[Kind, bytes], int] = {}
-        self._questions: dict[int, tuple[Kind, bytes]] = {}  # the same the other way round
+        self._holder: int | None = None  # the thread that has the turn
+        self._answers = Answers()
         self._error: CommunicationError | None = None
-        self._links: list[Link] = []
-        self._poll = select.poll()
+        self._is_cut = False  # a connection ended, and nobody said why
+        self._was_there = False  # the store has answered
+        self._owes_goodbye = False
+        self._pair = LinkPair(self._take_in)
         self.session = b""
         call_after_fork(self._abandon_in_child)
+        open_link = functools.partial(self._open, host, port, secret, max_body_bytes, deadline)
         try:
-            self._open(host, port, secret, max_body_bytes, deadline)
-            token = self._first(self._ask_now(Kind.JOIN, pack_join(join), 0), deadline)
-            self._open(host, port, secret, max_body_bytes, deadline)
-            heartbeat.apply(self._links[1].sock)
-            second = join._replace(is_lifeline=True, token=token)
-            self._first(self._ask_now(Kind.JOIN, pack_join(second), 1), deadline)
-        except PeerLostError as error:
-            self._close()
-            raise JoinError(f"rank 0 ended the join: {error}", peers=(0,)) from None
+            self._join(open_link, join, heartbeat, deadline)
         except BaseException:
-            self._close()
+            self._pair.close()
             raise
+
+    def _join(
+        self,
+        open_link: Callable[[], socket.socket],
+        join: JoinRequest,
+        heartbeat: Heartbeat,
+        deadline: float,
+    ) -> None:
+        """Join; a store that hangs up before it has answered is asked again until the deadline.
+
+        A store that is besieged by strangers hangs up on ranks as well.
+        """
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                open_link()
+                token = self._first(self._ask_now(Kind.JOIN, pack_join(join), 0), deadline)
+                self._was_there = True
+                heartbeat.apply(open_link())
+                second = join._replace(is_lifeline=True, token=token)
+                self._first(self._ask_now(Kind.JOIN, pack_join(second), 1), deadline)
+                return
+            except PeerLostError as error:
+                if not self._is_cut:
+                    raise JoinError(str(error), peers=error.peers) from None
+                time.sleep(min(pause, seconds_left(deadline)))
+                if not seconds_left(deadline):
+                    text = f"rank 0 ended the join: {error}"
+                    raise JoinTimeoutError(text, peers=(0,)) from None
+            self._pair.close_links()
+            self._error, self._is_cut = None, False
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     def _open(
         self, host: str, port: int, secret: bytes | None, max_body_bytes: int, deadline: float
-    ) -> None:
-        sock = connect(host, port, deadline)
+    ) -> socket.socket:
+        sock = connect(host, port, deadline, was_there=self._was_there)
         try:
             key, self.session = _shake_hands(sock, secret, deadline)
-            self._links.append(Link(sock, max_body_bytes, key, of_store=False))
-            self._poll.register(sock, select.POLLIN)
+            self._pair.add(Link(sock, max_body_bytes, key, of_store=False))
+        except CommunicationError:  # before those below: some of them are OSErrors as well
+            sock.close()
+            raise
         except TimeoutError:
             sock.close()
             raise JoinTimeoutError(f"what listens on {host} port {port} does not answer") from None
         except (EOFError, OSError) as error:
             sock.close()
-            raise JoinError(f"what listens on {host} port {port} hung up: {error}") from None
+            self._is_cut = True
+            raise PeerLostError(f"what listens on {host} port {port} hung up: {error}") from None
         except BaseException:
             sock.close()
             raise
+        return sock
 
     def turn(self, deadline: float) -> ClientTurn:
         """Hold the connections, in a `with`.
@@ -130,17 +165,20 @@ class StoreClient:
     def begin_turn(self, deadline: float) -> None:
         """Take the connections; `end_turn` gives them back. See `turn`."""
         if not self._lock.acquire(timeout=seconds_left(deadline)):
+            self._check()
             raise CommunicationTimeoutError("another thread is using this group")
+        self._holder = threading.get_ident()
         try:
             if self._answers and self._error is None:
                 self._hear(0)  # a call that finds its answer here would not listen
             self._check()
         except BaseException:
-            self._lock.release()
+            self.end_turn()
             raise
 
     def end_turn(self) -> None:
         """Give the connections back."""
+        self._holder = None
         self._lock.release()
 
     def ask(self, kind: Kind, meta: bytes = b"", parts: Sequence[Buffer] = ()) -> int:
@@ -149,60 +187,53 @@ class StoreClient:
 
     def ask_once(self, kind: Kind, meta: bytes) -> int:
         """Like `ask`, but an equal request that still waits for its answer is taken up again."""
-        ident = self._asked.get((kind, meta))
+        ident = self._answers.find(kind, meta)
         if ident is None:
-            ident = self._asked[kind, meta] = self._ask_now(kind, meta, 0)
-            self._questions[ident] = kind, meta
+            ident = self._ask_now(kind, meta, 0)
+            self._answers.remember(ident, kind, meta)
         return ident
 
     def wait(self, idents: Iterable[int], deadline: float) -> list[int]:
         """Wait for the answers to these requests and return the ids that have none yet.
 
         Raises:
+            CommunicationError: One of the answers is a refusal, see `Answers.raise_failure`; the
+                others stay where they are. Or the group is closed.
             PeerLostError: A rank is gone.
         """
-        waiting = list(idents)
-        while True:
-            waiting = [ident for ident in waiting if ident not in self._answers]
-            if not waiting:
-                return waiting
-            left = seconds_left(deadline)
-            if not left:
-                self.own_unsent()
-                return waiting
-            try:
+        idents = list(idents)
+        try:
+            while True:
+                self._parsed(lambda: self._answers.raise_failure(idents))
+                waiting = self._answers.missing(idents)
+                left = seconds_left(deadline)
+                if not waiting:
+                    return waiting
+                if not left:
+                    self.own_unsent()
+                    return waiting
                 self._hear(to_milliseconds(left))
-            except BaseException:
-                self.own_unsent()
-                raise
-            self._check()
+                self._check()
+        except BaseException:
+            self.own_unsent()
+            raise
 
-    def take(self, ident: int) -> Frame:
-        """Return the answer to a request, once.
+    def take(self, idents: Sequence[int]) -> list[Frame]:
+        """Return the answers to these requests, once; all of them, or none and an error.
 
         Raises:
-            MessageExpiredError: The message was removed unread.
-            PeerLostError: The rank that would have to act has left, or one is gone.
-            JoinError: The store refuses, JoinTimeoutError if that is because ranks are missing.
+            CommunicationError: See `wait`.
         """
-        frame = self._answers.pop(ident)
-        question = self._questions.pop(ident, None)
-        if question is not None:
-            del self._asked[question]
-        if frame.kind == Kind.OK:
-            return frame
-        if frame.kind == Kind.EXPIRED:
-            raise MessageExpiredError("the message expired unread")
-        peers, text = unpack_text(frame.meta)
-        if frame.kind == Kind.LEFT:
-            raise PeerLostError(f"rank(s) {list(peers)} left the group", peers=peers)
-        if frame.kind == Kind.REFUSED:
-            raise JoinTimeoutError(text, peers=peers) if peers else JoinError(text)
-        raise self._lose(peers, text)
+        return self._parsed(lambda: self._answers.take(idents))
+
+    def read(self, ident: int, parse: Callable[[Frame], _T]) -> _T:
+        """Take the answer to a request and return what `parse` makes of it."""
+        (frame,) = self.take([ident])
+        return self._parsed(lambda: parse(frame))
 
     def forget(self, ident: int) -> None:
         """Give a request up: its answer, when it comes, means nothing to anybody."""
-        self._answers.pop(ident, None)
+        self._answers.forget(ident)
 
     def refuse(self, error: CommunicationError) -> None:
         """Raise this error, now and in every later call."""
@@ -211,42 +242,53 @@ class StoreClient:
 
     def own_unsent(self) -> None:
         """Copy what could not be sent yet, so that the caller may change its objects."""
-        for link in self._links:
-            link.own_unsent()
+        self._pair.own_unsent()
 
     def missing(self, group: bytes) -> tuple[int, ...]:
         """Return the ranks that a group's barrier waits for; none where the store is silent."""
         with contextlib.suppress(CommunicationError):
             ident = self._ask_now(Kind.MISSING, group, 0)
             if not self.wait([ident], time.monotonic() + _ASK_SECONDS):
-                return unpack_text(self.take(ident).meta)[0]
+                return self.read(ident, lambda frame: unpack_text(frame.meta))[0]
+            self.forget(ident)
         return ()
 
     def leave(self, seconds: float = _LEAVE_SECONDS) -> None:
-        """Say goodbye, wait up to `seconds`, at most 5, for the store to hear it, and close."""
-        seconds = min(seconds, _LEAVE_SECONDS)
-        if not self._lock.acquire(timeout=seconds):
-            return  # another thread is in a call; its own end closes the group
+        """Say goodbye, wait up to `seconds`, at most 5, for the store to hear it, and close.
+
+        A call of another thread ends with ClosedError, and so does the call that a signal handler
+        interrupted to come here.
+        """
+        deadline = time.monotonic() + min(seconds, _LEAVE_SECONDS)
+        if self._error is None:
+            self._owes_goodbye = True
+            self._error = ClosedError("the group is closed")
+        self._pair.wake()
+        is_inside = self._holder == threading.get_ident()
+        if not is_inside and not self._lock.acquire(timeout=seconds_left(deadline)):
+            return
         try:
-            if self._error is None and self._links:
-                with contextlib.suppress(CommunicationError):
-                    ident = self._ask_now(Kind.LEAVE, b"", 0)
-                    self.wait([ident], time.monotonic() + seconds)
-            self._close()
+            if self._owes_goodbye and self._pair.is_open:
+                self._owes_goodbye = False
+                self._say_goodbye(deadline)
+            self._pair.close()
             self._error = ClosedError("the group is closed")
         finally:
-            self._lock.release()
+            if not is_inside:
+                self._lock.release()
+
+    def _say_goodbye(self, deadline: float) -> None:
+        self._pair.ignore_alarm()
+        ident = self._ask_now(Kind.LEAVE, b"", 0)
+        while self._answers.missing([ident]) and (left := seconds_left(deadline)):
+            if not self._hear(to_milliseconds(left)):
+                return
 
     def _abandon_in_child(self) -> None:
         """In a forked child: close its copies, or a rank that dies would seem to be alive."""
         self._lock = threading.Lock()
-        self._close()
+        self._pair.close()
         self._error = ClosedError("the group belongs to the process that created it")
-
-    def _close(self) -> None:
-        for link in self._links:
-            link.sock.close()
-        self._links = []
 
     def _check(self) -> None:
         if self._error is not None:
@@ -256,8 +298,8 @@ class StoreClient:
     def _ask_now(
         self, kind: Kind, meta: bytes, link_index: int, parts: Sequence[Buffer] = ()
     ) -> int:
-        self._requests = ident = self._requests % 0xFFFFFFFF + 1
-        self._links[link_index].queue(kind, ident, meta, parts)
+        ident = self._answers.begin()
+        self._pair.queue(link_index, kind, ident, meta, parts)
         return ident
 
     def _first(self, ident: int, deadline: float) -> bytes:
@@ -266,37 +308,33 @@ class StoreClient:
             self._ask_now(Kind.GIVE_UP, b"", 0)
             if self.wait([ident], time.monotonic() + _GIVE_UP_SECONDS):
                 raise JoinTimeoutError("not every rank joined, and the store does not answer")
-        return self.take(ident).meta
+        return self.take([ident])[0].meta
 
-    def _hear(self, milliseconds: int) -> None:
-        """Send what can be sent, then wait for something to arrive and take it in."""
+    def _parsed(self, act: Callable[[], _T]) -> _T:
+        """Return what `act` makes of an answer; a malformed one is the end of the group."""
         try:
-            for link in self._links:
-                if link.has_unsent:
-                    events = select.POLLIN if link.flush() else select.POLLIN | select.POLLOUT
-                    self._poll.modify(link.sock, events)
-            ready = {number for number, _events in self._poll.poll(milliseconds)}
-            # The lifeline first: it says who is lost, the other one only that it is closed.
-            for link in reversed(self._links):
-                if link.sock.fileno() in ready:
-                    for frame in link.read():
-                        self._take_in(frame)
-        except (EOFError, FrameError, OSError) as error:
-            if self._error is None:
-                self._hear_last_words()
-            if self._error is None:
-                self._lose((0,), f"the connection to the store ended: {error}")
+            return act()
+        except FrameError as error:
+            raise self._lose((0,), f"it broke the protocol: {error}") from None
 
-    def _hear_last_words(self) -> None:
-        with contextlib.suppress(EOFError, FrameError, OSError, IndexError):
-            for frame in self._links[1].read():
-                self._take_in(frame)
+    def _hear(self, milliseconds: int) -> bool:
+        """Send what can be sent, then wait for something to arrive; False if a connection ended."""
+        try:
+            self._pair.hear(milliseconds)
+        except CUT as error:
+            if self._error is None:
+                self._pair.hear_last_words(lambda: self._error is not None)
+            if self._error is None:
+                self._is_cut = True
+                self._lose((0,), f"the connection to the store ended: {error}")
+            return False
+        return True
 
     def _take_in(self, frame: Frame) -> None:
         if frame.kind == Kind.LOST:
             self._lose(*unpack_text(frame.meta))
         else:
-            self._answers[frame.ident] = frame
+            self._answers.put(frame)
 
     def _lose(self, peers: tuple[int, ...], reason: str) -> CommunicationError:
         if self._error is None:

@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 
 from fastvideo_comm.object_channel.message_seal import EVERYONE, Address
 from fastvideo_comm.object_channel.store_link import Buffer, FrameError, Kind
-from fastvideo_comm.object_channel.store_messages import Channel, pack_number, pack_text
+from fastvideo_comm.object_channel.store_messages import (
+    OF_STORE,
+    Channel,
+    pack_number,
+    pack_origin,
+    pack_text,
+    unpack_decimal,
+    unpack_origin,
+)
 
 
 class Waiter(NamedTuple):
@@ -53,11 +61,17 @@ class _Channel:
 
 
 class _Barrier:
-    __slots__ = ("arrived", "number")
+    __slots__ = ("arrived", "number", "waiting")
 
     def __init__(self) -> None:
         self.number = 0
-        self.arrived: dict[int, Waiter] = {}
+        self.arrived: set[int] = set()
+        self.waiting: dict[int, Waiter] = {}  # those of them that have no answer
+
+
+class _Value(NamedTuple):
+    origin: bytes  # with the decimal number where ADD made it
+    body: Buffer
 
 
 class Mailbox:
@@ -77,12 +91,13 @@ class Mailbox:
         self._left: set[int] = set()
         self._channels: defaultdict[Channel, _Channel] = defaultdict(_Channel)
         self._barriers: defaultdict[bytes, _Barrier] = defaultdict(_Barrier)
-        self._values: dict[bytes, Buffer] = {}
+        self._values: dict[bytes, _Value] = {}
         self._value_waiters: defaultdict[bytes, list[tuple[Kind, Waiter]]] = defaultdict(list)
 
-    def num_keys(self) -> int:
-        """Return how many values and unread messages there are."""
-        return len(self._values) + sum(len(box.messages) for box in self._channels.values())
+    def count(self, waiter: Waiter) -> None:
+        """Answer how many values and unread messages there are."""
+        num_unread = sum(len(box.messages) for box in self._channels.values())
+        self._answer(waiter, Kind.OK, pack_number(len(self._values) + num_unread), b"")
 
     def send(self, waiter: Waiter, address: Address, channel: Channel, body: Buffer) -> None:
         """Take a message in, hand it to those who wait for it, and acknowledge it."""
@@ -147,25 +162,28 @@ class Mailbox:
         if number < barrier.number:
             self._answer(waiter, Kind.OK, b"", b"")
             return
-        barrier.arrived[waiter.rank] = waiter
+        barrier.arrived.add(waiter.rank)
+        barrier.waiting[waiter.rank] = waiter
         if len(barrier.arrived) == len(self._ranks):
-            arrived = barrier.arrived.values()
-            barrier.arrived = {}
+            barrier.arrived = set()
             barrier.number += 1
-            for other in arrived:
-                self._answer(other, Kind.OK, b"", b"")
+            self._release(barrier, Kind.OK, b"")
         else:
             self._release_impossible(barrier)
 
     def _release_impossible(self, barrier: _Barrier) -> None:
-        never = sorted(self._left - barrier.arrived.keys())
-        if never and barrier.arrived:
-            for other in barrier.arrived.values():
-                self._answer(other, Kind.LEFT, pack_text(never), b"")
+        never = sorted(self._left - barrier.arrived)
+        if never:
+            self._release(barrier, Kind.LEFT, pack_text(never))
+
+    def _release(self, barrier: _Barrier, kind: Kind, meta: bytes) -> None:
+        waiting, barrier.waiting = barrier.waiting, {}
+        for waiter in waiting.values():
+            self._answer(waiter, kind, meta, b"")
 
     def missing(self, waiter: Waiter, group: bytes) -> None:
         """Answer with the ranks that the group's present barrier waits for."""
-        missing = sorted(self._ranks - self._barriers[group].arrived.keys())
+        missing = sorted(self._ranks - self._barriers[group].arrived)
         self._answer(waiter, Kind.OK, pack_text(missing), b"")
 
     def leave(self, rank: int) -> None:
@@ -184,30 +202,41 @@ class Mailbox:
         for barrier in self._barriers.values():
             self._release_impossible(barrier)
 
-    def set(self, waiter: Waiter, key: bytes, body: Buffer) -> None:
-        """Set a value and answer those who wait for it."""
-        self._values[key] = body
-        for kind, other in self._value_waiters.pop(key, ()):
-            self._answer(other, Kind.OK, b"", body if kind == Kind.GET else b"")
+    def set(self, waiter: Waiter, meta: bytes, body: Buffer) -> None:
+        """Set a value and answer those who wait for it.
+
+        Every `set` of a rank has its own number, which the body is sealed with. It goes to the
+        readers in the frame's meta, so that an earlier value in the place of this one is noticed.
+        """
+        src, number, key = unpack_origin(meta)
+        if src != waiter.rank:
+            raise FrameError(f"rank {waiter.rank} must set as itself, got {src}")
+        self._put(key, _Value(pack_origin(src, number), body))
         self._answer(waiter, Kind.OK, b"", b"")
+
+    def _put(self, key: bytes, value: _Value) -> None:
+        self._values[key] = value
+        for kind, other in self._value_waiters.pop(key, ()):
+            self._hand_over(other, kind, value)
+
+    def _hand_over(self, waiter: Waiter, kind: Kind, value: _Value) -> None:
+        self._answer(waiter, Kind.OK, *(value if kind == Kind.GET else (b"", b"")))
 
     def get(self, waiter: Waiter, key: bytes, kind: Kind) -> None:
         """Answer with a value (GET) or that it is there (WAIT), now or when it comes."""
         if key in self._values:
-            self._answer(waiter, Kind.OK, b"", self._values[key] if kind == Kind.GET else b"")
+            self._hand_over(waiter, kind, self._values[key])
         else:
             self._value_waiters[key].append((kind, waiter))
 
     def add(self, waiter: Waiter, key: bytes, amount: int) -> None:
         """Add to the decimal number under the key, 0 where there is none."""
-        try:
-            total = int(bytes(self._values.get(key, b"0"))) + amount
-        except ValueError as error:
-            raise FrameError("the value must be a decimal number") from error
-        self._values[key] = str(total).encode()
-        for _kind, other in self._value_waiters.pop(key, ()):
-            self._answer(other, Kind.OK, b"", self._values[key])
-        self._answer(waiter, Kind.OK, str(total).encode(), b"")
+        value = self._values.get(key, _Value(pack_origin(OF_STORE, 0, b"0"), b""))
+        src, _number, decimal = unpack_origin(value.origin)
+        total = unpack_decimal(decimal if src == OF_STORE else bytes(value.body)) + amount
+        decimal = str(total).encode()
+        self._put(key, _Value(pack_origin(OF_STORE, 0, decimal), b""))
+        self._answer(waiter, Kind.OK, decimal, b"")
 
     def delete(self, waiter: Waiter, key: bytes) -> None:
         """Remove a value; the answer says whether there was one."""

@@ -12,6 +12,13 @@ TOKEN_BYTES = 16
 _ADDRESS = struct.Struct("<BiiQ")
 _JOIN = struct.Struct(f"<?i{TOKEN_BYTES}s")
 _NUMBER = struct.Struct("<q")
+_ORIGIN = struct.Struct("<iQ")
+
+# As the origin of a value: the store made it itself, with ADD.
+OF_STORE = -1
+
+# What fits into a frame's meta beside the ranks, whatever a rank has put into the text.
+_MAX_TEXT_BYTES = 4096
 
 _OPS = {int(op): op for op in (Op.SEND, Op.BROADCAST, Op.GATHER)}
 
@@ -77,9 +84,31 @@ def unpack_number(meta: bytes) -> tuple[int, bytes]:
     return _NUMBER.unpack_from(meta)[0], meta[_NUMBER.size :]
 
 
+def pack_origin(rank: int, number: int, rest: bytes = b"") -> bytes:
+    """Return which `set` of which rank made a value, followed by other bytes."""
+    return _ORIGIN.pack(rank, number) + rest
+
+
+def unpack_origin(meta: bytes) -> tuple[int, int, bytes]:
+    """Return rank, number and the bytes after them; FrameError for anything else."""
+    if len(meta) < _ORIGIN.size:
+        raise FrameError("an origin is too short")
+    rank, number = _ORIGIN.unpack_from(meta)
+    return rank, number, meta[_ORIGIN.size :]
+
+
+def unpack_decimal(meta: bytes) -> int:
+    """Return a number in decimal digits; FrameError for anything else."""
+    try:
+        return int(meta)
+    except ValueError as error:
+        raise FrameError("a number must have decimal digits") from error
+
+
 def pack_text(ranks: list[int], text: str = "") -> bytes:
     """Return ranks and a text: what LOST, LEFT, REFUSED and the answer to MISSING carry."""
-    return struct.pack(f"<H{len(ranks)}i", len(ranks), *ranks) + text.encode()
+    short = text.encode()[:_MAX_TEXT_BYTES].decode(errors="ignore")  # no half character
+    return struct.pack(f"<H{len(ranks)}i", len(ranks), *ranks) + short.encode()
 
 
 def unpack_text(meta: bytes) -> tuple[tuple[int, ...], str]:

@@ -10,12 +10,12 @@ with no thread in the ranks, and the news travels on it without queueing behind 
 from __future__ import annotations
 
 import contextlib
-import hmac
+import errno
 import os
 import selectors
 import socket
 import threading
-import time
+from collections import deque
 from collections.abc import Callable
 from multiprocessing import util as process_exit
 from typing import NamedTuple
@@ -28,18 +28,20 @@ from fastvideo_comm.object_channel.store_handshake import (
 from fastvideo_comm.object_channel.store_link import Buffer, Frame, FrameError, Kind, Link
 from fastvideo_comm.object_channel.store_mailbox import Mailbox, Waiter
 from fastvideo_comm.object_channel.store_messages import (
-    TOKEN_BYTES,
-    JoinRequest,
     pack_text,
     unpack_address,
     unpack_join,
     unpack_number,
 )
+from fastvideo_comm.object_channel.store_roll import Member, Roll
 from fastvideo_comm.object_channel.store_sockets import Heartbeat, call_after_fork, describe_peer
+from fastvideo_comm.object_channel.store_strangers import Strangers
 
 _HANDSHAKE_SECONDS = 10.0
+# Beside one for each rank: all of them may come at once.
 _MAX_STRANGERS = 128
-_MAX_NOTES = 8
+_TICK_SECONDS = 0.2
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class ServerSettings(NamedTuple):
@@ -74,18 +76,6 @@ class _Connection:
         self.waiter: Waiter | None = None  # of a lifeline, until all have joined
 
 
-class _Member:
-    """A rank that has joined."""
-
-    __slots__ = ("connection", "has_left", "lifeline", "token")
-
-    def __init__(self, connection: _Connection) -> None:
-        self.connection = connection
-        self.token = os.urandom(TOKEN_BYTES)
-        self.lifeline: _Connection | None = None
-        self.has_left = False
-
-
 class StoreServer:
     """Accepts ranks, keeps their messages, and tells them when one is gone.
 
@@ -102,14 +92,16 @@ class StoreServer:
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._alarm, self._alarm_end = socket.socketpair()
-        self._members: dict[int, _Member] = {}
+        self._roll = Roll(settings.world_size, settings.settings)
         self._connections: set[_Connection] = set()
-        self._strangers: dict[_Connection, float] = {}  # and until when each may take
+        self._strangers: Strangers[_Connection] = Strangers(
+            _MAX_STRANGERS + settings.world_size, _HANDSHAKE_SECONDS
+        )
+        self._is_short = False  # of file descriptors: the listener rests
         self._mailbox = Mailbox(settings.world_size, self._answer)
         self._joined = False
-        self._failure: bytes | None = None
+        self._dying: deque[tuple[int, str]] = deque()  # ranks that are lost, until all are told
         self._lost: bytes | None = None
-        self._notes: list[str] = []
         self._stopping = False
         self._over = False
         self._handlers: dict[int, Callable[[Waiter, Frame], None]] = {
@@ -124,9 +116,7 @@ class StoreServer:
             Kind.ADD: lambda w, f: self._mailbox.add(w, *unpack_number(f.meta)[::-1]),
             Kind.DELETE: lambda w, f: self._mailbox.delete(w, f.meta),
             Kind.CHECK: lambda w, f: self._mailbox.check(w, f.meta),
-            Kind.COUNT: lambda w, _: self._answer(
-                w, Kind.OK, str(self._mailbox.num_keys()).encode(), b""
-            ),
+            Kind.COUNT: lambda w, _: self._mailbox.count(w),
         }
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
@@ -165,10 +155,15 @@ class StoreServer:
     def _serve(self) -> None:
         try:
             while not self._stopping and not self._over:
-                for key, _events in self._selector.select(1.0 if self._strangers else None):
+                was_short = self._is_short
+                limit = _TICK_SECONDS if self._strangers or self._is_short else None
+                for key, _events in self._selector.select(limit):
                     key.data()
-                if self._strangers:
-                    self._drop_silent_strangers()
+                for connection in self._strangers.overdue():
+                    self._drop(connection)
+                self._tell_of_the_lost()
+                if was_short and self._is_short:
+                    self._listen_again()
         finally:
             self._at_exit.cancel()
             self._close_all()
@@ -176,25 +171,48 @@ class StoreServer:
     def _hear_alarm(self) -> None:
         self._alarm_end.recv(64)
 
+    # Strangers come
+
     def _accept(self) -> None:
+        if self._joined:
+            return  # since the selector saw the caller
         try:
             sock, _address = self._listener.accept()
-        except OSError:
-            return  # the caller went away, or file descriptors ran out
+        except OSError as error:
+            if error.errno in _SHORTAGES:
+                self._make_room(error)
+            return  # or the caller went away
         sock.setblocking(False)
         connection = _Connection(sock, ServerHandshake(self._settings.secret, self.session))
         self._connections.add(connection)
         self._selector.register(
             sock, selectors.EVENT_READ, lambda: self._guarded(connection, self._serve_one)
         )
-        self._strangers[connection] = time.monotonic() + _HANDSHAKE_SECONDS
-        if len(self._strangers) > _MAX_STRANGERS:
-            self._drop(next(iter(self._strangers)))
+        self._drop(self._strangers.add(connection))
 
-    def _drop_silent_strangers(self) -> None:
-        now = time.monotonic()
-        for connection in [c for c, limit in self._strangers.items() if limit < now]:
-            self._drop(connection)
+    def _make_room(self, error: OSError) -> None:
+        """After an `accept` that lacked a file descriptor: a caller is still waiting for it."""
+        self._roll.note_shortage(f"rank 0 could not accept a connection: {error}")
+        stranger = self._strangers.oldest()
+        if stranger is not None:
+            self._drop(stranger)
+        else:
+            # A selector would report the caller at once again, and again.
+            self._selector.unregister(self._listener)
+            self._is_short = True
+
+    def _listen_again(self) -> None:
+        self._is_short = False
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    def _stop_listening(self) -> None:
+        """All have joined: nobody else has any business here."""
+        if not self._is_short:
+            self._selector.unregister(self._listener)
+        self._is_short = False
+        self._listener.close()
+        for stranger in self._strangers.everyone():
+            self._drop(stranger)
 
     def _guarded(self, connection: _Connection, act: Callable[[_Connection], None]) -> None:
         """Act for a connection; its faults end that connection and nothing else."""
@@ -203,7 +221,7 @@ class StoreServer:
         try:
             act(connection)
         except FrameError as error:
-            self._note(f"{describe_peer(connection.sock)}: {error}")
+            self._roll.note(f"{describe_peer(connection.sock)}: {error}")
             self._drop(connection, str(error))
         except BlockingIOError:
             return
@@ -230,10 +248,13 @@ class StoreServer:
         if not data:
             raise EOFError("the connection was closed")
         try:
-            connection.sock.sendall(handshake.feed(data))
+            answer = handshake.feed(data)
         except HandshakeError as error:
             connection.sock.sendall(error.last_words)
             raise
+        connection.sock.sendall(answer)
+        if answer or handshake.is_done:
+            self._drop(self._strangers.move_on(connection))
         if handshake.is_done:
             connection.link = Link(
                 connection.sock, self._settings.max_body_bytes, handshake.key, of_store=True
@@ -242,67 +263,45 @@ class StoreServer:
     def _join(self, connection: _Connection, frame: Frame) -> None:
         request = unpack_join(frame.meta)
         waiter = Waiter(request.rank, frame.ident, connection)
-        notice = self._failure
-        if notice is None and (reason := self._refusal(request)) is not None:
-            self._note(reason)
+        notice = self._roll.failure
+        if notice is None and (reason := self._roll.refusal(request)) is not None:
+            self._roll.note(reason)
             notice = pack_text([], reason)
         if notice is not None:
             self._answer(waiter, Kind.REFUSED, notice, b"")
             self._drop(connection)
+            self._tell_of_failure()
             return
         connection.rank = request.rank
-        self._strangers.pop(connection, None)
+        self._strangers.remove(connection)
+        members = self._roll.members
         if not request.is_lifeline:
-            member = self._members[request.rank] = _Member(connection)
+            member = members[request.rank] = Member(connection)
             self._answer(waiter, Kind.OK, member.token, b"")
             return
         connection.waiter = waiter
         self._settings.heartbeat.apply(connection.sock)
-        self._members[request.rank].lifeline = connection
-        lifelines = [member.lifeline for member in self._members.values()]
-        if len(lifelines) == self._settings.world_size and None not in lifelines:
+        members[request.rank].lifeline = connection
+        if self._roll.is_complete:
             self._joined = True
-            for lifeline in lifelines:
-                if lifeline is not None and lifeline.waiter is not None:
-                    self._answer(lifeline.waiter, Kind.OK, b"", b"")
-
-    def _refusal(self, request: JoinRequest) -> str | None:
-        if request.settings != self._settings.settings:
-            ours, theirs = self._settings.settings.split(" "), request.settings.split(" ")
-            differences = [
-                f"{their} (rank 0 has {our})"
-                for our, their in zip(ours, theirs, strict=False)
-                if our != their
-            ]
-            reason = f"rank {request.rank} joined with {', '.join(differences) or 'other settings'}"
-            if not self._joined:
-                self._fail([], reason)
-            return reason
-        member = self._members.get(request.rank)
-        if request.is_lifeline:
-            if member is None or not hmac.compare_digest(member.token, request.token):
-                return f"rank {request.rank} must join with the token it was given"
-            return None if member.lifeline is None else "a lifeline must be opened once"
-        if not 0 <= request.rank < self._settings.world_size:
-            return f"rank must be below world_size={self._settings.world_size}, got {request.rank}"
-        return None if member is None else f"rank {request.rank} is already taken"
+            self._stop_listening()
+            for member in members.values():
+                self._answer(member.lifeline.waiter, Kind.OK, b"", b"")
 
     def _give_up(self, waiter: Waiter) -> None:
         """End the join, as one rank's time is up: all then name the same ranks, and at once."""
-        if self._joined or self._failure is not None:
+        if self._joined or self._roll.failure is not None:
             return  # the answer to its request to join is on the way
-        here = [rank for rank, member in self._members.items() if member.lifeline is not None]
-        missing = sorted(set(range(self._settings.world_size)).difference(here))
-        reason = f"rank(s) {missing} did not join before the time of rank {waiter.rank} was up"
-        self._fail(missing, "; ".join((reason, *self._notes)))
+        self._roll.give_up(waiter.rank)
+        self._tell_of_failure()
 
-    def _fail(self, missing: list[int], reason: str) -> None:
-        """End a join that cannot succeed, on every rank that waits in it."""
-        self._failure = pack_text(missing, reason)
-        for member in list(self._members.values()):
-            if member.lifeline is not None and member.lifeline.waiter is not None:
-                waiter = member.lifeline.waiter
-                self._answer(waiter, Kind.REFUSED, self._failure, b"")
+    def _tell_of_failure(self) -> None:
+        """Answer every rank that waits in a join which cannot succeed."""
+        for member in list(self._roll.members.values()):
+            waiter = None if member.lifeline is None else member.lifeline.waiter
+            if waiter is not None and self._roll.failure is not None:
+                member.lifeline.waiter = None
+                self._answer(waiter, Kind.REFUSED, self._roll.failure, b"")
 
     # A rank's requests
 
@@ -326,16 +325,16 @@ class StoreServer:
             raise FrameError(f"there is no request {frame.kind} at this point")
 
     def _leave(self, waiter: Waiter) -> None:
-        member = self._members[waiter.rank]
+        member = self._roll.members[waiter.rank]
         member.has_left = True
         self._mailbox.leave(waiter.rank)
         self._answer(waiter, Kind.OK, b"", b"")
         self._check_over()
 
     def _check_over(self) -> None:
-        gone = [rank for rank, member in self._members.items() if member.has_left]
+        gone = [rank for rank, member in self._roll.members.items() if member.has_left]
         self._over = self._joined and (
-            len(gone) == len(self._members) or (self._lost is not None and 0 in gone)
+            len(gone) == len(self._roll.members) or (self._lost is not None and 0 in gone)
         )
 
     def _answer(self, waiter: Waiter, kind: Kind, meta: bytes, body: Buffer) -> None:
@@ -359,41 +358,42 @@ class StoreServer:
 
     # A connection ends
 
-    def _drop(self, connection: _Connection, reason: str = "") -> None:
-        if connection not in self._connections:
+    def _drop(self, connection: _Connection | None, reason: str = "") -> None:
+        if connection is None or connection not in self._connections:
             return
         self._connections.discard(connection)
-        self._strangers.pop(connection, None)
+        self._strangers.remove(connection)
         self._selector.unregister(connection.sock)
         connection.sock.close()
         rank = connection.rank
-        member = None if rank is None else self._members.get(rank)
+        member = None if rank is None else self._roll.members.get(rank)
         if rank is None or member is None or member.has_left:
             return
         if connection not in (member.connection, member.lifeline):
             return
-        if not self._joined:
-            self._note(f"rank {rank} went away while the group formed")
-            del self._members[rank]
-            for other in (member.connection, member.lifeline):
-                if other is not None:
-                    self._drop(other)
+        if self._joined:
+            self._dying.append((rank, reason))
             return
-        self._lose(rank, reason)
+        self._roll.note(f"rank {rank} went away while the group formed")
+        del self._roll.members[rank]
+        for other in (member.connection, member.lifeline):
+            self._drop(other)
 
-    def _lose(self, rank: int, reason: str) -> None:
-        member = self._members[rank]
-        if self._lost is None:
-            self._lost = pack_text([rank], reason)
-        member.has_left = True
-        for connection in (member.connection, member.lifeline):
-            if connection is not None:
-                self._drop(connection)
-        for other in self._members.values():
-            if not other.has_left and other.lifeline is not None:
-                self._answer(Waiter(-1, 0, other.lifeline), Kind.LOST, self._lost, b"")
-        self._check_over()
+    def _tell_of_the_lost(self) -> None:
+        """Tell every other rank of the first loss, rank 0 last: others depend on its process.
 
-    def _note(self, text: str) -> None:
-        if len(self._notes) < _MAX_NOTES:
-            self._notes.append(text)
+        A queue and no recursion: when many die at once, each one told may be the next one lost.
+        """
+        while self._dying:
+            rank, reason = self._dying.popleft()
+            member = self._roll.members[rank]
+            member.has_left = True
+            self._drop(member.connection)
+            self._drop(member.lifeline)
+            if self._lost is None:
+                self._lost = pack_text([rank], reason)
+                for other in sorted(self._roll.members, reverse=True):
+                    member = self._roll.members[other]
+                    if not member.has_left:
+                        self._answer(Waiter(-1, 0, member.lifeline), Kind.LOST, self._lost, b"")
+            self._check_over()

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from fastvideo_comm.errors import JoinError, JoinTimeoutError
 
-_FIRST_PAUSE = 0.01
-_LONGEST_PAUSE = 0.25
+# Between two tries to join.
+FIRST_PAUSE = 0.01
+LONGEST_PAUSE = 0.25
 _BACKLOG = 512
 
 
@@ -84,14 +85,20 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def connect(host: str, port: int, deadline: float) -> socket.socket:
+def connect(host: str, port: int, deadline: float, *, was_there: bool = False) -> socket.socket:
     """Return a socket connected to the store; a store that does not listen yet is tried again.
 
+    Args:
+        host: Where the store listens.
+        port: Its port.
+        deadline: In `time.monotonic`.
+        was_there: Whether the store has answered this rank: if nobody listens now, it has ended.
+
     Raises:
-        JoinError: The name is unknown.
-        JoinTimeoutError: Nobody answered until the deadline (`time.monotonic`).
+        JoinError: The name is unknown, or the store has ended.
+        JoinTimeoutError: Nobody answered until the deadline.
     """
-    pause = _FIRST_PAUSE
+    pause = FIRST_PAUSE
     last: OSError | None = None
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -99,16 +106,21 @@ def connect(host: str, port: int, deadline: float) -> socket.socket:
         except socket.gaierror as error:
             raise JoinError(f"host must be a known name, got {host!r}: {error}") from error
         except OSError as error:
+            if was_there and isinstance(error, ConnectionRefusedError):
+                text = f"rank 0 ended the join: nobody listens on {host} port {port} any more"
+                raise JoinError(text, peers=(0,)) from None
             last = error
             time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            pause = min(2 * pause, LONGEST_PAUSE)
             continue
         # On loopback, a try without a listener can by chance meet itself.
         if sock.getsockname() != sock.getpeername():
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
         sock.close()
-    raise JoinTimeoutError(f"no store answers on {host} port {port}: {last}")
+    raise JoinTimeoutError(
+        f"no store answers on {host} port {port}: {last}; a store listens until all have joined"
+    )
 
 
 def receive_exactly(sock: socket.socket, size: int, deadline: float) -> bytes:

@@ -99,6 +99,9 @@ class TorchTransport:
                     self._inbox[address] = self._fetch(address, deadline)
                 except CommunicationTimeoutError as error:
                     peers = [a.src for a in addresses[index:] if a not in self._inbox]
+                    if isinstance(error, MessageExpiredError):
+                        for other in addresses:  # nobody asks for these again
+                            self._inbox.pop(other, None)
                     raise type(error)(str(error), peers=peers) from None
                 with self._guard():
                     self._discard(address)

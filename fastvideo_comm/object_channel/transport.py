@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from fastvideo_comm.errors import AuthenticationError, CommunicationTimeoutError
+from fastvideo_comm.errors import (
+    AuthenticationError,
+    CommunicationTimeoutError,
+    MessageExpiredError,
+)
 from fastvideo_comm.object_channel.message_seal import EVERYONE, Address, Op
 from fastvideo_comm.object_channel.settings import GroupSettings
 from fastvideo_comm.object_channel.store import ObjectStore
@@ -20,7 +24,8 @@ class Transport(Protocol):
     """Moves sealed messages of one group; every method is called inside `turn`.
 
     A timeout is CommunicationTimeoutError with the missing ranks as `peers`, and loses nothing:
-    what has arrived is there for the next `receive` of the same addresses.
+    what has arrived is there for the next `receive` of the same addresses. PeerLostError for a
+    rank that has left loses nothing either. MessageExpiredError is the end of these addresses.
     """
 
     def turn(self, deadline: float) -> AbstractContextManager[None]:
@@ -85,11 +90,16 @@ class StoreTransport:
             self._client.ask_once(Kind.RECV, pack_address(address, self._group))
             for address in addresses
         ]
-        waiting = self._client.wait(idents, deadline)
+        try:
+            waiting = self._client.wait(idents, deadline)
+        except MessageExpiredError:
+            for ident in idents:  # the callers' next messages are those after these
+                self._client.forget(ident)
+            raise
         if waiting:
             peers = [a.src for a, ident in zip(addresses, idents, strict=True) if ident in waiting]
             raise CommunicationTimeoutError("timed out", peers=peers)
-        frames = [self._client.take(ident) for ident in idents]
+        frames = self._client.take(idents)
         try:
             return [
                 self._seal.open(address, memoryview(frame.body))
@@ -105,7 +115,7 @@ class StoreTransport:
         if self._client.wait([ident], deadline):
             peers = self._client.missing(self._group)
             raise CommunicationTimeoutError("timed out", peers=peers)
-        self._client.take(ident)
+        self._client.take([ident])
 
     def expire(self, address: Address, deadline: float) -> None:
         """See `Transport`."""
@@ -120,7 +130,7 @@ class StoreTransport:
         if self._client.wait([ident], deadline):
             self._client.forget(ident)
             raise CommunicationTimeoutError("timed out before the store had it", peers=(0,))
-        number, _rest = unpack_number(self._client.take(ident).meta)
+        number, _rest = self._client.read(ident, lambda f: unpack_number(f.meta))
         self._first_unread[address.op, address.dst] = number
 
 

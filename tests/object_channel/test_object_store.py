@@ -11,6 +11,7 @@ from datetime import timedelta
 import pytest
 from stateless_proxy import Proxy
 from stateless_ranks import SECRET, own_groups, run_own
+from stateless_strangers import connect, forming_group, joined_link, proven_link
 
 from fastvideo_comm.errors import (
     AuthenticationError,
@@ -19,14 +20,12 @@ from fastvideo_comm.errors import (
     PeerLostError,
 )
 from fastvideo_comm.object_channel.message_seal import Address, Op
-from fastvideo_comm.object_channel.store_client import _shake_hands
-from fastvideo_comm.object_channel.store_handshake import HELLO_BYTES, make_hello
+from fastvideo_comm.object_channel.store_handshake import HELLO_BYTES
 from fastvideo_comm.object_channel.store_link import FrameError, Kind, Link
 from fastvideo_comm.object_channel.store_messages import (
-    JoinRequest,
     pack_address,
-    pack_join,
     pack_number,
+    pack_origin,
 )
 from fastvideo_comm.stateless import StatelessProcessGroup
 
@@ -98,70 +97,7 @@ def test_a_closed_store_refuses_use():
     run_own(1, program)
 
 
-# Strangers at the port
-
-
-def strangers_that_only_talk(port):
-    """Open connections that say nothing, half a greeting, garbage, or far too much."""
-    sockets = []
-    for data in (
-        b"", make_hello(None)[:20], b"GET / HTTP/1.1\r\n\r\n", os.urandom(HELLO_BYTES),
-        make_hello(SECRET)[:-1], make_hello(SECRET) + os.urandom(32), b"\0" * 100_000,
-    ):  # fmt: skip
-        sock = socket.create_connection(("127.0.0.1", port))
-        sock.sendall(data)
-        sockets.append(sock)
-    return sockets
-
-
-@pytest.mark.parametrize("secret", [None, SECRET])
-def test_strangers_neither_hinder_a_join_nor_a_working_group(secret):
-    with own_groups(2, secret=secret) as open_group:
-        opened = {}
-        thread = threading.Thread(target=lambda: opened.update({0: open_group(0)}))
-        thread.start()
-        sockets = strangers_that_only_talk(open_group.port)
-        group = open_group(1)
-        thread.join()
-        sockets += strangers_that_only_talk(open_group.port)
-        for number in range(20):
-            group.send_obj(number, 0)
-            assert opened[0].recv_obj(1) == number
-        for sock in sockets:
-            sock.close()
-        group.close()
-        opened[0].close()
-
-
-def test_many_silent_strangers_are_dropped_oldest_first():
-    def program(group):
-        sockets = [socket.create_connection(("127.0.0.1", group.store.port)) for _ in range(300)]
-        group.send_obj("still", 0)
-        assert group.recv_obj(0) == "still"
-        sockets[0].settimeout(5)
-        assert sockets[0].recv(1) == b""
-        for sock in sockets:
-            sock.close()
-
-    run_own(1, program)
-
-
-def joined_link(port, secret, rank=1, world_size=2):
-    """Join as a rank with bare hands; return the first connection."""
-    settings = f"world_size={world_size} group=default codec=msgpack max_message_bytes=67108864"
-    links = []
-    token = bytes(16)
-    for is_lifeline in (False, True):
-        sock = socket.create_connection(("127.0.0.1", port))
-        key, _session = _shake_hands(sock, secret, time.monotonic() + 5)
-        link = Link(sock, 1 << 27, key, of_store=False)
-        link.queue(Kind.JOIN, 1, pack_join(JoinRequest(is_lifeline, rank, token, settings)))
-        link.flush()
-        if not is_lifeline:
-            sock.settimeout(5)
-            token = link.read()[0].meta
-        links.append(link)
-    return links
+# Members that lie
 
 
 NONSENSE = [
@@ -176,53 +112,46 @@ NONSENSE = [
     (Kind.BARRIER, b"x", ()),
     (Kind.JOIN, b"again", ()),
     (Kind.OK, b"", ()),
+    (Kind.SET, pack_origin(0, 0, b"key"), (b"as rank 0",)),
+    (Kind.SET, b"x", ()),
 ]
 
 
 @pytest.mark.parametrize("frame", NONSENSE, ids=range(len(NONSENSE)))
 def test_a_rank_that_breaks_the_protocol_is_lost_and_the_server_goes_on(frame):
     kind, meta, parts = frame
-    with own_groups(2) as open_group:
-        opened = {}
-        thread = threading.Thread(target=lambda: opened.update({0: open_group(0)}))
-        thread.start()
-        links = joined_link(open_group.port, None)
-        thread.join()
+    with forming_group() as forming:
+        links = joined_link(forming.port, None)
+        group = forming.finish()[0]
         links[0].queue(kind, 2, meta, parts)
         links[0].flush()
         with pytest.raises(PeerLostError, match=r"rank\(s\) \[1\] died"):
-            opened[0].recv_obj(1, timeout=5)
+            group.recv_obj(1, timeout=5)
         with pytest.raises(PeerLostError, match=r"rank\(s\) \[1\] died"):
-            opened[0].barrier()
-        opened[0].close()
+            group.barrier()
         for link in links:
             link.sock.close()
 
 
 def test_a_size_that_lies_reserves_no_memory():
-    def program(group):
-        if group.rank:
-            return
+    with forming_group() as forming:
         before = resident_bytes()
-        sockets = []
+        links = []
         for _ in range(20):
-            sock = socket.create_connection(("127.0.0.1", group.store.port))
-            _shake_hands(sock, None, time.monotonic() + 5)
-            link = Link(sock, 1 << 60, None, of_store=False)
+            link = proven_link(forming.port, None)
             link.queue(Kind.JOIN, 1, b"x", [b"y" * 70_000])
             # A frame that announces 64 MiB and brings 70 KB.
             head = bytes(link._out[0])
             link._out[0] = head[:7] + (64 << 20).to_bytes(8, "little") + head[15:]
             link.flush()
-            sockets.append(sock)
+            links.append(link)
         time.sleep(0.3)
-        group.send_obj("alive", 0)
-        assert group.recv_obj(0) == "alive"
+        groups = forming.finish(1)
+        groups[1].send_obj("alive", 0)
+        assert groups[0].recv_obj(1) == "alive"
         assert resident_bytes() - before < 30_000_000
-        for sock in sockets:
-            sock.close()
-
-    run_own(1, program)
+        for link in links:
+            link.sock.close()
 
 
 def resident_bytes():
@@ -343,7 +272,7 @@ def test_random_damage_on_the_way_is_never_a_wrong_object(seed):
 
 def test_a_proof_of_an_earlier_connection_is_no_use():
     """Everything a rank ever said, said again by somebody without the secret."""
-    with own_groups(2, secret=SECRET) as open_group:
+    with forming_group(3, secret=SECRET) as forming:
         heard = bytearray()
 
         def listen_in(to_store, data):
@@ -351,26 +280,32 @@ def test_a_proof_of_an_earlier_connection_is_no_use():
                 heard.extend(data)
             return data
 
-        opened = {}
-        thread = threading.Thread(target=lambda: opened.update({0: open_group(0)}))
-        thread.start()
-        with Proxy(open_group.port) as proxy:
+        with Proxy(forming.port) as proxy:
             proxy.alter = listen_in
-            group = StatelessProcessGroup.create(
-                "127.0.0.1", proxy.port, 1, 2, timeout=5, secret=SECRET
+            through = threading.Thread(
+                target=lambda: forming.groups.update(
+                    {
+                        1: StatelessProcessGroup.create(
+                            "127.0.0.1", proxy.port, 1, 3, timeout=20, secret=SECRET
+                        )
+                    }
+                )
             )
-            thread.join()
-            group.send_obj("once", 0)
-            with socket.create_connection(("127.0.0.1", open_group.port)) as replayer:
+            through.start()
+            while len(heard) < 2 * (HELLO_BYTES + 32) + 100:
+                time.sleep(0.01)
+            with connect(forming.port) as replayer:
                 replayer.sendall(heard)
-                replayer.settimeout(5)
                 answer = b""
                 with contextlib.suppress(ConnectionResetError):
                     while part := replayer.recv(10_000):
                         answer += part
             assert len(answer) <= HELLO_BYTES + 16 + 32
-            assert opened[0].recv_obj(1) == "once"
+            groups = forming.finish(2)
+            through.join()
+            groups[1].send_obj("once", 0)
+            assert groups[0].recv_obj(1) == "once"
             with pytest.raises(CommunicationTimeoutError):
-                opened[0].recv_obj(1, timeout=0.2)
-            group.close()
-            opened[0].close()
+                groups[0].recv_obj(1, timeout=0.2)
+            for rank in (2, 1):
+                groups[rank].close()

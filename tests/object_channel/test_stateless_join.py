@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from stateless_ranks import SECRET, listener, own_groups, run_own
+from stateless_ranks import SECRET, listener, own_groups
+from stateless_strangers import connect, forming_group
 
 from fastvideo_comm.errors import JoinError, JoinTimeoutError
 from fastvideo_comm.object_channel.store_handshake import (
@@ -112,13 +113,29 @@ def test_a_rank_that_comes_after_the_join_has_failed_is_told_who_was_missing():
 
 
 def test_a_rank_claimed_twice_is_refused_and_the_group_forms_without_it():
-    def program(group):
-        if group.rank == 1:
-            with pytest.raises(JoinError, match="rank 1 is already taken"):
-                StatelessProcessGroup.create(group.store.host, group.store.port, 1, 2, timeout=5)
-        group.barrier()
+    with forming_group(3) as forming:
+        for _ in range(2):
+            forming.join_in_thread(1)
+        while not forming.failures:
+            time.sleep(0.01)
+        groups = forming.finish(2)
+        assert isinstance(forming.failures[1], JoinError)
+        assert "rank 1 is already taken" in str(forming.failures[1])
+        groups[1].send_obj("joined", 2)
+        assert groups[2].recv_obj(1) == "joined"
 
-    run_own(2, program)
+
+def test_nobody_listens_once_all_have_joined():
+    with forming_group() as forming:
+        stranger = connect(forming.port)
+        groups = forming.finish(1)
+        assert not listening_addresses(forming.port)
+        assert stranger.recv(1) == b""  # and who was there is sent away
+        stranger.close()
+        with pytest.raises(JoinTimeoutError, match="a store listens until all have joined"):
+            StatelessProcessGroup.create("127.0.0.1", forming.port, 1, 2, timeout=0.5)
+        groups[0].send_obj("as before", 1)
+        assert groups[1].recv_obj(0) == "as before"
 
 
 def test_another_secret_is_an_authentication_error_and_named_to_those_who_wait():
@@ -240,20 +257,32 @@ def free_port(host):
         return server.getsockname()[1]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
-def test_rank_0_listens_on_the_hosts_address_only(host):
+def check_addresses_while_forming(host, connect_to, **options):
+    """Form a group of two on a port of its own; check where rank 0 listens before rank 1 comes."""
     port = free_port(host)
     opened = {}
-    thread = threading.Thread(
-        target=lambda: opened.update({1: StatelessProcessGroup.create(host, port, 1, 2, timeout=9)})
-    )
-    thread.start()
-    with StatelessProcessGroup.create(host, port, 0, 2, timeout=9) as group:
-        thread.join()
-        assert listening_addresses(port) == {host}
-        group.send_obj("hello", 1)
-        assert opened[1].recv_obj(0) == "hello"
-        opened[1].close()
+
+    def join(rank):
+        opened[rank] = StatelessProcessGroup.create(
+            (host, connect_to)[rank], port, rank, 2, timeout=20, **options
+        )
+
+    first = threading.Thread(target=join, args=(0,))
+    first.start()
+    while not listening_addresses(port):
+        time.sleep(0.01)
+    assert listening_addresses(port) == {host}
+    join(1)
+    first.join()
+    opened[0].send_obj("hello", 1)
+    assert opened[1].recv_obj(0) == "hello"
+    for rank in (1, 0):
+        opened[rank].close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
+def test_rank_0_listens_on_the_hosts_address_only(host):
+    check_addresses_while_forming(host, host)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "::ffff:0.0.0.0", "0"])
@@ -265,7 +294,4 @@ def test_a_wildcard_address_needs_a_secret(host):
 
 
 def test_a_wildcard_address_works_with_a_secret():
-    port = free_port("127.0.0.1")
-    with StatelessProcessGroup.create("0.0.0.0", port, 0, 1, timeout=5, secret=SECRET) as group:
-        assert listening_addresses(port) == {"0.0.0.0"}
-        group.barrier()
+    check_addresses_while_forming("0.0.0.0", "127.0.0.1", secret=SECRET)

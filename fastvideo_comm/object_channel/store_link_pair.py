@@ -1,0 +1,112 @@
+"""Both connections of one rank to the store, polled together.
+
+The first carries requests, answers and messages. The second, the lifeline, brings the news of a
+lost rank. `wake` ends a poll from another thread or from a signal handler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import time
+from collections.abc import Callable, Sequence
+
+from fastvideo_comm.object_channel.store_link import Buffer, Frame, FrameError, Kind, Link
+from fastvideo_comm.object_channel.store_sockets import seconds_left, to_milliseconds
+
+# The end of the first connection may be known this much earlier than the news on the lifeline.
+_LAST_WORDS_SECONDS = 0.25
+
+# How a connection ends.
+CUT = (EOFError, FrameError, OSError)
+
+
+class LinkPair:
+    """Sends what is queued and hands on the frames that arrive; one thread at a time."""
+
+    def __init__(self, take_in: Callable[[Frame], None]) -> None:
+        """Start without a connection; `take_in` is called with every frame that arrives."""
+        self._take_in = take_in
+        self._links: list[Link] = []
+        self._alarm, self._alarm_end = socket.socketpair()
+        self._poll = select.poll()
+        self._poll.register(self._alarm_end, select.POLLIN)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection."""
+        return bool(self._links)
+
+    def add(self, link: Link) -> None:
+        """Take over a connection; the first is for requests, the second is the lifeline."""
+        self._links.append(link)
+        self._poll.register(link.sock, select.POLLIN)
+
+    def queue(
+        self, index: int, kind: Kind, ident: int, meta: bytes, parts: Sequence[Buffer]
+    ) -> None:
+        """Queue a frame on one of the connections."""
+        self._links[index].queue(kind, ident, meta, parts)
+
+    def own_unsent(self) -> None:
+        """Copy what could not be sent yet, so that the caller may change its objects."""
+        for link in self._links:
+            link.own_unsent()
+
+    def hear(self, milliseconds: int) -> None:
+        """Send what can be sent, then wait for something to arrive, or for `wake`.
+
+        Raises:
+            EOFError: A connection ended.
+            FrameError: What came is no frame.
+            OSError: A connection is gone.
+        """
+        for link in self._links:
+            if link.has_unsent:
+                events = select.POLLIN if link.flush() else select.POLLIN | select.POLLOUT
+                self._poll.modify(link.sock, events)
+        ready = {number for number, _events in self._poll.poll(milliseconds)}
+        # The lifeline first: it says who is lost, the other one only that it is closed.
+        for link in reversed(self._links):
+            if link.sock.fileno() in ready:
+                for frame in link.read():
+                    self._take_in(frame)
+
+    def hear_last_words(self, is_enough: Callable[[], bool]) -> None:
+        """After an end, take in what still comes on the lifeline, for a quarter of a second."""
+        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        poll = select.poll()
+        with contextlib.suppress(*CUT, IndexError):
+            lifeline = self._links[1]
+            poll.register(lifeline.sock, select.POLLIN)
+            while not is_enough() and (left := seconds_left(deadline)):
+                poll.poll(to_milliseconds(left))
+                for frame in lifeline.read():
+                    self._take_in(frame)
+
+    def wake(self) -> None:
+        """End the present `hear` and the later ones until `ignore_alarm`."""
+        with contextlib.suppress(OSError):  # closed already
+            self._alarm.send(b"!")
+
+    def ignore_alarm(self) -> None:
+        """Let `hear` wait again; also below a signal handler that interrupted a `hear`."""
+        # A new object: the old one may be in use, and must not be entered twice.
+        self._poll = select.poll()
+        for link in self._links:
+            self._poll.register(link.sock, select.POLLIN)
+
+    def close_links(self) -> None:
+        """Close the connections; others may be added."""
+        for link in self._links:
+            with contextlib.suppress(KeyError):  # after `ignore_alarm`
+                self._poll.unregister(link.sock)
+            link.sock.close()
+        self._links = []
+
+    def close(self) -> None:
+        """Close everything."""
+        self.close_links()
+        self._alarm.close()
+        self._alarm_end.close()

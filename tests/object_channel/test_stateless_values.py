@@ -1,0 +1,88 @@
+"""Values in the own store, and somebody on the way who keeps earlier ones."""
+
+import pytest
+from stateless_proxy import Proxy
+from stateless_ranks import SECRET, run_own
+from stateless_strangers import forming_group
+
+from fastvideo_comm.errors import AuthenticationError
+from fastvideo_comm.stateless import StatelessProcessGroup
+
+
+class Recorder:
+    """Keeps the sealed value of a frame to the store; puts it in the place of a later one."""
+
+    def __init__(self, size):
+        self.size = size
+        self.kept = None
+        self.replaces_to_store = self.replaces_from_store = False
+
+    def alter(self, to_store, data):
+        if self.kept is None:
+            self.kept = data[-self.size :]  # of the first frame after the join
+        elif self.replaces_to_store if to_store else self.replaces_from_store:
+            return data[: -self.size] + self.kept
+        return data
+
+
+def through_a_recorder(program):
+    with forming_group(secret=SECRET) as forming:
+        with Proxy(forming.port) as proxy:
+            group = StatelessProcessGroup.create(
+                "127.0.0.1", proxy.port, 1, 2, timeout=20, secret=SECRET
+            )
+            forming.finish()
+            recorder = Recorder(group.store.seal("any").overhead + len(b"pay 100"))
+            proxy.alter = recorder.alter
+            program(recorder, group.store, forming.groups[0].store)
+            group.close()
+
+
+def test_an_earlier_value_in_the_place_of_a_later_one_is_an_authentication_error():
+    def program(recorder, store, _other):
+        store.set("order", b"pay 100")
+        store.set("order", b"pay 999")
+        assert store.get("order") == b"pay 999"
+        recorder.replaces_from_store = True
+        with pytest.raises(AuthenticationError, match=r"must carry the seal of value/1/-1/1"):
+            store.get("order")
+        recorder.replaces_from_store = False
+        assert store.get("order") == b"pay 999"
+
+    through_a_recorder(program)
+
+
+def test_an_earlier_value_that_is_put_in_on_the_way_to_the_store_is_found_by_its_readers():
+    def program(recorder, store, other):
+        store.set("order", b"pay 100")
+        recorder.replaces_to_store = True
+        store.set("order", b"pay 999")
+        recorder.replaces_to_store = False
+        with pytest.raises(AuthenticationError, match=r"must carry the seal of value/1/-1/1"):
+            other.get("order")
+
+    through_a_recorder(program)
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_values_of_several_ranks_under_one_key_replace_each_other(secret):
+    def program(group):
+        store = group.store
+        for number in range(6):
+            group.barrier()
+            if number % 3 == group.rank:
+                store.set("key", f"{group.rank} set {number}")
+            group.barrier()
+            assert store.get("key") == f"{number % 3} set {number}".encode()
+
+    run_own(3, program, secret=secret)
+
+
+@pytest.mark.parametrize("secret", [None, SECRET])
+def test_a_sum_can_be_read_as_a_value(secret):
+    def program(group):
+        assert group.store.add("sum", 2**62) == 2**62
+        assert group.store.add("sum", 2**62) == 2**63
+        assert group.store.get("sum") == b"9223372036854775808"
+
+    run_own(1, program, secret=secret)
