@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import threading
-from collections.abc import Iterator
+import time
+import types
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from ranks import Ranks
 from test_collectives import same, values
 
-from fastvideo_comm import DeviceCommunicatorBase
+from fastvideo_comm import DeviceCommunicatorBase, wire_buffers
 from fastvideo_comm.exchange import HEADS_TO_SEQUENCE, exchange_one
 from fastvideo_comm.wire_buffers import WireBuffers
 
@@ -115,16 +115,16 @@ def test_a_buffer_of_one_dtype_is_none_of_another(ranks: Ranks):
     ranks.run(3, of_several_dtypes)
 
 
-@pytest.fixture
-def eager_threads() -> Iterator[None]:
-    """Threads that interrupt each other everywhere."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
+def interrupted(frame: types.FrameType, event: str, argument: object) -> Any:
+    """A trace function: at every line of the pool another thread may go on."""
+    if frame.f_code.co_filename != wire_buffers.__file__:
+        return None
+    if event == "line":
+        time.sleep(0)
+    return interrupted
 
 
-def test_threads_that_take_at_once_never_hold_one_buffer(eager_threads):
+def test_threads_that_take_at_once_never_hold_one_buffer():
     buffers = WireBuffers()
     like = torch.empty(0, dtype=torch.int64)
     sizes = (9_000, 10_000, 11_000)  # past what is allocated afresh
@@ -133,20 +133,25 @@ def test_threads_that_take_at_once_never_hold_one_buffer(eager_threads):
 
     def work(number: int) -> None:
         try:
-            for step in range(3_000):
+            for step in range(60):
                 wire = buffers.take((sizes[(step + number) % 3],), like)
                 address = wire.data_ptr()
                 if address in held:
                     raise ValueError(f"the buffer at {address} is held twice")
                 held.add(address)
+                time.sleep(0)
                 held.discard(address)
                 buffers.give_back(wire)
         except Exception as error:
             failures.append(error)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
+    threading.settrace(interrupted)
+    try:
+        for thread in threads:
+            thread.start()
+    finally:
+        threading.settrace(None)
     for thread in threads:
         thread.join()
     assert failures == []
