@@ -367,3 +367,17 @@ def single_elements(communicator: DeviceCommunicatorBase, dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int16, torch.float8_e4m3fn])
 def test_a_single_element_of_any_stride(ranks: Ranks, dtype):
     ranks.run(3, single_elements, dtype)
+
+
+def in_memory_of_its_own(communicator: DeviceCommunicatorBase) -> None:
+    ranks = communicator.world_size
+    for dim in (0, 1, -1):
+        for sizes in (None, "auto", [2 * ranks, *[0] * (ranks - 1)]):
+            x = torch.zeros([2 * ranks] * 3)
+            part = communicator.slice(x, dim, scatter_sizes=sizes)
+            part.fill_(1.0)
+            assert not x.any(), (dim, sizes)
+
+
+def test_a_slice_is_no_alias_of_what_it_was_cut_from(ranks: Ranks):
+    ranks.run(2, in_memory_of_its_own)

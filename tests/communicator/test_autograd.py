@@ -329,3 +329,20 @@ def conjugated(communicator: DeviceCommunicatorBase, async_op: bool) -> None:
 @pytest.mark.parametrize("async_op", [False, True])
 def test_gradients_may_be_lazily_conjugated(ranks: Ranks, async_op):
     ranks.run(2, conjugated, async_op)
+
+
+def all_nan(communicator: DeviceCommunicatorBase, op: str) -> None:
+    ranks, rank = communicator.world_size, communicator.rank
+    nan = float("nan")
+    x = torch.tensor([nan, 1.0 + rank, 5.0], dtype=torch.float64, requires_grad=True)
+    output = communicator.all_reduce(x, getattr(dist.ReduceOp, op))
+    assert output[0].isnan()
+    output.sum().backward()
+    holds = rank == (ranks - 1 if op == "MAX" else 0)
+    # Every rank's loss has the output: G = P, shared among the ranks that hold the extreme.
+    assert x.grad.tolist() == [1.0, float(ranks * holds), 1.0]
+
+
+@pytest.mark.parametrize("op", ["MAX", "MIN"])
+def test_where_all_ranks_hold_nan_they_share_the_gradient(ranks: Ranks, op):
+    ranks.run(3, all_nan, op)

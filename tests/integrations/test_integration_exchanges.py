@@ -13,11 +13,13 @@ from collections.abc import Callable
 import peer_wheels
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Ranks
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastvideo_comm import DeviceCommunicatorBase
-from fastvideo_comm.integrations import diffusers, yunchang
+from fastvideo_comm.errors import ClosedError
+from fastvideo_comm.integrations import diffusers, fastvideo, yunchang
 from fastvideo_comm.integrations.installation import Installation, IntegrationError
 from fastvideo_comm.integrations.sequence_exchange import Communicators, check_shared
 
@@ -117,6 +119,71 @@ def one_for_each_group(communicator: DeviceCommunicatorBase) -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_group_keeps_its_communicator_from_call_to_call(ranks: Ranks, size: int):
     ranks.run(size, one_for_each_group)
+
+
+def made_anew(communicator: DeviceCommunicatorBase) -> None:
+    communicators = Communicators("test")
+    names = []
+    for _ in range(2):
+        # Named after its ranks. One rank: two would find each other's old addresses in the store.
+        group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        names.append(group.group_name)
+        communicators.exchange(group, torch.zeros(1, 2, 4, 1), 2, 1)
+        assert communicators._by_name[group.group_name].device_group is group
+        dist.destroy_process_group(group)
+    assert names[0] == names[1]
+    communicators.clear()
+
+
+def test_a_group_that_was_made_anew_under_its_name_is_another_group(ranks: Ranks):
+    ranks.run(1, made_anew)
+
+
+def uninstalled(communicator: DeviceCommunicatorBase, name: str) -> None:
+    integration = {"yunchang": yunchang, "diffusers": diffusers}[name]
+    function = {"yunchang": "SeqAllToAll4D", "diffusers": "SeqAllToAllDim"}[name]
+    module = types.ModuleType(integration._MODULE)
+    setattr(module, function, "theirs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, integration._MODULE, module)
+        patch.setattr(importlib.metadata, "version", lambda _: integration.KNOWN_VERSIONS[0])
+        with integration.install():
+            communicators = getattr(module, function)._communicators
+            x = torch.zeros(1, 2, communicator.world_size, 2)
+            communicators.exchange(communicator.device_group, x, 2, 1)
+            (kept,) = communicators._by_name.values()
+            kept.all_gather(x)
+        with pytest.raises(ClosedError, match="was destroyed"):
+            kept.all_gather(x)
+
+
+@pytest.mark.parametrize("name", ["yunchang", "diffusers"])
+def test_uninstall_destroys_the_communicators_that_were_made(ranks: Ranks, name):
+    ranks.run(2, uninstalled, name)
+
+
+def replaced_and_undone(communicator: DeviceCommunicatorBase) -> None:
+    """What FastVideo's integration does with a group that was made before."""
+    coordinator = types.SimpleNamespace(
+        cpu_group=communicator.cpu_group,
+        device=torch.device("cpu"),
+        device_group=communicator.device_group,
+        unique_name="sp:0",
+        device_communicator="theirs",
+    )
+    installation = Installation("fastvideo", "0.2.1")
+    fastvideo._replace_communicator(installation, coordinator)
+    ours = coordinator.device_communicator
+    x = torch.zeros(2)
+    ours.all_gather(x)
+    installation.uninstall()
+    assert coordinator.device_communicator == "theirs"
+    with pytest.raises(ClosedError, match="was destroyed"):
+        ours.all_gather(x)
+
+
+def test_uninstall_destroys_the_communicator_of_a_group_that_existed(ranks: Ranks):
+    ranks.run(2, replaced_and_undone)
 
 
 NAMES = {

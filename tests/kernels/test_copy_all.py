@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +126,70 @@ def test_more_pairs_than_a_launch_takes_are_a_launch_for_every_eight(launches, i
     copy_all_valid_(pairs, impl="triton")
     assert [len(launch.access_bytes) for launch in launches] == [8, 8, 1]
     assert all(torch.equal(dst, src) for dst, src in pairs)
+
+
+@pytest.mark.parametrize("num_tensors", [1, 2])
+def test_a_grid_has_less_than_2_31_programs(interpreted, num_tensors):
+    """What the first dim of a grid takes is 2**31 - 1."""
+    tile = 8192  # bytes that one program copies of a long run
+
+    def launch(num_programs: int) -> Any:
+        lengths = [tile * (num_programs - num_tensors + 1), *[tile] * (num_tensors - 1)]
+        return interpreted._plan_launch(*[((n,), (1,), (1,), 1, 0, 0) for n in lengths])
+
+    assert launch(2**31 - 1).grid == (2**31 - 1, 1, 1)
+    assert launch(2**31) is None
+
+
+class OnDevice:
+    """A tensor as the launcher sees it, on a device that is not there."""
+
+    def __init__(self, tensor: Tensor, index: int) -> None:
+        self._tensor = tensor
+        self.device = torch.device("cuda", index)
+        self.dtype, self.shape = tensor.dtype, tensor.shape
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tensor, name)
+
+
+def test_a_kernel_is_launched_on_the_device_that_it_was_compiled_on(interpreted, monkeypatch):
+    current: list[int] = []
+    compiled: list[int] = []
+    launched: list[tuple[int, int]] = []
+
+    @contextlib.contextmanager
+    def device_index(index: int) -> Iterator[None]:
+        current.append(index)
+        yield
+        current.pop()
+
+    class Kernel:
+        """Compiles at its first launch, and returns what it compiled."""
+
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Compiled]:
+            def compile_and_run(*arguments: Any, **options: Any) -> Compiled:
+                compiled.append(current[-1])
+                return Compiled(current[-1])
+
+            return compile_and_run
+
+    class Compiled:
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+            return lambda *arguments: launched.append((self.index, current[-1]))
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    monkeypatch.setattr(interpreted, "tile_copy", Kernel())
+    interpreted._plan_launch.cache_clear()
+    for index in (0, 1, 0, 1, 1):
+        pair = [OnDevice(torch.zeros(6, 4).T, index), OnDevice(torch.zeros(4, 6), index)]
+        interpreted.launch_tile_copies([tuple(pair)])
+    interpreted._plan_launch.cache_clear()
+    assert compiled == [0, 1]
+    assert launched == [(0, 0), (1, 1), (1, 1)]
 
 
 def test_a_pair_of_too_many_dims_is_copied_beside_another():

@@ -194,6 +194,20 @@ def test_a_transpose_is_planned_along_both_contiguous_dims():
     assert (plan.block_rows, plan.block_columns) == (64, 64)
 
 
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_transpose_beside_an_expanded_dim_is_planned_like_one_alone(position):
+    """An expanded dim has stride 0 in src, which is less than that of src's contiguous dim."""
+    shape, dst_strides, src_strides = [640, 512], [512, 1], [1, 640]
+    shape.insert(position, 3)
+    dst_strides.insert(position, 640 * 512)
+    src_strides.insert(position, 0)
+    dims, run = coalesce(tuple(shape), tuple(dst_strides), tuple(src_strides), 2)
+    plan = plan_copy(dims, run, 0)
+    assert plan.transposed
+    assert (plan.rows, plan.columns) == ((80, 64, 1), (64, 1, 80))
+    assert plan.outer == [(3, 640 * 512 // 8, 0)]
+
+
 @pytest.mark.parametrize(
     ("granules", "block"),
     [(1, 1), (5, 8), (8, 8), (48, 16), (80, 16), (96, 32), (160, 32), (192, 64), (320, 64)],
