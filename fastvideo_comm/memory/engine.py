@@ -1,23 +1,11 @@
-"""What moves flights on: reads the lines, compares posts, lets parts be copied, tells when they are.
+"""What moves flights on: threads that read the lines and copy parts.
 
-Threads. One lock guards all state and is never held during a copy. Every thread that waits also works:
-it reads what has come, and copies the next part that is ready, for whichever flight. A daemon thread
-does the same for flights that are started in the background, as long as no other thread waits.
+One lock guards all state and is never held during a copy. Every thread that waits also works: it
+reads what has come, and copies the next part that is ready, for whichever flight. A daemon thread
+does the same for flights that were started in the background, while no other thread waits.
 
-Why no block is reused while another rank may still write to it:
-
-- A rank writes to the outputs of a post only between reading that post and sending DONE for it.
-- It sends FAIL or DETAIL for a call only when none of its threads copies for that call, and starts
-  no copy for the call afterwards. It closes its lines only when none of its threads copies at all.
-- A flight holds its outputs until each rank that has its post, and is one of its sources, has said
-  DONE, FAIL or DETAIL or has reached the end of its line. This holds for a flight that failed as
-  well: it stays in `_flights`, over but not settled, and its blocks stay allocated.
-
-Sockets order memory: what a rank wrote before it sent a record is seen by whoever has received it.
-
-KeyboardInterrupt may come between any two steps of Python. Every change is one step, or can be
-done twice: records are handled until they are taken out of the inbox (`line.py`), and a part whose copy
-was interrupted is ready again.
+A thread that copies a part has put an object of its own in the place of the part's state, so that
+an interrupt in the middle of the copy can be undone: the part is ready again, and is copied anew.
 """
 
 from __future__ import annotations
@@ -31,14 +19,13 @@ from collections.abc import Callable
 
 import torch
 
-from ..errors import ClosedError, CollectiveError, CommunicationTimeoutError, PeerLostError
+from ..errors import ClosedError, CollectiveError
 from . import line as records
-from .flight import ALL, COPIED, READY, WAITING, Ask, Flight, Key, Mismatch, Place, error_of
-from .line import Heard, Line, Record
+from .flight import COPIED, READY, Ask, Flight
+from .ledger import Ledger
+from .line import Line, Record
 from .waiter import Background, Waiter
 
-# How long a rank waits for what the others say about a mismatch.
-DISCLOSURE_SECONDS = 1.5
 # A queue that a socket did not take is tried again after this time.
 _RETRY_SECONDS = 0.002
 # How often a thread looks for messages before it sleeps.
@@ -46,7 +33,7 @@ _LOOKS = 60
 
 
 class Engine:
-    """The flights of one rank, and its lines to the others."""
+    """The threads that work on one rank's ledger."""
 
     def __init__(
         self,
@@ -70,21 +57,13 @@ class Engine:
         self._lines = lines
         self._timeout = timeout
         self._name = name
-        self._add_segment = add_segment
-        # In the order in which ranks are served: not all ranks write to one at the same time.
-        size = len(lines) + 1
-        self._others = [(rank + step) % size for step in range(1, size)]
+        self._ledger = Ledger(rank, lines, add_segment)
         self._digest = functools.lru_cache(4096)(_digest)
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._is_closed = False
-        self._next = dict.fromkeys([ALL, *lines], 0)
-        self._flights: dict[Key, Flight] = {}
-        self._early: dict[Key, list[tuple[int, Heard]]] = {}
-        self._lost: dict[int, str] = {}
-        self._foreground: dict[int, Waiter] = {}  # the threads that wait
+        self._foreground: dict[int, Waiter] = {}  # by thread
         self._waiters: list[Waiter] = []  # of threads that no longer wait
-        self._in_background: dict[Key, Flight] = {}
         self._background: Background | None = None
 
     def check(self) -> None:
@@ -105,42 +84,33 @@ class Engine:
 
     def start(self, ask: Ask, *, background: bool) -> Flight:
         """Posts a call."""
-        self.check()
-        lane, others = self._lane(ask.ranks)
+        ledger = self._ledger
+        lane, others = ledger.lane(ask.ranks)
         digest, expected = self._digest(ask.question), self._digest(ask.expects)
         with self._lock:
-            key = (lane, self._next[lane])
+            self.check()
+            key = (lane, ledger.next_numbers[lane])
             flight = Flight(self, ask, key, others, expected, time.monotonic())
             try:
-                self._flights[key] = flight
-                self._next[lane] = key[1] + 1
-                self._post(flight, ask, digest)
-                if background:
+                ledger.post(flight, ask, digest)
+                if background and not flight.is_over:
                     flight.is_background = True
-                    self._in_background[key] = flight
+                    ledger.in_background[key] = flight
             except BaseException as error:
-                if self._flights.get(key) is flight:
-                    self._next[lane] = key[1] + 1
-                    self._interrupt(flight, error)
+                if ledger.flights.get(key) is flight:
+                    ledger.next_numbers[lane] = key[1] + 1
+                    ledger.interrupt(flight, error)
                 raise
         if background:
             self._wake_background()
         return flight
 
     def fail_next(self, failure: int, text: bytes, ranks: tuple[int, int] | None) -> None:
-        """Uses up the number of the next call and tells the others that it fails."""
-        self.check()
-        lane, others = self._lane(ranks)
+        """Uses up the number of the next call, and tells the others that it fails."""
         with self._lock:
-            number = self._next[lane]
-            record = Record(
-                records.FAIL, int(lane != ALL), failure, origin=self.rank, number=number
-            )
-            packed = records.with_text(record, text)
-            self._next[lane] = number + 1
-            self._early.pop((lane, number), None)
-            for other in others:
-                self._lines[other].send_all(packed)
+            self.check()
+            self._ledger.fail_next(failure, text, ranks)
+        self._leave()
 
     def wait(self, flight: Flight, timeout: float | None) -> None:
         """Moves flights on until this one is over."""
@@ -150,7 +120,8 @@ class Engine:
                 self._progress(flight, timeout)
             except BaseException as error:
                 with self._lock:
-                    self._interrupt(flight, error)
+                    self._ledger.interrupt(flight, error)
+                self._leave()
                 raise
         if flight.failure is not None:
             raise flight.failure
@@ -159,9 +130,8 @@ class Engine:
         """Whether a flight is over; moves flights on as far as that needs no waiting."""
         if not flight.is_over and not flight.is_background:
             self.check()
-            with self._waiter() as waiter:
-                while self._turn(waiter.ready(self._lines, self._lost, 0)):
-                    pass
+            waiter = Waiter()
+            self._turn(waiter, waiter.ready(self._lines, self._ledger.lost, 0))
         return flight.is_over
 
     def close(self) -> None:
@@ -172,11 +142,9 @@ class Engine:
             if self._is_closed:
                 return
             self._is_closed = True
-            for flight in list(self._flights.values()):
-                error = ClosedError(
-                    f"the communicator {self._name!r} was destroyed during the call"
-                )
-                self._fail(flight, error, records.CLOSED, self.rank)
+            for flight in list(self._ledger.flights.values()):
+                text = f"the communicator {self._name!r} was destroyed during the call"
+                self._ledger.fail(flight, ClosedError(text), records.CLOSED, self.rank, text)
             waiters = list(self._foreground.values())
         for waiter in waiters:
             waiter.wake()
@@ -190,190 +158,33 @@ class Engine:
             time.sleep(0.0005)
         with self._lock:
             for line in self._lines.values():
-                line.send(Record(records.BYE).pack())
+                line.send_all([Record(records.BYE).pack()])
                 line.close()
-            self._flights.clear()
+            self._ledger.flights.clear()
 
-    def _is_copying(self) -> bool:
-        with self._lock:
-            return any(flight.is_copying for flight in self._flights.values())
+    def forget(self) -> None:
+        """Closes the lines of a forked child; the parent's stay as they are.
 
-    def forked(self) -> None:
-        """In a forked child: closes its copies of the lines, or the others would not see this rank's
-        process die while the child lives.
+        Otherwise the others would not see the parent die as long as the child lives.
         """
         for line in self._lines.values():
             line.close()
 
-    # Calls
-
-    def _lane(self, ranks: tuple[int, int] | None) -> tuple[int, list[int]]:
-        """The lane of a call, and the other ranks in it."""
-        if ranks is None:
-            return ALL, self._others
-        (other,) = (rank for rank in ranks if rank != self.rank)
-        return other, [other]
-
-    def _post(self, flight: Flight, ask: Ask, digest: bytes) -> None:
-        lane, number = flight.key
-        early = self._early.get(flight.key, ())
-        for rank, heard in early:
-            self._apply(flight, rank, heard)
-        self._early.pop(flight.key, None)
-        if not flight.is_over and flight.details is None:
-            others = flight.others
-            flight.undone.update(rank for rank in ask.sources if rank in others)
-            place = ask.posted.place if ask.posted is not None else None
-            packed = records.pack_post(lane != ALL, number, digest, place)
-            for other in others:
-                self._lines[other].send(packed)
-        for rank in self._lost:
-            self._lose_one(flight, rank)
-
-    # What has been heard
-
-    def _read(self, rank: int) -> None:
-        """Takes in what the line to a rank has; under the lock."""
-        line = self._lines[rank]
-        line.receive()
-        while (heard := line.first()) is not None:
-            self._hear(rank, line, heard)
-            line.handled(heard)
-        if line.is_lost and rank not in self._lost and not self._is_closed:
-            for flight in list(self._flights.values()):
-                self._lose_one(flight, rank, line)
-            self._lost[rank] = _loss(rank, line)
-
-    def _hear(self, rank: int, line: Line, heard: Heard) -> None:
-        record = heard.record
-        if record.kind == records.SEGMENT:
-            self._add_segment(rank, record, heard.descriptor)
-        elif record.kind == records.BYE:
-            line.has_left = True
-        else:
-            key = (rank if record.is_pair else ALL, record.number)
-            flight = self._flights.get(key)
-            if flight is not None:
-                self._apply(flight, rank, heard)
-            elif record.number >= self._next[key[0]]:
-                self._early.setdefault(key, []).append((rank, heard))
-
-    def _apply(self, flight: Flight, rank: int, heard: Heard) -> None:
-        """What a rank has said about a flight; under the lock."""
-        record = heard.record
-        if record.kind == records.POST:
-            if flight.is_over or rank not in flight.unposted:
-                return
-            flight.places[rank] = Place(record.segment, record.offset) if record.flag else None
-            if record.digest != flight.expected:
-                self._mismatch(flight)
-            elif flight.parts.get(rank) is WAITING:
-                flight.parts[rank] = READY
-            flight.unposted.discard(rank)
-        else:
-            if record.kind != records.DONE and not flight.is_over:
-                if record.kind == records.DETAIL or record.failure == records.ARGUMENTS:
-                    self._mismatch(flight)
-                    if flight.details is not None:
-                        flight.details[rank] = heard.text
-                elif flight.details is None:
-                    text = heard.text.decode(errors="replace")
-                    error = error_of(record.failure, record.origin, text)
-                    self._fail(flight, error, record.failure, record.origin, text)
-                flight.undisclosed.discard(rank)
-            flight.undone.discard(rank)
-        self._update(flight)
-
-    def _lose_one(self, flight: Flight, rank: int, line: Line | None = None) -> None:
-        """A rank of a flight is gone; under the lock."""
-        if rank in flight.unposted or rank in flight.undone:
-            if flight.details is None:
-                text = _loss(rank, line or self._lines[rank])
-                error = PeerLostError(text, peers=(rank,))
-                self._fail(flight, error, records.LOST, rank, text)
-            flight.undone.discard(rank)
-        flight.undisclosed.discard(rank)
-        self._update(flight)
-
-    # How flights end
-
-    def _mismatch(self, flight: Flight) -> None:
-        """Tells the others what this rank asked for, and waits for the same of them."""
-        if flight.is_over or flight.details is not None or flight.ask is None:
+    def work(self, waiter: Waiter) -> None:
+        """One round of the background thread: it works, or it sleeps."""
+        flights = list(self._ledger.in_background.values())
+        if self._foreground or not (flights or self._flush()):
+            waiter.sleep()
             return
-        try:
-            detail = flight.ask.detail()
-        except Exception as error:
-            detail = repr(error).encode()
-        lane, number = flight.key
-        record = Record(records.DETAIL, int(lane != ALL), number=number)
-        flight.notice = records.with_text(record, detail)
-        flight.undisclosed = {other for other in flight.others if other not in self._lost}
-        flight.disclosed_until = time.monotonic() + DISCLOSURE_SECONDS
-        flight.details = {self.rank: detail}
-        self._tell(flight)
-
-    def _interrupt(self, flight: Flight, error: BaseException) -> None:
-        self._fail(flight, error, records.INTERRUPTED, self.rank, type(error).__name__)
-
-    def _fail(
-        self, flight: Flight, error: BaseException, failure: int, origin: int, text: str = ""
-    ) -> None:
-        """Ends a flight with an error, and tells the others; under the lock."""
-        if flight.is_over:
-            return
-        lane, number = flight.key
-        record = Record(records.FAIL, int(lane != ALL), failure, origin=origin, number=number)
-        if not flight.is_told:
-            flight.notice = records.with_text(record, text.encode())
-        flight.failure = error
-        self._tell(flight)
-        self._end(flight)
-
-    def _tell(self, flight: Flight) -> None:
-        """Sends FAIL or DETAIL, once no thread copies for the flight."""
-        if flight.notice and not flight.is_told and not flight.is_copying:
-            for other in flight.others:
-                self._lines[other].send_all(flight.notice)
-            flight.is_told = True
-
-    def _update(self, flight: Flight) -> None:
-        """Ends a flight that has nothing left to wait for; under the lock."""
-        if flight.is_over:
-            if flight.is_told and not flight.undone:
-                self._flights.pop(flight.key, None)
-                flight.release()
-        elif flight.details is not None:
-            if not flight.undisclosed or time.monotonic() >= flight.disclosed_until:
-                flight.failure = Mismatch(flight.details)
-                self._end(flight)
-        elif flight.is_arrived:
-            flight.is_over = True
-            self._flights.pop(flight.key, None)
-            self._in_background.pop(flight.key, None)
-            flight.release()
-            flight.wake()
-
-    def _end(self, flight: Flight) -> None:
-        flight.is_over = True
-        self._in_background.pop(flight.key, None)
-        flight.wake()
-        self._update(flight)
-
-    def _expire(self, flight: Flight, deadline: float, seconds: float) -> None:
-        """Fails a flight whose time has come; under the lock."""
-        now = time.monotonic()
-        if flight.is_over or flight.details is not None:
-            self._update(flight)
-        elif now >= deadline:
-            absent, undone = flight.unready()
-            parts = [f"{_ranks(absent)} did not come"] if absent else []
-            parts += [f"{_ranks(undone)} came and did not finish"] if undone else []
-            text = f"{flight.op} waited {seconds:g} s: {' and '.join(parts)}"
-            error = CommunicationTimeoutError(text, peers=(*absent, *undone))
-            self._fail(flight, error, records.TIMED_OUT, self.rank, text)
-
-    # Threads that move flights on
+        self._turn(waiter, waiter.ready(self._lines, self._ledger.lost, 0))
+        ends = [flight.ends(flight.started + self._timeout) for flight in flights]
+        seconds = min(ends, default=time.monotonic() + _RETRY_SECONDS) - time.monotonic()
+        ready = waiter.ready(self._lines, self._ledger.lost, self._rest(seconds))
+        with self._lock:
+            for rank in ready:
+                self._ledger.read(rank)
+            for flight in flights:
+                self._ledger.expire(flight, flight.started + self._timeout, self._timeout)
 
     def _progress(self, flight: Flight, timeout: float | None) -> None:
         """Works until a flight is over; in the thread that waits for it."""
@@ -381,64 +192,77 @@ class Engine:
         if timeout is not None and time.monotonic() + timeout < begin + seconds:
             seconds, begin = timeout, time.monotonic()
         deadline = begin + seconds
+        lines, lost = self._lines, self._ledger.lost
         me = threading.get_ident()
-        with self._waiter() as waiter:
-            try:
-                flight.waiters[me] = waiter
-                ready = waiter.ready(self._lines, self._lost, 0)
-                while not flight.is_over:
-                    if self._turn(ready) or flight.is_over:
-                        ready = waiter.ready(self._lines, self._lost, 0)
-                        continue
-                    ready = waiter.look(self._lines, self._lost, _LOOKS)
-                    if not ready:
-                        until = deadline if flight.details is None else flight.disclosed_until
-                        ready = waiter.ready(self._lines, self._lost, self._rest(until))
-                        with self._lock:
-                            self._expire(flight, deadline, seconds)
-            finally:
-                flight.waiters.pop(me, None)
-
-    def _turn(self, ready: list[int]) -> bool:
-        """Reads the lines that have something, and copies one part; whether it found any to copy."""
-        token = object()
+        waiter = self._waiters.pop() if self._waiters else Waiter()
         try:
-            with self._lock:
-                for rank in ready:
-                    self._read(rank)
-                job = self._take(token)
-            if job is None:
-                return False
-            flight, rank = job
-            self._copy(flight, rank, token)
-            with self._lock:
-                self._copied(flight, rank)
+            flight.waiters[me] = self._foreground[me] = waiter
+            ready = waiter.ready(lines, lost, 0)
+            while not flight.is_over:
+                self._turn(waiter, ready)
+                if flight.is_over:
+                    break
+                ready = waiter.look(lines, lost, _LOOKS)
+                if not ready:
+                    seconds_left = flight.ends(deadline) - time.monotonic()
+                    ready = waiter.ready(lines, lost, self._rest(seconds_left))
+                    if not ready:
+                        with self._lock:
+                            self._ledger.expire(flight, deadline, seconds)
+        finally:
+            flight.waiters.pop(me, None)
+            self._waiters.append(waiter)
+            self._leave()
+
+    def _leave(self) -> None:
+        """The background thread goes on with what a thread that waited leaves behind."""
+        self._foreground.pop(threading.get_ident(), None)
+        if not self._foreground and (self._ledger.in_background or self._flush()):
+            self._wake_background()
+
+    def _turn(self, waiter: Waiter, ready: list[int]) -> None:
+        """Reads lines and copies parts, until there is nothing to copy."""
+        token = object()
+        job: tuple[Flight, int] | None = None
+        ledger = self._ledger
+        try:
+            while True:
+                with self._lock:
+                    if job is not None:
+                        ledger.copied(*job)
+                    for rank in ready:
+                        ledger.read(rank)
+                    job = self._take(token)
+                if job is None:
+                    return
+                self._copy(*job, token)
+                ready = waiter.ready(self._lines, ledger.lost, 0)
         except BaseException:
             with self._lock:
-                for flight in list(self._flights.values()):
+                for flight in list(ledger.flights.values()):
                     for rank, state in flight.parts.items():
                         if state is token:
                             flight.parts[rank] = READY
-                    self._tell(flight)
-                    self._update(flight)
+                    ledger.tell(flight)
+                    ledger.update(flight)
             raise
-        return True
 
     def _take(self, token: object) -> tuple[Flight, int] | None:
         """The next part to copy, which is now this thread's."""
-        for flight in self._flights.values():
+        for flight in self._ledger.flights.values():
             if flight.is_over or flight.details is not None:
                 continue
             for rank, state in flight.parts.items():
                 if state is READY:
                     flight.parts[rank] = token
                     return flight, rank
-                if state is COPIED:  # interrupted before the other was told
+                if state is COPIED:  # an interrupt came before the other was told
                     return flight, rank
         return None
 
     def _copy(self, flight: Flight, rank: int, token: object) -> None:
-        if flight.parts[rank] is not token or flight.ask is None:
+        ask = flight.ask
+        if flight.parts[rank] is not token or ask is None:
             return
         try:
             place = flight.places[rank]
@@ -446,33 +270,20 @@ class Engine:
                 raise CollectiveError(f"rank {rank} has posted no outputs", peers=(rank,))
             if torch.is_grad_enabled():
                 with torch.no_grad():
-                    flight.ask.deliver(rank, place)
+                    ask.deliver(rank, place)
             else:
-                flight.ask.deliver(rank, place)
+                ask.deliver(rank, place)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             failure = records.MEMORY if isinstance(error, MemoryError) else records.DELIVERY
             with self._lock:
-                self._fail(flight, error, failure, self.rank, text)
+                self._ledger.fail(flight, error, failure, self.rank, text)
         flight.parts[rank] = COPIED
 
-    def _copied(self, flight: Flight, rank: int) -> None:
-        """Tells a rank that its part is there; under the lock."""
-        if flight.is_over or flight.details is not None:
-            self._tell(flight)
-        elif flight.parts.get(rank) is COPIED:
-            if rank != self.rank:
-                lane, number = flight.key
-                self._lines[rank].send(records.pack_done(lane != ALL, number))
-            del flight.parts[rank]
-        self._update(flight)
-
-    def _rest(self, until: float) -> float:
-        """How long a thread may sleep."""
-        seconds = max(0.0, until - time.monotonic())
-        if self._flush():
-            return min(seconds, _RETRY_SECONDS)
-        return seconds
+    def _rest(self, seconds: float) -> float:
+        """How long a thread may sleep: shorter where a queue is to be sent."""
+        seconds = max(0.0, seconds)
+        return min(seconds, _RETRY_SECONDS) if self._flush() else seconds
 
     def _flush(self) -> bool:
         """Sends what is queued; whether something still is."""
@@ -484,8 +295,9 @@ class Engine:
                 blocked = blocked or line.is_blocked
         return blocked
 
-    def _waiter(self) -> _Waiting:
-        return _Waiting(self)
+    def _is_copying(self) -> bool:
+        with self._lock:
+            return any(flight.is_copying for flight in self._ledger.flights.values())
 
     def _wake_background(self) -> None:
         with self._lock:
@@ -494,62 +306,6 @@ class Engine:
         if self._background is not None:
             self._background.wake()
 
-    def work(self, waiter: Waiter) -> None:
-        """One round of the background thread: works or sleeps."""
-        flights = list(self._in_background.values())
-        if self._foreground or not (flights or self._flush()):
-            waiter.sleep()
-            return
-        until = min(
-            (
-                flight.started + self._timeout if flight.details is None else flight.disclosed_until
-                for flight in flights
-            ),
-            default=time.monotonic() + _RETRY_SECONDS,
-        )
-        ready = waiter.ready(self._lines, self._lost, 0)
-        if self._turn(ready):
-            return
-        if not self._in_background.keys() & {flight.key for flight in flights}:
-            return
-        ready = waiter.ready(self._lines, self._lost, self._rest(until))
-        with self._lock:
-            for rank in ready:
-                self._read(rank)
-            for flight in flights:
-                self._expire(flight, flight.started + self._timeout, self._timeout)
-
-
-class _Waiting:
-    """A thread of the foreground, as long as it waits."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> Waiter:
-        waiters = self._engine._waiters
-        try:
-            self._waiter = waiters.pop()
-        except IndexError:
-            self._waiter = Waiter()
-        self._engine._foreground[threading.get_ident()] = self._waiter
-        return self._waiter
-
-    def __exit__(self, *_: object) -> None:
-        engine = self._engine
-        engine._foreground.pop(threading.get_ident(), None)
-        engine._waiters.append(self._waiter)
-        if not engine._foreground and (engine._in_background or engine._flush()):
-            engine._wake_background()
-
 
 def _digest(question: bytes) -> bytes:
     return hashlib.blake2b(question, digest_size=16).digest()
-
-
-def _loss(rank: int, line: Line) -> str:
-    return f"rank {rank} has left the group" if line.has_left else f"rank {rank} has died"
-
-
-def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

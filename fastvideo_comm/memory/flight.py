@@ -48,7 +48,7 @@ class Mismatch(Exception):  # noqa: N818 - the caller makes the error of it
         self.details = details
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Ask:
     """What this rank asks for in one call.
 
@@ -56,16 +56,17 @@ class Ask:
         op: The name of the op, for errors.
         question: What this rank asks for, as bytes; equal bytes mean the same call.
         expects: The question that the other ranks must have.
-        deliver: `deliver(rank, place)` copies this rank's part into the outputs of one target. It is
-            called once for each target, in any thread, under `torch.no_grad()`.
+        deliver: `deliver(rank, place)` copies this rank's part into the outputs of one target. It
+            is called for each target, in any thread, under `torch.no_grad()`; again for the same
+            target only after it raised KeyboardInterrupt.
         detail: A text about this call, for the table of a mismatch; called only then. It must not
             use the communicator.
-        ranks: The two ranks that take part; None: all. Pairs have a call number of their own, one for
-            both directions.
+        ranks: The two ranks that take part; None: all. Pairs have a call number of their own, one
+            for both directions, even in a group of two.
         posted: Where the others write for this rank; None: nowhere.
         sources: The ranks that will write here; this rank itself is ignored.
-        targets: The ranks that this rank writes to. Where this rank itself is among them, `deliver` is
-            called for it too, with its own place.
+        targets: The ranks that this rank writes to. Where this rank itself is among them,
+            `deliver` is called for it too, with its own place.
     """
 
     op: str
@@ -138,7 +139,8 @@ class Flight:
         """Returns when this rank's outputs are complete and its inputs are free again.
 
         Args:
-            timeout: Seconds; the group's timeout, counted from the start of the call, ends it anyway.
+            timeout: Seconds after which the call fails on all ranks. The group's timeout, counted
+                from the start of the call, ends it in any case.
 
         Raises:
             Mismatch: The ranks did not ask for the same.
@@ -153,20 +155,14 @@ class Flight:
         """Whether the call is over, in whatever way; moves it on where nobody else does."""
         return self.engine.poll(self)
 
-    def unready(self) -> tuple[list[int], list[int]]:
-        """The ranks that did not come, and those that came and are not done."""
-        absent = sorted(self.unposted)
-        return absent, sorted(self.undone - self.unposted)
+    def ends(self, deadline: float) -> float:
+        """When the call is over at the latest, if its deadline is this."""
+        return deadline if self.details is None else self.disclosed_until
 
     @property
     def is_copying(self) -> bool:
         """Whether a thread copies a part at this moment."""
         return any(not isinstance(state, str) for state in self.parts.values())
-
-    @property
-    def is_arrived(self) -> bool:
-        """Whether everything that belongs to the call has happened."""
-        return not (self.unposted or self.undone or self.parts)
 
     def release(self) -> None:
         """Lets go of inputs, and of outputs that nobody may write to any more."""

@@ -6,16 +6,16 @@ The interface:
   `(memory, "")` on all ranks, or `(None, refusal)` on all ranks; the refusal says which rank, why.
 - `memory.allocate(specs)`: outputs that the others can write to, `Posted(tensors, place)`.
 - `memory.tensors_at(rank, place, specs)`: the outputs of a rank as this rank sees them.
-- `memory.start(ask, background=False)`: posts a call (`Ask`, in `flight.py`) and returns its `Flight`.
-  It raises nothing but ClosedError and interrupts; `flight.wait()` raises the rest. With
+- `memory.start(ask, background=False)`: posts a call (`Ask`, in `flight.py`) and returns its
+  `Flight`. It raises nothing but ClosedError and interrupts; `flight.wait()` raises the rest. With
   `background=True` a thread moves the flight on, so it need not be waited for.
 - `memory.fail_next(text, ranks=None, failure="arguments")`: this rank cannot make its next call.
 - `memory.close()`: fails what is in the air, says goodbye.
 - `memory.bytes_in_use`, `memory.high_water_bytes`, `memory.num_segments`.
 
 `Flight.wait` raises `Mismatch` (with the details of all ranks), `PeerLostError`,
-`CommunicationTimeoutError`, `CollectiveError`, `ClosedError`, or what `deliver` raised on this rank.
-After each of them the memory can be used again, as far as the ranks that it needs are alive.
+`CommunicationTimeoutError`, `CollectiveError`, `ClosedError`, or what `deliver` raised on this
+rank. After each of them the memory can be used again, as far as the ranks that it needs are alive.
 
 Assumes what every group assumes: all ranks make the same calls in the same order; the calls of each
 pair of ranks (`Ask.ranks`) are counted apart.
@@ -60,7 +60,8 @@ class HostMemory:
 
     Example:
         >>> import torch
-        >>> memory, refusal = HostMemory.connect(0, 1, lambda payload: [payload], timeout=10, name="")
+        >>> everyone = lambda payload: [payload]
+        >>> memory, _ = HostMemory.connect(0, 1, everyone, timeout=10, name="alone")
         >>> specs = [((2, 3), torch.float32)]
         >>> posted = memory.allocate(specs)
         >>> def deliver(rank, place):
@@ -89,8 +90,8 @@ class HostMemory:
         Args:
             rank: This rank.
             world_size: How many ranks the group has.
-            everyone: `everyone(payload)` gives what every rank gave, in rank order; all payloads of a
-                call have one length.
+            everyone: `everyone(payload)` gives what every rank gave, in rank order; all payloads
+                of a call have one length.
             timeout: Seconds that a call may take, from its start to its end on this rank.
             name: What errors call the group.
             enabled: False where this rank does not want to share memory.
@@ -147,7 +148,8 @@ class HostMemory:
     def allocate(self, specs: Sequence[Spec]) -> Posted:
         """Contiguous tensors of this rank that the other ranks can write to.
 
-        Their values are undefined. A tensor is its holder's for as long as anyone holds its storage.
+        Their values are undefined. A tensor is its holder's for as long as anyone holds its
+        storage.
 
         Args:
             specs: Shape and dtype of each.
@@ -200,11 +202,12 @@ class HostMemory:
 
         Args:
             ask: What this rank asks for.
-            background: A thread moves the call on, whether or not it is waited for. Otherwise somebody
-                must wait for it.
+            background: A thread moves the call on, whether or not it is waited for. Otherwise
+                somebody must wait for it.
 
         Raises:
-            ClosedError: The memory was closed, or belongs to the process that this one was forked from.
+            ClosedError: The memory was closed, or belongs to the process that this one was forked
+                from.
         """
         return self._engine.start(ask, background=background)
 
@@ -214,8 +217,8 @@ class HostMemory:
         """Gives this rank's next call up before it has started, and tells the others.
 
         Args:
-            text: What the others are told. They hear it as this rank's detail of a mismatch where the
-                failure is "arguments", in a CollectiveError otherwise.
+            text: What the others are told. They hear it as this rank's detail of a mismatch where
+                the failure is "arguments", in a CollectiveError otherwise.
             ranks: As `Ask.ranks`.
             failure: "arguments", "interrupted" or "memory".
 
@@ -233,6 +236,14 @@ class HostMemory:
         """
         atexit.unregister(self._at_exit)
         self._engine.close()
+        self._close_segments()
+
+    def _forget(self) -> None:
+        """In a forked child, which keeps nothing of this but the tensors."""
+        self._engine.forget()
+        self._close_segments()
+
+    def _close_segments(self) -> None:
         self._pool.close()
         for segment in self._segments.values():
             segment.close()
@@ -305,7 +316,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def _forked(reference: weakref.ref[HostMemory]) -> None:
     memory = reference()
     if memory is not None:
-        memory._engine.forked()
+        memory._forget()
 
 
 def _close(reference: weakref.ref[HostMemory]) -> None:

@@ -1,10 +1,10 @@
 """How the ranks of a host find each other and connect, all together or none.
 
 Each rank listens on an abstract Unix socket with a random name. The names and a secret of each rank
-travel through the group, so only its ranks know them. The higher rank of each pair connects and sends
-the secret of the lower; both look at the uid of the other process (SO_PEERCRED). Where one pair cannot
-connect, because the ranks are on other hosts, in other network namespaces or of other users, all ranks
-refuse together and say why.
+travel through the group, so only its ranks know the secrets. The higher rank of each pair connects
+and sends the secret of the lower; both look at the uid of the other process (SO_PEERCRED). Where one
+pair cannot connect, because the ranks are on other hosts, in other network namespaces or of other
+users, all ranks refuse together and say why.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def introduce(
                 listener = _listen(name, world_size)
             except OSError as error:
                 reason = f"it cannot share memory: {error}"
-        offers, refusal = _agree(everyone, rank, reason, name + secret)
+        offers, refusal = _agree(everyone, reason, name + secret)
         if refusal or listener is None:
             return {}, refusal
         for lower in range(rank):
@@ -62,7 +62,7 @@ def introduce(
             except OSError as error:
                 reason = f"it cannot reach rank {lower}: {error}"
                 break
-        _, refusal = _agree(everyone, rank, reason)
+        _, refusal = _agree(everyone, reason)
         if refusal:
             return {}, refusal
         # Every higher rank has connected and sent its hello: nothing is waited for.
@@ -70,7 +70,7 @@ def introduce(
         missing = [other for other in range(world_size) if other != rank and other not in links]
         if missing:
             reason = f"nobody who is rank {missing[0]} has connected to it"
-        _, refusal = _agree(everyone, rank, reason)
+        _, refusal = _agree(everyone, reason)
         if refusal:
             return {}, refusal
         lines = {other: Line(link) for other, link in sorted(links.items())}
@@ -82,9 +82,7 @@ def introduce(
                 link.close()
 
 
-def _agree(
-    everyone: Everyone, rank: int, reason: str, payload: bytes = b""
-) -> tuple[list[bytes], str]:
+def _agree(everyone: Everyone, reason: str, payload: bytes = b"") -> tuple[list[bytes], str]:
     """Every rank's payload, and the reason of the first rank that has one."""
     text = reason.encode()[:_REASON_BYTES].ljust(_REASON_BYTES, b"\0")
     answers = everyone(text + payload)

@@ -1,18 +1,20 @@
 """The line between two ranks of a host: a Unix socket that keeps records whole and in order.
 
-A record is 44 bytes; failures and details of a mismatch add a text, in pieces. Nothing here blocks:
-a record that does not fit into the socket waits in a queue. The descriptor of a segment travels with
-the record that announces it. The end of the stream says that the other process has died, or, after
-the record BYE, that the rank has left.
+A record is 44 bytes; failures and details of a mismatch add a text, in pieces. Nothing here
+blocks: a record that does not fit into the socket waits in a queue. The descriptor of a segment
+travels with the record that announces it. The end of the stream says that the other process has
+died, or, after the record BYE, that the rank has left.
 
 KeyboardInterrupt may come between any two steps of Python. A record is therefore received and put
-into the inbox in one step of C, is taken out of the inbox only after it was handled, and is taken out
-of the outbox only after it was sent. So a record may be sent or handled twice, and is never lost.
+into the inbox in one step of C, is taken out of the inbox only after it was handled, and is taken
+out of the outbox only after it was sent. So a record may be sent or handled twice, and is never
+lost.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -29,6 +31,9 @@ _RECEIVE = (_RECORD.size + _TEXT_BYTES,)
 _ANCILLARY = (socket.CMSG_SPACE(struct.calcsize("i")),)
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _NO_DIGEST = bytes(16)
+# After these nothing can be sent any more: the other has closed its end, or this rank has. After
+# others, such as ETOOMANYREFS for descriptors that the other has not taken yet, it is tried again.
+_ENDED = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
 
 
 class Record(NamedTuple):
@@ -109,10 +114,9 @@ class Line:
             return
         try:
             self._link.send(packed, _SEND_FLAGS)
-        except BlockingIOError:
-            self._outbox.append((packed, -1))
-        except OSError:
-            pass  # the end of the stream will be read
+        except OSError as error:
+            if error.errno not in _ENDED:
+                self._outbox.append((packed, -1))
 
     def send_all(self, packed: list[bytes], descriptor: int = -1) -> None:
         """Sends the pieces of one record; the descriptor goes with the last of them."""
@@ -129,11 +133,8 @@ class Line:
                 else:
                     self._link.send(packed, _SEND_FLAGS)
                 self._outbox.popleft()
-        except BlockingIOError:
-            pass
         except OSError as error:
-            # ETOOMANYREFS: the other has not yet taken the descriptors that were sent before.
-            if error.errno != 109:
+            if error.errno in _ENDED:
                 self._outbox.clear()
 
     def receive(self) -> None:

@@ -8,6 +8,7 @@ an error that Python can catch.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -157,9 +158,8 @@ class Segment:
 
     def _populate(self, first: int, last: int) -> None:
         first_byte, last_byte = first * GRANULE, min(last * GRANULE, self.num_bytes)
-        try:
+        # An older kernel refuses: the pages then come by page faults.
+        with contextlib.suppress(OSError):
             # Reading maps 16 pages at a time, and a shared page that was read may be written.
             self._map.madvise(_MADV_POPULATE_READ, first_byte, last_byte - first_byte)
-        except OSError:  # an older kernel: the pages come by page faults
-            pass
         self._present[first:last] = b"\1" * (last - first)

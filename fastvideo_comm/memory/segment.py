@@ -1,7 +1,7 @@
 """A pool of blocks in shared memory, for tensors that live as long as anyone holds them.
 
-`Pool.allocate(sizes)` gives neighbouring blocks, one for each size. A block comes back when the last
-tensor on its storage dies, whoever held the tensor and in whichever thread it dies.
+`Pool.allocate(sizes)` gives neighbouring blocks, one for each size. A block comes back when the
+last tensor on its storage dies, whoever held the tensor and in whichever thread it dies.
 
 How a block comes back: a tensor made by `torch.frombuffer(view, ..)` keeps `view`, a memoryview of
 the block, until its storage dies. A weak reference to `view` then appends itself to a deque. That
@@ -11,9 +11,10 @@ deque.
 
 How a block is found: free blocks stand in bins by size, 32 bins for each power of two, and an
 integer has one bit for each bin that is not empty. A request is rounded up to the least size of a
-bin, so any block of that bin or a higher one is large enough. The block that was freed last is taken
-first, because its pages are likely in the cache, and its low end is used. A freed block is merged with
-free neighbours, which are found by where they start and where they end.
+bin, so any block of that bin or a higher one is large enough. The block that was freed last is
+taken first, because its pages are likely in the cache, and its low end is used. A block that goes into a
+bin is merged with free neighbours, which are found by where they start and where they end. The last
+freed block of each of a few sizes stays out of the bins, for the next request of just its size.
 
 An exception in the middle of an allocation (KeyboardInterrupt, no memory) may leave the bins half
 changed. The blocks in use are the only truth: the next allocation then rebuilds the bins from them.
@@ -38,6 +39,8 @@ SEGMENT_BYTES = 256 << 20
 # Pages are kept that were in use at one time in the last one or two of these periods, so that a
 # training step does not pay for the same pages again.
 PERIOD_SECONDS = 60.0
+# Freed blocks that are not yet in a bin, one of each size.
+_MAX_KEPT = 8
 # The address of a block is the number of its segment, then the offset in it.
 _OFFSET_BITS = 48
 
@@ -182,7 +185,7 @@ class Pool:
             del self._live[block.address]
             self._freed.popleft()
             self._in_use -= block.num_bytes
-            self._put(block.address, block.num_bytes)
+            self._keep(block.address, block.num_bytes)
             self._torn = False
         if self._clock() >= self._period_ends:
             keep_bytes = max(self._peak, self._last_peak, self._in_use + self._reserve_bytes)
@@ -190,14 +193,30 @@ class Pool:
             self._period_ends = self._clock() + PERIOD_SECONDS
             self._trim(keep_bytes)
 
+    def _keep(self, address: int, num_bytes: int) -> None:
+        """Keeps a freed block whole for the next request of just its size."""
+        before = self._kept.pop(num_bytes, None)
+        self._kept[num_bytes] = address
+        if before is not None:
+            self._put(before, num_bytes)
+        elif len(self._kept) > _MAX_KEPT:
+            oldest = next(iter(self._kept))
+            self._put(self._kept.pop(oldest), oldest)
+
     def _take(self, num_bytes: int) -> int:
         """The address of so many bytes, which are no longer free."""
+        kept = self._kept.pop(num_bytes, None)
+        if kept is not None:
+            return kept
         units = num_bytes // ALIGNMENT
         if units >= 64:
             step = units.bit_length() - 6
             units = -(-units >> step) << step
         size_class = _size_class(units)
         found = self._filled >> size_class
+        if not found and self._kept:
+            self._put_kept()
+            found = self._filled >> size_class
         if not found:
             self._grow(units * ALIGNMENT)
             found = self._filled >> size_class
@@ -207,6 +226,11 @@ class Pool:
         if free_bytes > num_bytes:
             self._insert(address + num_bytes, free_bytes - num_bytes)
         return address
+
+    def _put_kept(self) -> None:
+        while self._kept:
+            num_bytes, address = self._kept.popitem()
+            self._put(address, num_bytes)
 
     def _put(self, address: int, num_bytes: int) -> None:
         """Makes a range free, together with its free neighbours."""
@@ -235,6 +259,7 @@ class Pool:
         return num_bytes
 
     def _clear_bins(self) -> None:
+        self._kept: dict[int, int] = {}  # addresses of blocks, by their bytes, the last freed last
         self._bins: dict[int, dict[int, None]] = {}  # addresses, the last freed last
         self._filled = 0  # a bit for each bin that is not empty
         self._sizes: dict[int, int] = {}  # of free blocks, by where they start
@@ -279,6 +304,8 @@ class Pool:
 
     def _trim(self, keep_bytes: int) -> int:
         excess = self.backed_bytes - keep_bytes
+        if excess > 0:
+            self._put_kept()
         returned = 0
         # From the top, because allocations prefer the low end.
         for address in sorted(self._sizes, reverse=True) if excess > 0 else ():
