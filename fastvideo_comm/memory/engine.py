@@ -262,7 +262,7 @@ class Engine:
 
     def _copy(self, flight: Flight, rank: int, token: object) -> None:
         ask = flight.ask
-        if flight.parts[rank] is not token or ask is None:
+        if flight.parts.get(rank) is not token or ask is None:
             return
         try:
             place = flight.places[rank]

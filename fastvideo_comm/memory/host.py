@@ -26,6 +26,7 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -285,14 +286,19 @@ class _PeerSegment:
         self.descriptor = descriptor
         self._num_bytes = num_bytes
         self._segment: Segment | None = None
+        self._lock = threading.Lock()  # two threads may be the first to copy into it
 
     def mapped(self) -> Segment:
-        if self._segment is None:
-            if self.descriptor < 0:
-                raise OSError("its descriptor was lost: too many open files (RLIMIT_NOFILE)")
-            self._segment = Segment(self.descriptor, self._num_bytes)
-            self.close()
-        return self._segment
+        segment = self._segment
+        if segment is not None:
+            return segment
+        with self._lock:
+            if self._segment is None:
+                if self.descriptor < 0:
+                    raise OSError("its descriptor was lost: too many open files (RLIMIT_NOFILE)")
+                self._segment = Segment(self.descriptor, self._num_bytes)
+                self.close()
+            return self._segment
 
     def close(self) -> None:
         descriptor, self.descriptor = self.descriptor, -1

@@ -2,9 +2,9 @@
 
 Each rank listens on an abstract Unix socket with a random name. The names and a secret of each rank
 travel through the group, so only its ranks know the secrets. The higher rank of each pair connects
-and sends the secret of the lower; both look at the uid of the other process (SO_PEERCRED). Where one
-pair cannot connect, because the ranks are on other hosts, in other network namespaces or of other
-users, all ranks refuse together and say why.
+and sends the secret of the lower; both look at the uid of the other process (SO_PEERCRED). Where
+one pair cannot connect, because the ranks are on other hosts, in other network namespaces or of
+other users, all ranks refuse together and say why.
 """
 
 from __future__ import annotations

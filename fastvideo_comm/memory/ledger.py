@@ -73,16 +73,19 @@ class Ledger:
         lane, number = flight.key
         self.flights[flight.key] = flight
         self.next_numbers[lane] = number + 1
+        others = flight.others
+        flight.undone.update(rank for rank in ask.sources if rank in others)
         for rank, heard in self._early.get(flight.key, ()):
             self._apply(flight, rank, heard)
         self._early.pop(flight.key, None)
-        if not flight.is_over and flight.details is None:
-            others = flight.others
-            flight.undone.update(rank for rank in ask.sources if rank in others)
-            place = ask.posted.place if ask.posted is not None else None
-            packed = records.pack_post(lane != ALL, number, digest, place)
-            for other in others:
-                self.lines[other].send(packed)
+        if flight.is_over or flight.details is not None:
+            flight.undone.clear()  # nobody has been given a place to write to
+            self.update(flight)
+            return
+        place = ask.posted.place if ask.posted is not None else None
+        packed = records.pack_post(lane != ALL, number, digest, place)
+        for other in others:
+            self.lines[other].send(packed)
         for rank in self.lost:
             self._lose(flight, rank)
 

@@ -9,6 +9,7 @@ an error that Python can catch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -69,6 +70,8 @@ class Segment:
         Raises:
             OSError: The system refuses to map so much, for example because of RLIMIT_AS.
         """
+        if descriptor < 0:  # mmap would give memory that nobody else sees
+            raise OSError(errno.EBADF, "the memfd is closed")
         self.num_bytes = num_bytes
         self._descriptor = descriptor
         self._map = mmap.mmap(descriptor, num_bytes, **_MMAP_OPTIONS)
