@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import functions, warm_up
 from .collective import validation
-from .collective.group import Group
+from .collective.group import Group, MemoryMode
 from .collective.layout import Splits
+from .collective.route import memory_mode
 from .collective.validation import Sizes
 from .diagnosis import Diagnosis, Validate
 from .handle import AsyncHandle
@@ -64,6 +65,7 @@ class DeviceCommunicatorBase:
         unique_name: str = "",
         *,
         validate: Validate = "auto",
+        memory: MemoryMode | None = None,
     ) -> None:
         """Wraps groups that the caller made, and goes on owning.
 
@@ -74,10 +76,14 @@ class DeviceCommunicatorBase:
             device_group: the same ranks with the device's backend (NCCL); `cpu_group` if None.
             unique_name: what errors call this communicator.
             validate: which calls the ranks compare before they send anything: "auto" the first ones
-                and then ever fewer, "always" all of them, "off" none. See `diagnosis`.
+                and then ever fewer, "always" all of them, "off" none. See `diagnosis`. Calls by
+                memory are always compared.
+            memory: whether ranks of one host, on the CPU, write straight into each other's
+                outputs: "auto" where all ranks can, "on" is an error where one cannot, "off" not
+                at all. None: what the environment variable FASTVIDEO_COMM_MEMORY says, else "auto".
 
         Raises:
-            ValueError: the two groups have different ranks, or another `validate`.
+            ValueError: the two groups have different ranks, or another `validate` or `memory`.
             TypeError: `cpu_group` is not a process group.
         """
         if not isinstance(cpu_group, ProcessGroup):
@@ -99,7 +105,8 @@ class DeviceCommunicatorBase:
                 f"got {dist.get_process_group_ranks(self.device_group)}"
             )
         diagnosis = Diagnosis(cpu_group, unique_name, validate=validate)
-        group = Group(self.device_group, unique_name, diagnosis)
+        mode = memory_mode(memory, self.device_group, self.device)
+        group = Group(self.device_group, unique_name, diagnosis, memory=mode)
         self._runner = OpRunner(group, self.device, cpu_group)
         # At the interpreter's end, if nobody has: gloo groups that live on make torch abort there.
         weakref.finalize(self, _destroy, weakref.ref(self))
@@ -432,7 +439,13 @@ class DeviceCommunicatorBase:
         with self._runner.call("slice") as call:
             call.check("input_", input_)
             split = validation.slice_sizes(input_, dim, scatter_sizes, self.world_size)
-            call.compare(input_, (dim,), scatter_sizes=scatter_sizes, scale_grad=scale_grad or None)
+            call.compare(
+                input_,
+                (dim,),
+                scatter_sizes=scatter_sizes,
+                scale_grad=scale_grad or None,
+                sends=False,
+            )
             output: Tensor = call.run(functions.Slice, input_, split, scale_grad, alone=input_)
             return output
 

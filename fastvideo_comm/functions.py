@@ -246,7 +246,7 @@ class Slice(torch.autograd.Function):
 
     @staticmethod
     def forward(group: AnyGroup, input_: Tensor, split: Split, scale_grad: bool) -> Tensor:
-        return contiguous_copy(split.own(input_, group.rank(), group.size()))
+        return contiguous_copy(split.part_of(input_, group.rank(), group.size()))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

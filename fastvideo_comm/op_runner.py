@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import functions
-from .collective import validation
+from .collective import memory, validation
 from .collective.group import Group
 from .collective.layout import Split, Splits
-from .collective.route import route
+from .collective.route import route, route_of_pair
 from .errors import ClosedError, CommunicationError
 from .handle import AsyncHandle
 from .profiling import Stats, span
@@ -103,6 +103,7 @@ class OpCall:
                 self._runner.stats.add_call(self.op, seconds)
         if error is None:
             return
+        self._runner.group.take_asked()
         # The class itself: a subclass may be made of other things than a text.
         for known in (ClosedError, TypeError, ValueError):
             if isinstance(error, known):
@@ -128,7 +129,10 @@ class OpCall:
         """The ranks compare what they ask for; called when this rank's arguments are known good."""
         self._is_compared = True
         if not self._is_traced:
-            self._runner.group.before(self.op, tensors, arguments, **named)
+            group = self._runner.group
+            asked = group.before(self.op, tensors, arguments, **named)
+            if asked is not None:
+                memory.check(group, asked)
 
     def compare_pair(
         self, op: Literal["send", "recv"], shape: Sequence[int], dtype: torch.dtype, peer: int
@@ -188,7 +192,8 @@ class OpCall:
 
     def run_unrecorded(self, name: str, *arguments: Any) -> Any:
         """What a collective without a gradient gives, of the group and `arguments`."""
-        way, group = route(self._runner.group)
+        group = self._runner.group
+        way = route_of_pair(group) if name in ("send", "recv") else route(group)[0]
         with torch.no_grad():
             return getattr(way, name)(group, *arguments)
 

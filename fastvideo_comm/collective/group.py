@@ -22,12 +22,16 @@ from torch._C._distributed_c10d import (
 )
 
 from ..diagnosis import Diagnosis, Validate
+from ..diagnosis.board import group_timeout
+from ..diagnosis.record import Facts, Record, facts_of
 from ..errors import ClosedError, CollectiveError, place, where
+from ..memory.host import HostMemory
 from ..reduce_ops import ReduceOp
 from .buffers import WireBuffers
 from .wire import moved, moved_counts, reduced
 
 T = TypeVar("T")
+MemoryMode: TypeAlias = Literal["auto", "on", "off"]
 Works: TypeAlias = "list[dist.Work | None]"
 
 
@@ -51,6 +55,8 @@ class Group:
         process_group: dist.ProcessGroup,
         name: str = "",
         diagnosis: Diagnosis | None = None,
+        *,
+        memory: MemoryMode = "off",
     ) -> None:
         """Wraps a process group.
 
@@ -58,10 +64,16 @@ class Group:
             process_group: what exchanges.
             name: what errors call it.
             diagnosis: compares what the ranks are about to do; None: nobody does.
+            memory: whether ranks of one host write into each other's memory: "auto" where all can,
+                "on" is an error where one cannot, "off" not at all.
         """
         self.name = name
         self.buffers = WireBuffers()
         self.diagnosis = diagnosis
+        self.memory: HostMemory | None = None
+        self.refusal = "memory is off" if memory == "off" else ""
+        self._memory_mode = memory
+        self._asked: Facts | None = None
         self._process_group: dist.ProcessGroup | None = process_group
         self._rank = process_group.rank()
         self._size = process_group.size()
@@ -80,6 +92,9 @@ class Group:
         A gloo group that lives until the interpreter ends makes torch 2.13 abort there.
         """
         self.buffers.clear()
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
         self._process_group = None
 
     def rank(self) -> int:
@@ -115,31 +130,89 @@ class Group:
             raise ClosedError("the communicator was destroyed before a backward that needs it")
         return self._process_group
 
+    @property
+    def is_strict(self) -> bool:
+        """Whether strides are compared too."""
+        return self.diagnosis is not None and self.diagnosis.validate == "always"
+
+    def connects_memory(self) -> bool:
+        """Whether the ranks write into each other's memory; the first call of all ranks decides."""
+        if self.memory is not None:
+            return True
+        if self.refusal or self._size == 1:
+            return False
+        self.memory, self.refusal = HostMemory.connect(
+            self._rank,
+            self._size,
+            self._everyone,
+            timeout=group_timeout(self.process_group),
+            name=self.name,
+            enabled=self._memory_mode != "off",
+        )
+        if self._memory_mode == "on" and self.memory is None:
+            raise CollectiveError(f"{self.where('connecting memory')} failed: {self.refusal}")
+        return self.memory is not None
+
+    def _everyone(self, payload: bytes) -> list[bytes]:
+        """What every rank gave; all payloads are of one length."""
+        own = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        output = own.new_empty((self._size, len(payload)))
+        self.all_gather(output, own)
+        return [bytes(row.tolist()) for row in output]
+
     def before(
-        self, op: str, tensors: Tensor | Sequence[Tensor], arguments: Sequence[Any], **named: Any
-    ) -> None:
-        """The ranks compare what they are about to do. See `Diagnosis.before`."""
-        if self.diagnosis is not None:
-            self.diagnosis.before(op, tensors, arguments, **named)
+        self,
+        op: str,
+        tensors: Tensor | Sequence[Tensor],
+        arguments: Sequence[Any],
+        *,
+        sends: bool = True,
+        **named: Any,
+    ) -> Facts | None:
+        """The ranks compare what they are about to do: with memory in the call that follows.
+
+        Returns:
+            What is to be compared now, in a call of its own: that of an op that `sends` nothing.
+        """
+        if self.memory is None:
+            if self.diagnosis is not None:
+                self.diagnosis.before(op, tensors, arguments, **named)
+            return None
+        asked = facts_of(op, tensors, arguments, **named)
+        if sends:
+            self._asked = asked
+            return None
+        return asked if self.diagnosis is not None and self.diagnosis.counted() else None
 
     def before_backward(
         self, op: str, gradients: Tensor | Sequence[Tensor], arguments: Sequence[Any], **named: Any
     ) -> None:
         """As `before`, for the collective by which the backward of `op` begins."""
-        if self.diagnosis is not None:
+        if self.memory is not None:
+            self._asked = facts_of(f"{op} backward", gradients, arguments, **named)
+        elif self.diagnosis is not None:
             self.diagnosis.before_backward(op, gradients, arguments, **named)
 
     def before_pair(
         self, op: Literal["send", "recv"], shape: Sequence[int], dtype: torch.dtype, peer: int
     ) -> None:
         """A send and its recv are compared. See `Diagnosis.before_pair`."""
-        if self.diagnosis is not None:
+        if self.memory is None and self.diagnosis is not None:
             self.diagnosis.before_pair(op, shape, dtype, peer)
 
     def failed(self, op: str, error: Exception) -> None:
         """Tells the others that this rank's arguments were bad. See `Diagnosis.failed`."""
-        if self.diagnosis is not None:
+        if self.memory is not None:
+            if op not in ("send", "recv"):
+                record = Record(op, error=f"{type(error).__name__}: {error}")
+                self.memory.fail_next(record.encode())
+        elif self.diagnosis is not None:
             self.diagnosis.failed(op, error)
+
+    def take_asked(self) -> Facts | None:
+        """What `before` was told of the call that begins now."""
+        asked, self._asked = self._asked, None
+        return asked
 
     def all_to_all(self, transfers: Sequence[Transfer], *, async_op: bool) -> Works:
         """Starts the transfers: one grouped call on NCCL, side by side on gloo."""

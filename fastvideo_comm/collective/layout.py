@@ -130,12 +130,21 @@ class Split(NamedTuple):
         """The size in all, where this rank's is `size`."""
         return size * world_size // self.replicas if self.sizes is None else sum(self.sizes)
 
-    def own(self, tensor: Tensor, rank: int, world_size: int) -> Tensor:
+    def replicated_shape(self, shape: Sequence[int]) -> list[int]:
+        """The shape of `replicated_view` of a tensor of this shape."""
+        dim = self.dim
+        return [shape[0], shape[dim], self.replicas, *shape[1:dim], 1, *shape[dim + 1 :]]
+
+    def start(self, size: int, rank: int) -> int:
+        """Where rank r's part begins, whose size is `size`."""
+        return size * rank if self.sizes is None else sum(self.sizes[:rank])
+
+    def part_of(self, tensor: Tensor, rank: int, world_size: int) -> Tensor:
         """Rank r's part of a tensor: a view."""
-        if self.sizes is None:
-            return message_view(tensor, self.dim, world_size, 0)[rank]
-        part: Tensor = tensor.split(self.sizes, self.dim)[rank]
-        return part
+        if self.replicas > 1:
+            return tensor.narrow(self.dim, rank // self.replicas, 1)
+        size = self.part(tensor.shape[self.dim], rank, world_size)
+        return tensor.narrow(self.dim, self.start(size, rank), size)
 
     def views(self, tensor: Tensor, world_size: int) -> list[Tensor]:
         """The messages in `tensor`, in rank order: views `[B, ..]`, one or one for each rank."""

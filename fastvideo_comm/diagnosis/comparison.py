@@ -119,7 +119,7 @@ class Diagnosis:
             PeerLostError: a rank that has not arrived is dead.
             CommunicationTimeoutError: a rank did not arrive in time; `peers` says which.
         """
-        if self._board is None or not self._counted():
+        if self._board is None or not self.counted():
             return
         record = describe(op, tensors, arguments, uneven_dim=uneven_dim, **named)
         self._compare(self._board, record, str(self._number - 1), range(self._size))
@@ -147,7 +147,7 @@ class Diagnosis:
             )
             self.failed(f"{op} backward", error)
             raise error
-        if self._board is None or not self._counted():
+        if self._board is None or not self.counted():
             return
         record = describe(f"{op} backward", gradients, arguments, uneven_dim=uneven_dim, **named)
         record = dataclasses.replace(record, strides="")
@@ -212,7 +212,7 @@ class Diagnosis:
         record = Record(op, error=f"{type(error).__name__}: {error}")
         self._guarded(op, lambda: board.put(str(number), record.encode()), self.timeout)
 
-    def _counted(self) -> bool:
+    def counted(self) -> bool:
         """Takes the next number; whether the call with it is compared."""
         compared = self.compares_next()
         self._number += 1

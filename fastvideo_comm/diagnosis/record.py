@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from torch import Tensor
 from ..reduce_ops import reduce_op_name
 
 _COLUMNS = ("op", "shape", "dtype", "strides", "arguments", "requires_grad")
+
+
+# What a `Record` is made of: see `facts_of`.
+Facts: TypeAlias = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,19 +79,62 @@ def describe(
         >>> print(describe("all_gather", torch.zeros(2, 3), (-1,), gather_sizes=(3, 4)))
         all_gather [2, 3] float32 contiguous 1, gather_sizes=[3, 4]
     """
-    tensors = (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
-    num_dims = tensors[0].dim() if tensors else 0
+    return record_of(facts_of(op, tensors, arguments, uneven_dim=uneven_dim, **named))
+
+
+def facts_of(
+    op: str,
+    tensors: Tensor | Sequence[Tensor],
+    arguments: Sequence[Any],
+    *,
+    uneven_dim: int | None = None,
+    **named: Any,
+) -> Facts:
+    """What makes up the record of a collective, as fast as it can be told: for every call."""
+    tensors = (tensors,) if isinstance(tensors, Tensor) else tensors
+    return (
+        op,
+        tuple([tensor.shape for tensor in tensors]),
+        tuple([tensor.dtype for tensor in tensors]),
+        uneven_dim,
+        all(tensor.is_contiguous() for tensor in tensors),
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
+        tuple([_fixed(argument) for argument in arguments]),
+        tuple([(name, _fixed(value)) for name, value in named.items() if value is not None]),
+    )
+
+
+def record_of(facts: Facts) -> Record:
+    """The record that some facts make up."""
+    op, shapes, dtypes, uneven_dim, is_contiguous, requires_grad, arguments, named = facts
+    num_dims = len(shapes[0]) if shapes else 0
     return Record(
         op,
-        " ".join(shape_text(tensor.shape, uneven_dim) for tensor in tensors),
-        " ".join(dict.fromkeys(dtype_text(tensor.dtype) for tensor in tensors)),
-        "contiguous" if all(tensor.is_contiguous() for tensor in tensors) else "strided",
+        " ".join(shape_text(shape, uneven_dim) for shape in shapes),
+        " ".join(dict.fromkeys(dtype_text(dtype) for dtype in dtypes)),
+        "contiguous" if is_contiguous else "strided",
         ", ".join(
             [_word(argument, num_dims) for argument in arguments]
-            + [f"{name}={_listed(value)}" for name, value in named.items() if value is not None]
+            + [f"{name}={_listed(value)}" for name, value in named]
         ),
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
+        requires_grad,
     )
+
+
+# A model makes the same few calls again and again. A pure function of what it is given.
+@functools.lru_cache(maxsize=1024)
+def question_of(facts: Facts, *, strict: bool) -> bytes:
+    """What must be the same on all ranks, as bytes; with the strides where `strict`.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(2, 2)
+        >>> plain, strided = facts_of("op", x, ()), facts_of("op", x.T, ())
+        >>> [question_of(plain, strict=s) == question_of(strided, strict=s) for s in (False, True)]
+        [True, False]
+    """
+    record = record_of(facts)
+    return (record if strict else dataclasses.replace(record, strides="")).encode()
 
 
 def shape_text(shape: Sequence[int], uneven_dim: int | None = None) -> str:
@@ -160,6 +208,11 @@ def _comparable(record: Record, *, strict: bool) -> tuple[Any, ...]:
     strides = record.strides if strict else ""
     fields = (record.op, record.shape, record.dtype, strides, record.arguments)
     return (*fields, record.requires_grad, record.error)
+
+
+def _fixed(value: Any) -> Any:
+    """Sequences as tuples, which can be looked up."""
+    return tuple([_fixed(each) for each in value]) if isinstance(value, list | tuple) else value
 
 
 def _listed(value: Any) -> Any:

@@ -59,7 +59,7 @@ def check_shared(
         ValueError: it does not. The other ranks hear of it.
     """
     if input_.dim() == 4 and input_.shape[dim] % communicator.world_size:
-        with communicator._named("all_to_all_4D"):
+        with communicator._runner.call("all_to_all_4D"):
             raise ValueError(
                 f"input_ must have a size at scatter_dim={dim} that "
                 f"world_size={communicator.world_size} divides, got {input_.shape[dim]} of shape "

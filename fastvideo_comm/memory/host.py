@@ -160,13 +160,7 @@ class HostMemory:
         """
         self._engine.check()
         run = self._pool.allocate([math.prod(shape) * dtype.itemsize for shape, dtype in specs])
-        if torch.is_inference_mode_enabled():
-            # What is made in inference mode cannot be written to outside of it, as others do.
-            with torch.inference_mode(False):
-                tensors = _tensors(run.views, specs)
-        else:
-            tensors = _tensors(run.views, specs)
-        return Posted(tensors, Place(run.segment, run.offset))
+        return Posted(_tensors(run.views, specs), Place(run.segment, run.offset))
 
     def tensors_at(self, rank: int, place: Place, specs: Sequence[Spec]) -> list[Tensor]:
         """The outputs that a rank has posted, as this rank sees them.
