@@ -116,7 +116,13 @@ def start_all_to_all(
             copies.append((to, scatter.part_of(input_, target, size)))
         copy_all_valid_(copies)
 
-    facts = facts_of("all_to_all_4D", inputs, (splits,))
+    uneven = any(split.sizes is not None for split in splits.gather)
+    facts = facts_of(
+        "all_to_all_4D",
+        inputs,
+        (splits,),
+        uneven_dim=splits.gather[0].dim if uneven else None,
+    )
     posted = _allocate(group, "all_to_all_4D", specs_of(rank))
     flight = _start_call(group, facts, deliver, posted, async_op=async_op)
     sums = [(part, index) for index, part in enumerate(splits.gather) if part.replicas > 1]
@@ -146,7 +152,9 @@ def all_gather(group: Group, input_: Tensor, split: Split) -> Tensor:
         (output,) = memory.tensors_at(target, place, specs)
         copy_valid_(output.narrow(split.dim, split.start(length, rank), length), input_)
 
-    return _run(group, facts_of("all_gather", input_, (split,)), specs, deliver)[0]
+    uneven_dim = None if split.sizes is None else split.dim
+    facts = facts_of("all_gather", input_, (split,), uneven_dim=uneven_dim)
+    return _run(group, facts, specs, deliver)[0]
 
 
 def reduce_scatter(group: Group, input_: Tensor, split: Split) -> Tensor:

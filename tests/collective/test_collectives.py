@@ -325,7 +325,7 @@ def count_passes(communicator: DeviceCommunicatorBase, batch: int) -> None:
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_no_local_pass_but_those_of_the_table(ranks: Ranks, size, batch):
-    ranks.run(size, passes, batch)
+    ranks.run(size, passes, batch, ways=["messages"])
 
 
 def interleaved(communicator: DeviceCommunicatorBase) -> None:

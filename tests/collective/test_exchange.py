@@ -130,7 +130,7 @@ def exchange_packed(communicator: DeviceCommunicatorBase, batch: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_packed_chunks_of_a_projection_take_one_pass_and_no_cat(ranks: Ranks, batch):
-    ranks.run(3, packed, batch)
+    ranks.run(3, packed, batch, ways=["messages"])
 
 
 def mixed(communicator: DeviceCommunicatorBase) -> None:
@@ -314,7 +314,7 @@ def test_slice_and_its_gather_are_twice_differentiable_as_one_tensor(ranks: Rank
 
 
 def warm(communicator: DeviceCommunicatorBase) -> None:
-    fresh = DeviceCommunicatorBase(communicator.cpu_group, unique_name="fresh")
+    fresh = DeviceCommunicatorBase(communicator.cpu_group, unique_name="fresh", memory="off")
     ranks = fresh.world_size
     shape = (2, 70, 2 * ranks, 128)  # past the size that is allocated afresh
     fresh.warmup([shape, (1, 3, ranks, 4)], [torch.float32, torch.bfloat16, torch.int32])
@@ -340,7 +340,7 @@ def warm(communicator: DeviceCommunicatorBase) -> None:
 
 
 def test_after_warmup_a_step_allocates_no_wire_buffer(ranks: Ranks):
-    ranks.run(2, warm)
+    ranks.run(2, warm, ways=["messages"])
 
 
 def traced(communicator: DeviceCommunicatorBase, name: str) -> None:

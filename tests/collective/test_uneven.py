@@ -196,7 +196,7 @@ def passes(communicator: DeviceCommunicatorBase) -> None:
 
 
 def test_no_local_pass_but_one_into_and_one_out_of_the_messages(ranks: Ranks):
-    ranks.run(3, passes)
+    ranks.run(3, passes, ways=["messages"])
 
 
 def alone(communicator: DeviceCommunicatorBase) -> None:

@@ -21,7 +21,7 @@ from fastvideo_comm.collective.validation import all_to_all_4D
 
 
 def reuse(communicator: DeviceCommunicatorBase, batch: int) -> None:
-    other = DeviceCommunicatorBase(communicator.cpu_group, unique_name="other")
+    other = DeviceCommunicatorBase(communicator.cpu_group, unique_name="other", memory="off")
     buffers = communicator._runner.group.buffers
     buffers.clear()
     x = torch.rand(batch, 60, 2 * communicator.world_size, 128)  # past what is allocated afresh
@@ -45,7 +45,7 @@ def reuse(communicator: DeviceCommunicatorBase, batch: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_wire_buffers_are_reused_and_never_returned(ranks: Ranks, batch):
-    ranks.run(3, reuse, batch)
+    ranks.run(3, reuse, batch, ways=["messages"])
 
 
 def failing(communicator: DeviceCommunicatorBase, batch: int) -> None:
@@ -73,13 +73,13 @@ def failing(communicator: DeviceCommunicatorBase, batch: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_failed_exchange_says_so_and_its_buffer_is_not_reused(ranks: Ranks, batch):
-    ranks.run(1, failing, batch)
+    ranks.run(1, failing, batch, ways=["messages"])
 
 
 def kept(communicator: DeviceCommunicatorBase) -> None:
     """A small tensor beside a large one: the buffers are of the larger size."""
     ranks, rank = communicator.world_size, communicator.rank
-    other = DeviceCommunicatorBase(communicator.cpu_group)
+    other = DeviceCommunicatorBase(communicator.cpu_group, memory="off")
     sizes = [20_000] + [10] * (ranks - 1)
     leaf = torch.rand(sizes[rank], requires_grad=True)
     lengths = []
@@ -99,7 +99,7 @@ def kept(communicator: DeviceCommunicatorBase) -> None:
 
 
 def test_buffers_do_not_pile_up_where_sizes_differ(ranks: Ranks):
-    ranks.run(3, kept)
+    ranks.run(3, kept, ways=["messages"])
 
 
 def of_several_dtypes(communicator: DeviceCommunicatorBase) -> None:
@@ -212,4 +212,5 @@ def gathered_and_reduced(communicator: DeviceCommunicatorBase) -> None:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_no_op_reads_a_buffer_before_it_was_filled_or_after_it_was_given_back(ranks: Ranks, name):
-    ranks.run(4 if name == "send" else 3, under_poison, *JOBS[name])
+    size = 4 if name == "send" else 3
+    ranks.run(size, under_poison, *JOBS[name], ways=["messages"])

@@ -38,7 +38,7 @@ def several_in_flight(communicator: DeviceCommunicatorBase) -> None:
 
 
 def test_several_handles_are_in_flight_and_none_shares_a_buffer(ranks: Ranks):
-    ranks.run(3, several_in_flight)
+    ranks.run(3, several_in_flight, ways=["messages"])
 
 
 def dropped(communicator: DeviceCommunicatorBase) -> None:
@@ -90,4 +90,4 @@ def order_of_backward(communicator: DeviceCommunicatorBase) -> None:
 
 
 def test_communication_overlaps_with_computation_in_the_backward_too(ranks: Ranks):
-    ranks.run(2, order_of_backward)
+    ranks.run(2, order_of_backward, ways=["messages"])

@@ -111,8 +111,9 @@ def test_compiled_calls_are_not_counted_and_do_not_break_the_graph(ranks: Ranks)
 
 
 def phases(communicator: DeviceCommunicatorBase) -> tuple[set[str], dict[str, tuple[int, int]]]:
-    watched = DeviceCommunicatorBase(communicator.cpu_group, unique_name="sp")
-    x = torch.zeros(2, 64, 4, 32)
+    memory = "off" if communicator._runner.group.memory is None else "on"
+    watched = DeviceCommunicatorBase(communicator.cpu_group, unique_name="sp", memory=memory)
+    x = torch.zeros(2, 64, 4, 128)
     watched.all_to_all_4D(x)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
@@ -124,15 +125,18 @@ def phases(communicator: DeviceCommunicatorBase) -> tuple[set[str], dict[str, tu
     if watched.rank == 0:
         watched.send(x[0])
     else:
-        watched.recv((64, 4, 32), x.dtype)
+        watched.recv((64, 4, 128), x.dtype)
     names = {event.key for event in profile.key_averages() if "fastvideo_comm::" in event.key}
     return names, {op: stats[:2] for op, stats in watched.stats().items()}
 
 
-def test_ops_and_phases_are_ranges_and_stats_count_calls_and_bytes(ranks: Ranks):
-    num_bytes = 2 * 64 * 4 * 32 * 4
-    for rank, (names, stats) in enumerate(ranks.run(2, phases)):
-        words = "all_to_all_4D", "all_gather", "pack", "exchange", "unpack"
+@pytest.mark.parametrize("way", ["messages", "memory"])
+def test_ops_and_phases_are_ranges_and_stats_count_calls_and_bytes(ranks: Ranks, way):
+    num_bytes = 2 * 64 * 4 * 128 * 4
+    for rank, (names, stats) in enumerate(ranks.run(2, phases, ways=[way])):
+        words = {"all_to_all_4D", "all_gather", "exchange"}
+        if way == "messages":
+            words |= {"pack", "unpack"}
         assert names == {f"fastvideo_comm::{word}[sp]" for word in words}
         assert stats == {
             "all_to_all_4D": (3, 3 * num_bytes),

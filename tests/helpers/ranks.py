@@ -37,8 +37,12 @@ class RankError(Exception):
     """A job failed; the message is the traceback of the rank where it did."""
 
 
+# How a communicator moves tensors: `memory=` of each.
+WAYS = {"messages": "off", "memory": "on"}
+
+
 class Ranks:
-    """Runs jobs on groups of up to `WORLD_SIZE` ranks."""
+    """Runs jobs on groups of up to `WORLD_SIZE` ranks, by messages and by memory."""
 
     def __init__(self) -> None:
         self._processes: list[multiprocessing.process.BaseProcess] = []
@@ -46,19 +50,36 @@ class Ranks:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(
-        self, ranks: int | Sequence[int], job: Callable[..., Any], *arguments: Any
+        self,
+        ranks: int | Sequence[int],
+        job: Callable[..., Any],
+        *arguments: Any,
+        ways: Sequence[str] = tuple(WAYS),
     ) -> list[Any]:
         """`job(communicator, *arguments)` on `ranks` (a number means the first so many).
 
+        Args:
+            ranks: how many, or which.
+            job: a function of a test module.
+            arguments: what it takes behind the communicator.
+            ways: the ways on which it runs, one after the other.
+
         Returns:
-            What the job returned on each of them.
+            What the job returned on each of them, on the last way.
         """
+        for way in ways:
+            answers = self._run(ranks, way, job, *arguments)
+        return answers
+
+    def _run(
+        self, ranks: int | Sequence[int], way: str, job: Callable[..., Any], *arguments: Any
+    ) -> list[Any]:
         members = tuple(range(ranks)) if isinstance(ranks, int) else tuple(ranks)
         if not self._processes:
             self._start()
         # By name: pytest's name for a test module is not the one that another process imports.
         module = job.__module__.rpartition(".")[2]
-        message = pickle.dumps((members, module, job.__name__, arguments))
+        message = pickle.dumps((members, way, module, job.__name__, arguments))
         for member in members:
             self._connections[member].send_bytes(message)
         answers: dict[int, Any] = {}
@@ -84,7 +105,9 @@ class Ranks:
             self.stop()
         if failures:
             rank, text = min(failures.items())
-            raise RankError(f"rank {rank} of {members}, failed {sorted(failures)}: {text}")
+            raise RankError(
+                f"by {way}: rank {rank} of {members}, failed {sorted(failures)}: {text}"
+            )
         if waiting:
             raise RankError(f"no answer from ranks {sorted(waiting.values())} of {members}")
         return [answers[rank] for rank in range(len(members))]
@@ -127,20 +150,23 @@ def _work(rank: int, folder: str, connection: multiprocessing.connection.Connect
         "gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=GROUP_TIMEOUT
     )
     # Every group there can be, made by all ranks in the same order.
-    communicators: dict[tuple[int, ...], DeviceCommunicatorBase] = {}
+    communicators: dict[tuple[tuple[int, ...], str], DeviceCommunicatorBase] = {}
     for size in range(1, WORLD_SIZE + 1):
         for members in itertools.combinations(range(WORLD_SIZE), size):
             group = dist.new_group(list(members))
             if rank in members:
-                communicators[members] = DeviceCommunicatorBase(group, unique_name="test")
+                for way, memory in WAYS.items():
+                    communicators[members, way] = DeviceCommunicatorBase(
+                        group, unique_name="test", memory=memory
+                    )
     while True:
         try:
-            members, module, name, arguments = pickle.loads(connection.recv_bytes())
+            members, way, module, name, arguments = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
             job = getattr(importlib.import_module(module), name)
-            answer = (False, job(communicators[members], *arguments))
+            answer = (False, job(communicators[members, way], *arguments))
         except BaseException:
             answer = (True, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
