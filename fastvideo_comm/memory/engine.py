@@ -177,12 +177,14 @@ class Engine:
             waiter.sleep()
             return
         self._turn(waiter, waiter.ready(self._lines, self._ledger.lost, 0))
+        if self._is_closed:
+            return
         ends = [flight.ends(flight.started + self._timeout) for flight in flights]
         seconds = min(ends, default=time.monotonic() + _RETRY_SECONDS) - time.monotonic()
         ready = waiter.ready(self._lines, self._ledger.lost, self._rest(seconds))
+        # Whoever reads must also copy: another thread may sleep and not see what has been read.
+        self._turn(waiter, ready)
         with self._lock:
-            for rank in ready:
-                self._ledger.read(rank)
             for flight in flights:
                 self._ledger.expire(flight, flight.started + self._timeout, self._timeout)
 
@@ -203,7 +205,8 @@ class Engine:
                 if flight.is_over:
                     break
                 ready = waiter.look(lines, lost, _LOOKS)
-                if not ready:
+                # The look may have used up the wake of a thread that has ended the flight.
+                if not (ready or flight.is_over):
                     seconds_left = flight.ends(deadline) - time.monotonic()
                     ready = waiter.ready(lines, lost, self._rest(seconds_left))
                     if not ready:
@@ -245,6 +248,9 @@ class Engine:
                             flight.parts[rank] = READY
                     ledger.tell(flight)
                     ledger.update(flight)
+                waiters = list(self._foreground.values())
+            for other in waiters:  # one of them copies what this thread has left
+                other.wake()
             raise
 
     def _take(self, token: object) -> tuple[Flight, int] | None:

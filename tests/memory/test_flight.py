@@ -151,8 +151,8 @@ def test_starting_in_the_background_does_not_wait_for_the_copy():
         return started, time.monotonic() - begin
 
     for started, whole in in_processes(2, job):
-        assert started < 0.4  # less than one of the two copies
-        assert whole > 0.9
+        assert started < 0.4  # less than one copy
+        assert whole > 0.45  # the two copies, by two threads
 
 
 def test_a_rank_that_waits_for_one_flight_delivers_for_another():
