@@ -178,7 +178,7 @@ class Group:
             if self.diagnosis is not None:
                 self.diagnosis.before(op, tensors, arguments, **named)
             return None
-        asked = facts_of(op, tensors, arguments, **named)
+        asked = facts_of(op, tensors, arguments, has_strides=True, **named)
         if sends:
             self._asked = asked
             return None

@@ -79,7 +79,9 @@ def describe(
         >>> print(describe("all_gather", torch.zeros(2, 3), (-1,), gather_sizes=(3, 4)))
         all_gather [2, 3] float32 contiguous 1, gather_sizes=[3, 4]
     """
-    return record_of(facts_of(op, tensors, arguments, uneven_dim=uneven_dim, **named))
+    return record_of(
+        facts_of(op, tensors, arguments, uneven_dim=uneven_dim, has_strides=True, **named)
+    )
 
 
 def facts_of(
@@ -88,16 +90,20 @@ def facts_of(
     arguments: Sequence[Any],
     *,
     uneven_dim: int | None = None,
+    has_strides: bool = False,
     **named: Any,
 ) -> Facts:
-    """What makes up the record of a collective, as fast as it can be told: for every call."""
+    """What makes up the record of a collective, as fast as it can be told: for every call.
+
+    `has_strides`: the strides are the caller's own choice, and belong to what may be compared.
+    """
     tensors = (tensors,) if isinstance(tensors, Tensor) else tensors
     return (
         op,
         tuple([tensor.shape for tensor in tensors]),
         tuple([tensor.dtype for tensor in tensors]),
         uneven_dim,
-        all(tensor.is_contiguous() for tensor in tensors),
+        not has_strides or all(tensor.is_contiguous() for tensor in tensors),
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
         tuple([_fixed(argument) for argument in arguments]),
         tuple([(name, _fixed(value)) for name, value in named.items() if value is not None]),
@@ -129,7 +135,7 @@ def question_of(facts: Facts, *, strict: bool) -> bytes:
     Example:
         >>> import torch
         >>> x = torch.zeros(2, 2)
-        >>> plain, strided = facts_of("op", x, ()), facts_of("op", x.T, ())
+        >>> plain, strided = facts_of("op", x, ()), facts_of("op", x.T, (), has_strides=True)
         >>> [question_of(plain, strict=s) == question_of(strided, strict=s) for s in (False, True)]
         [True, False]
     """

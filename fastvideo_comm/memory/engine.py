@@ -161,6 +161,7 @@ class Engine:
                 line.send_all([Record(records.BYE).pack()])
                 line.close()
             self._ledger.flights.clear()
+            self._waiters.clear()
 
     def forget(self) -> None:
         """Closes the lines of a forked child; the parent's stay as they are.

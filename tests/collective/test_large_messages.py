@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -66,8 +67,11 @@ def growing(communicator: DeviceCommunicatorBase) -> None:
     leaf = torch.ones(1, 2, ranks, LARGE, requires_grad=True)
     graph = growing.all_to_all_4D(leaf)
     growing.destroy()
-    assert descriptors() == before
+    # Before 3.13 Python keeps a descriptor of its own of a file in which a tensor lives.
+    assert descriptors() - before <= (sys.version_info < (3, 13))
     del graph
+    gc.collect()
+    assert descriptors() == before
 
 
 def test_growing_exchanges_and_destroy_leave_no_descriptor_open(ranks: Ranks):

@@ -111,7 +111,7 @@ def test_compiled_calls_are_not_counted_and_do_not_break_the_graph(ranks: Ranks)
 
 
 def phases(communicator: DeviceCommunicatorBase) -> tuple[set[str], dict[str, tuple[int, int]]]:
-    memory = "off" if communicator._runner.group.memory is None else "on"
+    memory = communicator._runner.group._memory_mode
     watched = DeviceCommunicatorBase(communicator.cpu_group, unique_name="sp", memory=memory)
     x = torch.zeros(2, 64, 4, 128)
     watched.all_to_all_4D(x)

@@ -242,12 +242,14 @@ def derivative(loss: torch.Tensor, inputs: list[torch.Tensor], **options: bool) 
 
 def undisturbed(communicator: DeviceCommunicatorBase) -> int:
     answers, numbers = [], []
-    for validate in ("off", "always"):
-        c = DeviceCommunicatorBase(communicator.cpu_group, unique_name="all", validate=validate)
+    for validate, memory in (("off", "off"), ("always", "off"), ("always", "on")):
+        c = DeviceCommunicatorBase(
+            communicator.cpu_group, unique_name="all", validate=validate, memory=memory
+        )
         answers.append(program(c))
         numbers.append(c._runner.group.diagnosis.number)
-    for one, other in zip(*answers, strict=True):
-        assert torch.equal(one, other)
+    for one, *others in zip(*answers, strict=True):
+        assert all(torch.equal(one, other) for other in others)
     assert numbers[0] == 0, "off compares nothing"
     return numbers[1]
 

@@ -22,7 +22,7 @@ BAD_CALLS: dict[str, Callable[[DeviceCommunicatorBase], Any]] = {
 
 
 def one_bad_call(communicator: DeviceCommunicatorBase, name: str) -> str:
-    watched = DeviceCommunicatorBase(communicator.cpu_group, unique_name="watched")
+    watched = DeviceCommunicatorBase(communicator.cpu_group, unique_name="watched", memory="off")
     x = torch.ones(2)
     assert is_due(16)
     assert not is_due(15)

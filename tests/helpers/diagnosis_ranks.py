@@ -23,7 +23,7 @@ class Checked(DeviceCommunicatorBase):
     """A communicator whose diagnosis has the given settings."""
 
     def __init__(self, group: dist.ProcessGroup, **options: Any) -> None:
-        super().__init__(group, unique_name="checked", validate="off")
+        super().__init__(group, unique_name="checked", validate="off", memory="off")
         self.diagnosis = Diagnosis(group, "checked", **options)
         self._runner.group.diagnosis = self.diagnosis
 
