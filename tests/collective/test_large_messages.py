@@ -55,6 +55,7 @@ def growing(communicator: DeviceCommunicatorBase) -> None:
     first = DeviceCommunicatorBase(communicator.cpu_group, unique_name="first")
     first.all_to_all_4D(torch.ones(1, 2, ranks, LARGE))  # what a process opens once
     first.destroy()
+    gc.collect()
     before = descriptors()
     growing = DeviceCommunicatorBase(communicator.cpu_group, unique_name="growing")
     counts = set()
