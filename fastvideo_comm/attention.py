@@ -233,7 +233,9 @@ class _Layer:
 
 def _scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """torch's, which wants the heads before the tokens."""
-    is_grouped = query.shape[2] != key.shape[2]
+    is_grouped = False
+    if query.shape[2] != key.shape[2]:  # compiled, the comparison itself may be symbolic
+        is_grouped = True
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return scaled_dot_product_attention(query, key, value, enable_gqa=is_grouped).transpose(1, 2)
 

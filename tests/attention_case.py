@@ -10,9 +10,6 @@ from typing import NamedTuple
 import torch
 from test_exchange import sizes_of
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-
-from fastvideo_comm import DeviceCommunicatorBase
 
 # float64 attention over at most a few dozen tokens: sums in another order differ by 1e-15.
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-11}
