@@ -93,12 +93,14 @@ class HeadPlan(NamedTuple):
         start = sum(self.key[0][:rank])
         first = self.copies[start] if self.key[0][rank] else 0
         heads = [head // self.queries_per_key - first for head in range(begin, begin + count)]
-        distinct = heads[-1] - heads[0] + 1 if heads else 0
-        if distinct and heads != [heads[0] + i * distinct // count for i in range(count)]:
+        if not heads:
+            return key[:, :, :0]
+        distinct = heads[-1] - heads[0] + 1
+        if count % distinct or any(
+            head != heads[0] + index // (count // distinct) for index, head in enumerate(heads)
+        ):
             return _pick(key, heads)
-        return (
-            key if distinct == key.shape[2] else key.narrow(2, heads[0] if heads else 0, distinct)
-        )
+        return key if distinct == key.shape[2] else key.narrow(2, heads[0], distinct)
 
     def joined(self, outputs: Sequence[Tensor]) -> Tensor:
         """The query heads of all stages in their own order; the inverse of `sent`."""

@@ -92,6 +92,7 @@ CASES = st.builds(
 
 @given(group=GROUPS, case=CASES, explicit=st.booleans())
 @example(group=4, case=Case(12, 3, joint=2, pipeline=2), explicit=True)  # some use two key heads
+@example(group=4, case=Case(12, 3, joint=1), explicit=True)  # two heads for one, one for another
 @example(group=4, case=Case(2, 1, joint=2, pipeline=3), explicit=False)  # two ranks have no head
 @example(group=4, case=Case(5, 5, joint=2, uneven="list", pipeline=2), explicit=False)
 def test_outputs_and_gradients_are_those_of_one_process(ranks: Ranks, group, case, explicit):

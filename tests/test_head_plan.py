@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastvideo_comm.head_plan import plan_heads
@@ -22,7 +22,11 @@ def numbered(heads: int) -> torch.Tensor:
     return torch.arange(heads).view(1, 1, heads, 1)
 
 
+@settings(max_examples=300)
 @given(**NUMBERS)
+@example(key_heads=3, per_key=4, ranks=4, stages=1)  # query heads 3, 4, 5: key heads 0, 1, 1
+@example(key_heads=3, per_key=4, ranks=4, stages=2)
+@example(key_heads=2, per_key=1, ranks=3, stages=1)  # a rank without heads
 def test_every_query_head_is_computed_once_beside_its_key_head(key_heads, per_key, ranks, stages):
     heads = key_heads * per_key
     plan = plan_heads(heads, key_heads, ranks, stages)
