@@ -122,6 +122,12 @@ class Block:
 class Layer(Block):
     """The exchanges of `ulysses_attention`, and the computation between them, in stages."""
 
+    def __init__(self, communicator: DeviceCommunicatorBase, shape: Shape, *, grad: bool) -> None:
+        """The same number of products in every stage, however many stages there are."""
+        super().__init__(communicator, shape, grad=grad)
+        most = max(STAGES.values())
+        self.products.repeats = -(-self.products.repeats // most) * most
+
     def __call__(self, system: str) -> None:
         """One sample of a system."""
         with torch.set_grad_enabled(self.grad):
