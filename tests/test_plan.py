@@ -199,6 +199,7 @@ def test_a_transpose_of_every_width_is_staged(itemsize, vector):
     plan = plan_copy(*coalesce((640, 512), (512, 1), (1, 640), itemsize), 0)
     assert plan.transposed
     assert (plan.element_bytes, plan.vector) == (itemsize, vector)
+    assert {type(plan.block_rows), type(plan.block_columns)} == {int}
 
 
 def test_a_transpose_of_16_bytes_is_not_staged():
@@ -214,6 +215,11 @@ def test_single_elements_of_one_dim_are_a_row_that_is_not_staged(dst, src):
     assert plan.rows == (1, 0, 0)
     assert plan.columns == (5, dst, src)
     assert not plan.transposed
+
+
+def test_a_copy_of_contiguous_tensors_is_one_row():
+    plan = plan_copy(*coalesce((64, 128), (128, 1), (128, 1), 2), 0)
+    assert (plan.rows, plan.columns) == ((1, 0, 0), (1024, 1, 1))
 
 
 def test_the_programs_of_a_transpose_write_neighbouring_memory():
