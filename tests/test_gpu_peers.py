@@ -28,6 +28,7 @@ import bench_all_to_all  # noqa: E402
 import gpu_peers  # noqa: E402
 import harness  # noqa: E402
 import peers  # noqa: E402
+import report  # noqa: E402
 from cases import Shape  # noqa: E402
 
 
@@ -140,6 +141,13 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
     assert set(missing) == set(gpu_peers.REGISTRY)
     assert missing["fast-ulysses"].startswith("ModuleNotFoundError: import of fast_ulysses")
     assert missing["flashinfer"].startswith("ModuleNotFoundError: import of flashinfer")
+
+
+def test_every_peer_has_a_column_in_the_reports_and_a_colour():
+    plots = pytest.importorskip("plots", reason="plots need matplotlib")
+    names = [*peers.REGISTRY, *gpu_peers.REGISTRY]
+    assert list(report.PEERS) == names
+    assert set(names) <= set(plots.COLOURS)
 
 
 def test_a_peer_that_one_rank_cannot_bind_is_measured_on_none():
