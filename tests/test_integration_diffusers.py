@@ -191,7 +191,10 @@ def test_ulysses_attention_gives_the_bits_of_diffusers(ranks: Ranks, size: int, 
 
 
 def uneven(communicator: DeviceCommunicatorBase, masked: str) -> list[float]:
-    """How far "anything" is from one process: queries, keys and heads that nobody can share; on 4 ranks, one has no head."""
+    """How far "anything" is from one process, where the ranks cannot share evenly.
+
+    Queries, keys and 3 heads: on 4 ranks, one of them gets no head.
+    """
     dispatch = diffusers_package.attention_dispatch()
     rank = communicator.rank
     generator = torch.Generator().manual_seed(rank)
