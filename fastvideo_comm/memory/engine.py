@@ -84,6 +84,7 @@ class Engine:
 
     def start(self, ask: Ask, *, background: bool) -> Flight:
         """Posts a call."""
+        self.check()  # before the lock, which a child may have been forked with
         ledger = self._ledger
         lane, others = ledger.lane(ask.ranks)
         digest, expected = self._digest(ask.question), self._digest(ask.expects)
@@ -107,6 +108,7 @@ class Engine:
 
     def fail_next(self, failure: int, text: bytes, ranks: tuple[int, int] | None) -> None:
         """Uses up the number of the next call, and tells the others that it fails."""
+        self.check()
         with self._lock:
             self.check()
             self._ledger.fail_next(failure, text, ranks)
