@@ -116,7 +116,7 @@ def test_a_mismatch_does_not_wait_for_a_rank_that_computes():
         assert set(caught.value.details) >= {0, 1}
         return seconds
 
-    assert max(in_processes(3, job)) < 2.5  # 1.5 s for the details, and a busy machine
+    assert max(in_processes(3, job)) < 3.5  # 1.5 s for the details, and a busy machine
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -175,12 +175,12 @@ def test_an_exception_in_a_copy_is_raised_there_and_named_elsewhere():
                 with pytest.raises(CollectiveError, match=text) as caught:
                     running.wait()
                 assert caught.value.peers == (1,)
+                del caught
             else:  # may have had its part from rank 1 before
                 with contextlib.suppress(CollectiveError):
                     running.wait()
             exchange(memory, 1)
             del running
-        del caught
         exchange(memory, 2)
         assert worlds.settled(memory) == 0
 
@@ -215,8 +215,8 @@ def test_a_timeout_names_the_ranks_that_did_not_come_and_is_heard_when_they_do()
                 memory.start(ask_all(memory), background=memory.rank == 1).wait()
             assert 0.5 < time.monotonic() - begin < 2.5
             assert caught.value.peers in ((2,), (1 - memory.rank,))
+            del caught
             time.sleep(1.5)
-        del caught
         exchange(memory, 2)
         assert worlds.settled(memory) == 0
 
@@ -474,7 +474,7 @@ def interrupted(memory: HostMemory, at: int, background: bool) -> tuple[bool, st
 @pytest.mark.parametrize("background", [False, True])
 def test_an_interrupt_at_any_point_is_heard_by_the_other_and_harms_nothing(background):
     def job(memory: HostMemory) -> int:
-        ways = set()
+        ways, reasons = set(), set()
         at = 0
         while True:
             if memory.rank == 1:
@@ -486,7 +486,7 @@ def test_an_interrupt_at_any_point_is_heard_by_the_other_and_harms_nothing(backg
                     memory.start(ask).wait()
                     assert torch.equal(outputs(ask), worlds.expected_all(memory, at))
                 except CollectiveError as error:
-                    assert "KeyboardInterrupt" in str(error)
+                    reasons.add(str(error))
                 fired = True
                 del ask
             at += 1
@@ -502,6 +502,7 @@ def test_an_interrupt_at_any_point_is_heard_by_the_other_and_harms_nothing(backg
         exchange(memory, 3)
         del stop, goes_on
         assert worlds.settled(memory) == 0
+        assert reasons <= {"rank 1 gave the call up: KeyboardInterrupt"}
         if memory.rank == 1:
             assert ways == {"completed", "interrupted"}
             assert at > (20 if background else 100)
