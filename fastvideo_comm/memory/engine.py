@@ -62,6 +62,7 @@ class Engine:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._is_closed = False
+        self._is_interrupted = False  # messages may stand in inboxes, unhandled
         self._foreground: dict[int, Waiter] = {}  # by thread
         self._waiters: list[Waiter] = []  # of threads that no longer wait
         self._background: Background | None = None
@@ -235,8 +236,9 @@ class Engine:
                 with self._lock:
                     if job is not None:
                         ledger.copied(*job)
-                    for rank in ready:
+                    for rank in ledger.others if self._is_interrupted else ready:
                         ledger.read(rank)
+                    self._is_interrupted = False
                     job = self._take(token)
                 if job is None:
                     return
@@ -244,6 +246,7 @@ class Engine:
                 ready = waiter.ready(self._lines, ledger.lost, 0)
         except BaseException:
             with self._lock:
+                self._is_interrupted = True
                 for flight in list(ledger.flights.values()):
                     for rank, state in flight.parts.items():
                         if state is token:

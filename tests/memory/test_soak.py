@@ -77,7 +77,7 @@ def mixed_calls(memory: HostMemory, seed: int, num_calls: int) -> None:
         if not background or own.random() < 0.8:
             in_air.append((flight, out, want, fails))
         del ask, flight, out
-        while len(in_air) > common.choice([0, 0, 3]):
+        while len(in_air) > own.choice([0, 0, 3]):
             finish(*in_air.pop(own.randrange(len(in_air))))
     for entry in in_air:
         finish(*entry)
