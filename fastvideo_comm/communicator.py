@@ -280,6 +280,12 @@ class DeviceCommunicatorBase:
         """
         with self._runner.call("all_to_all_4D") as call:
             call.check_open()
+            plain = scatter_sizes is None and gather_sizes is None and not async_op
+            if plain and isinstance(input_, Tensor):  # most calls
+                call.check("input_", input_)
+                splits = validation.all_to_all_4D(input_, self.world_size, scatter_dim, gather_dim)
+                call.compare(input_, (scatter_dim, gather_dim))
+                return call.run(functions.AllToAll, splits, input_, alone=(input_,))[0]
             packed = not isinstance(input_, Tensor)
             inputs = validation.tensors(input_)
             for each in inputs:

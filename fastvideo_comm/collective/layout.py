@@ -175,6 +175,8 @@ class Splits(NamedTuple):
     @property
     def is_even(self) -> bool:
         """Whether the ranks send and receive parts of one size, of which nobody has replicas."""
+        if self is HEADS_TO_SEQUENCE or self is SEQUENCE_TO_HEADS:  # most calls
+            return True
         for split in (*self.scatter, *self.gather):
             if split.sizes is not None or split.replicas > 1:
                 return False
@@ -182,6 +184,10 @@ class Splits(NamedTuple):
 
     def reverse(self) -> Splits:
         """The exchange that undoes this one; with replicated heads, its adjoint."""
+        if self is HEADS_TO_SEQUENCE:
+            return SEQUENCE_TO_HEADS
+        if self is SEQUENCE_TO_HEADS:
+            return HEADS_TO_SEQUENCE
         return Splits(self.gather, self.scatter)
 
     @staticmethod
@@ -193,6 +199,11 @@ class Splits(NamedTuple):
         result[scatter.dim] = scatter.part(shape[scatter.dim], rank, world_size)
         result[gather.dim] = gather.whole(shape[gather.dim], world_size)
         return result
+
+
+# What one tensor trades that is shared evenly: (2, 1) and (1, 2).
+HEADS_TO_SEQUENCE = Splits((Split(2),), (Split(1),))
+SEQUENCE_TO_HEADS = Splits((Split(1),), (Split(2),))
 
 
 def replicated_view(tensor: Tensor, dim: int, replicas: int) -> Tensor:

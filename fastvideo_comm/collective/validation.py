@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reduce_ops import REDUCE_OPS, ReduceOp, reduce_op_name
 from .group import AnyGroup
 from .grouped_heads import HEADS_DIM, form_groups, grouped_splits
-from .layout import Split, Splits, near_even_sizes
+from .layout import HEADS_TO_SEQUENCE, SEQUENCE_TO_HEADS, Split, Splits, near_even_sizes
 from .wire import REDUCED
 
 # Every rank's size of a dim, for all tensors or one list for each; "auto": found out.
@@ -104,20 +104,13 @@ def all_to_all_4D_dims(input_: Tensor, scatter_dim: int, gather_dim: int) -> tup
     return dims
 
 
-# The exchange of one tensor that is shared evenly.
-_EVEN = {
-    (2, 1): Splits((Split(2),), (Split(1),)),
-    (1, 2): Splits((Split(1),), (Split(2),)),
-}
-
-
 def all_to_all_4D(input_: Tensor, world_size: int, scatter_dim: int, gather_dim: int) -> Splits:
     """`all_to_all_4D_dims`, and a size that the ranks can share evenly."""
     dims = all_to_all_4D_dims(input_, scatter_dim, gather_dim)
     check_divisible(
         input_, "scatter_dim", dims[0], world_size, "; scatter_sizes= shares it unevenly"
     )
-    return _EVEN[dims]
+    return HEADS_TO_SEQUENCE if dims[0] == HEADS_DIM else SEQUENCE_TO_HEADS
 
 
 def tensors(input_: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -135,11 +128,6 @@ def scatter_splits(
     inputs: tuple[Tensor, ...], dim: int, sizes: Sizes, world_size: int, *, packed: bool
 ) -> tuple[Split, ...]:
     """How `dim` of each tensor is dealt out; "auto" keeps heads and their key heads together."""
-    if sizes is None and len(inputs) == 1 and not packed:  # nothing to find out: most calls
-        check_divisible(
-            inputs[0], "scatter_dim", dim, world_size, "; scatter_sizes= shares it unevenly"
-        )
-        return (Split(dim),)
     of_each = sizes_of_each("scatter_sizes", sizes, len(inputs))
     remedy = "; scatter_sizes= shares it unevenly"
     if dim == HEADS_DIM:
@@ -164,8 +152,6 @@ def gather_splits(
     inputs: tuple[Tensor, ...], dim: int, of_each: Sequence[Any], rank: int, world_size: int
 ) -> tuple[Split, ...]:
     """How `dim` of each tensor comes together, from every rank's sizes of it."""
-    if of_each == [None]:
-        return (Split(dim),)
     return tuple(
         gather_split(input_, dim, sizes, rank, world_size)
         for input_, sizes in zip(inputs, of_each, strict=True)
