@@ -28,7 +28,7 @@ _numbers = itertools.count()
 
 def register(group: Group) -> str:
     """A name for a group that has connected memory, by which the operator finds it."""
-    name = f"{group.process_group.group_name}/{next(_numbers)}"
+    name = f"group {next(_numbers)}"
     _groups[name] = group
     return name
 

@@ -227,6 +227,8 @@ class Diagnosis:
 
     def counted(self) -> bool:
         """Takes the next number; whether the call with it is compared."""
+        if self._board is None:
+            return False
         compared = self.compares_next()
         self._number += 1
         return compared
