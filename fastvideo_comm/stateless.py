@@ -356,8 +356,8 @@ class StatelessProcessGroup:
     def close(self, *, timeout: float | timedelta | None = None) -> None:
         """Leave the group; idempotent. Rank 0 returns when all have left, or at the timeout.
 
-        Messages that were sent stay readable for as long as rank 0 serves. A store given by the
-        caller is left open.
+        A call of another thread ends with ClosedError. Messages that were sent stay readable for
+        as long as rank 0 serves. A store given by the caller is left open, with its other calls.
 
         Args:
             timeout: Seconds or timedelta; the group's where it is None.

@@ -25,7 +25,6 @@ from fastvideo_comm.object_channel.store_link import FrameError, Kind, Link
 from fastvideo_comm.object_channel.store_messages import (
     pack_address,
     pack_number,
-    pack_origin,
 )
 from fastvideo_comm.stateless import StatelessProcessGroup
 
@@ -112,7 +111,7 @@ NONSENSE = [
     (Kind.BARRIER, b"x", ()),
     (Kind.JOIN, b"again", ()),
     (Kind.OK, b"", ()),
-    (Kind.SET, pack_origin(0, 0, b"key"), (b"as rank 0",)),
+    (Kind.SET, pack_number(-1, b"key"), (b"no such number",)),
     (Kind.SET, b"x", ()),
 ]
 

@@ -69,12 +69,12 @@ def test_a_rank_that_has_proved_itself_is_not_dropped_for_strangers_that_have_no
         first = proven_link(forming.port, SECRET)
         sockets = strangers_that_know_the_magic(forming.port, 300)
         assert sockets[0].recv(1) == b""
-        ask_to_join(first, 1)
+        ask_to_join(first, 1, secret=SECRET)
         token = answer_on(first).meta
         second = proven_link(forming.port, SECRET)
         sockets += strangers_that_know_the_magic(forming.port, 300)
         assert sockets[300].recv(1) == b""
-        ask_to_join(second, 1, token, is_lifeline=True)
+        ask_to_join(second, 1, token, is_lifeline=True, secret=SECRET)
         assert answer_on(second).kind == Kind.OK
         for sock in (*sockets, first.sock, second.sock):
             sock.close()
@@ -208,7 +208,7 @@ def test_a_lifeline_needs_the_token_of_its_rank():
 def test_settings_of_any_length_do_not_end_the_server():
     with forming_group(timeout=5.0) as forming:
         link = proven_link(forming.port, None)
-        ask_to_join(link, 1, settings="x" * 65_000)
+        ask_to_join(link, 1, settings="x" * 65_500)
         peers, text = unpack_text(answer_on(link).meta)
         assert peers == ()
         assert text.startswith("rank 1 joined with xxx")
@@ -224,8 +224,15 @@ def test_a_notice_is_cut_to_what_a_frame_takes():
 
 
 WITHOUT_FILES = """
-import os, resource, sys, threading, time
+import os, resource, socket, sys, threading, time
 from fastvideo_comm.stateless import StatelessProcessGroup as Group
+tries = 0
+accept = socket.socket.accept
+def count(self):
+    global tries
+    tries += 1
+    return accept(self)
+socket.socket.accept = count
 port = int(sys.argv[1])
 outcome = []
 def join(seconds):
@@ -240,9 +247,10 @@ time.sleep(0.5)
 print("listening", flush=True)
 resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), 4096))
 sys.stdin.readline()
-before = time.process_time()
+time.sleep(0.3)
+before = tries
 time.sleep(1.5)
-print(time.process_time() - before, flush=True)
+print(tries - before, flush=True)
 sys.stdin.readline()
 resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
 thread.join()
@@ -269,7 +277,7 @@ def run_without_files(seconds, then):
             with connect(port) as waiting:
                 process.stdin.write("\n")
                 process.stdin.flush()
-                assert float(process.stdout.readline()) < 0.5  # of 1.5 s
+                assert 0 < int(process.stdout.readline()) < 20  # in 1.5 s
                 return then(port, process, waiting)
         finally:
             process.kill()

@@ -29,11 +29,9 @@ from fastvideo_comm.object_channel.settings import DESCRIPTION_BYTES, GroupSetti
 from fastvideo_comm.object_channel.store_client import StoreClient
 from fastvideo_comm.object_channel.store_link import Kind
 from fastvideo_comm.object_channel.store_messages import (
-    OF_STORE,
     TOKEN_BYTES,
     JoinRequest,
     pack_number,
-    pack_origin,
     unpack_decimal,
     unpack_number,
     unpack_origin,
@@ -213,16 +211,17 @@ class ObjectStore:
             raise ValueError(
                 f"value must have at most {self.max_message_bytes} bytes, got {len(data)}"
             )
-        address = _value_address(self.rank, next(self._value_numbers))
+        about = _key(key)
+        address = Address(Op.VALUE, self.rank, EVERYONE, next(self._value_numbers))
         sealed = self._seal_of(key).seal(address, [data])
-        self._call(Kind.SET, pack_origin(self.rank, address.number, _key(key)), sealed)
+        self._call(Kind.SET, pack_number(address.number, about), sealed)
 
     def get(self, key: str) -> bytes:
         """Return a value, waiting for it if need be."""
-        (src, number, decimal), body = self._call(Kind.GET, _key(key), parse=unpack_origin)
-        if src == OF_STORE:
-            return decimal
-        return bytes(self._seal_of(key).open(_value_address(src, number), body))
+        (src, number, total), sealed = self._call(Kind.GET, _key(key), parse=unpack_origin)
+        if src == EVERYONE:  # of `add`
+            return total
+        return bytes(self._seal_of(key).open(Address(Op.VALUE, src, EVERYONE, number), sealed))
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Wait until all these keys have values."""
@@ -275,10 +274,6 @@ class ObjectStore:
             return self.client.read(
                 ident, lambda frame: (parse(frame.meta), memoryview(frame.body))
             )
-
-
-def _value_address(src: int, number: int) -> Address:
-    return Address(Op.VALUE, src, EVERYONE, number)
 
 
 def _key(key: str) -> bytes:
