@@ -243,9 +243,15 @@ def join(seconds):
         outcome.append(str(error))
 thread = threading.Thread(target=join, args=(float(sys.argv[2]),))
 thread.start()
-time.sleep(0.5)
-print("listening", flush=True)
+while tries < 2:
+    time.sleep(0.01)  # rank 0's own two connections
+time.sleep(0.3)
 resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), 4096))
+try:
+    while True:
+        os.open("/dev/null", os.O_RDONLY)
+except OSError:
+    print("full", flush=True)
 sys.stdin.readline()
 time.sleep(0.3)
 before = tries
@@ -273,7 +279,7 @@ def run_without_files(seconds, then):
         text=True,
     ) as process:
         try:
-            assert process.stdout.readline() == "listening\n"
+            assert process.stdout.readline() == "full\n"
             with connect(port) as waiting:
                 process.stdin.write("\n")
                 process.stdin.flush()
@@ -285,12 +291,11 @@ def run_without_files(seconds, then):
 
 def test_rank_0_without_file_descriptors_sleeps_and_says_why():
     def then(port, process, waiting):
-        time.sleep(1.5)
         process.stdin.write("\n")
         process.stdin.flush()
         return process.stdout.readline()
 
-    text = run_without_files(3.0, then)
+    text = run_without_files(8.0, then)
     assert "rank(s) [1] did not join" in text
     assert "rank 0 could not accept a connection: [Errno 24] Too many open files" in text
 

@@ -87,7 +87,7 @@ class StoreClient:
         self._error: CommunicationError | None = None
         self._is_cut = False  # a connection ended, and nobody said why
         self._was_there = False  # the store has answered
-        self._owes_goodbye = False
+        self._owes_goodbye = self._leaves_late = False
         self._pair = LinkPair(self._take_in)
         self.session = b""
         call_after_fork(self._abandon_in_child)
@@ -180,6 +180,8 @@ class StoreClient:
         """Give the connections back."""
         self._holder = None
         self._lock.release()
+        if self._leaves_late:
+            self.leave()
 
     def ask(self, kind: Kind, meta: bytes = b"", parts: Sequence[Buffer] = ()) -> int:
         """Begin a request and return its id for `wait`."""
@@ -266,7 +268,9 @@ class StoreClient:
         self._pair.wake()
         is_inside = self._holder == threading.get_ident()
         if not is_inside and not self._lock.acquire(timeout=seconds_left(deadline)):
+            self._leaves_late = True  # when that call ends, which decodes something large
             return
+        self._leaves_late = False
         try:
             if self._owes_goodbye and self._pair.is_open:
                 self._owes_goodbye = False
