@@ -96,14 +96,6 @@ def unpack_origin(meta: bytes) -> tuple[int, int, bytes]:
     return src, number, meta[_ORIGIN.size :]
 
 
-def unpack_decimal(meta: bytes) -> int:
-    """Return a number in decimal digits; FrameError for anything else."""
-    try:
-        return int(meta)
-    except ValueError as error:
-        raise FrameError("a number must have decimal digits") from error
-
-
 def pack_text(ranks: list[int], text: str = "") -> bytes:
     """Return ranks and a text: what LOST, LEFT, REFUSED and the answer to MISSING carry."""
     short = text.encode()[:_MAX_TEXT_BYTES].decode(errors="ignore")  # no half character
@@ -118,3 +110,11 @@ def unpack_text(meta: bytes) -> tuple[tuple[int, ...], str]:
         return ranks, meta[2 + 4 * count :].decode()
     except (struct.error, UnicodeDecodeError) as error:
         raise FrameError("a notice is malformed") from error
+
+
+def unpack_decimal(meta: bytes) -> int:
+    """Return a number in decimal digits; FrameError for anything else."""
+    try:
+        return int(meta)
+    except ValueError as error:
+        raise FrameError("a number must have decimal digits") from error
