@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format lint types gpu bench wheels docs build clean
+.PHONY: demo test versions check format lint types gpu bench wheels docs build clean
 
 demo: $(READY)  ## train a small video transformer in one process, then over 2 ranks, and compare
 	$(BIN)/python examples/train_sequence_parallel.py $(ARGS)
@@ -13,6 +13,11 @@ demo: $(READY)  ## train a small video transformer in one process, then over 2 r
 test: $(READY)  ## every test that needs no GPU
 	@$(MAKE) --no-print-directory wheels || echo "no wheels of the peers: their tests are skipped"
 	$(BIN)/pytest $(ARGS)
+
+versions: $(READY)  ## the same on every supported pair of torch and triton
+	@$(MAKE) --no-print-directory wheels || echo "no wheels of the peers: their tests are skipped"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group versions
+	$(BIN)/nox $(ARGS)
 
 check: lint types test  ## what CI runs
 
@@ -41,7 +46,7 @@ build: $(READY)  ## sdist and wheel in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) .whl build dist site demo_output *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .nox .whl build dist site demo_output *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .whl/.ready: $(READY) pyproject.toml
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir .whl --group peers

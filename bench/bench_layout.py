@@ -18,7 +18,7 @@ from copies import CopyCase, measure_copies
 from harness import Report
 from torch import Tensor
 
-from fastvideo_comm.layout import message_view
+from fastvideo_comm.collective.layout import message_view
 
 
 def measure(options: script.Options) -> Report:

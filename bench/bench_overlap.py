@@ -18,6 +18,11 @@ one thread. gloo's own threads and the sockets of the kernel need processors as 
 the ranks fill the machine, there is nothing left to hide behind, and the share shows that. So each
 case is measured once more in a network namespace whose loopback carries 4 Gbit/s and no more, as a
 network between hosts: there most of an exchange is waiting, which computation can hide.
+
+`attention` is `ulysses_attention` of three such tensors, with matrix products in the place of
+attention, which take about as long as its exchanges. It is measured in 1, 2 and 4 stages
+(`pipeline=`), and `exchange` is all of its exchanges alone. There `hidden` is what more stages gain
+on one, as a share of the same kind.
 """
 
 from __future__ import annotations
@@ -40,13 +45,14 @@ from harness import Report, random_like, time_in_turn, track
 from systems import sockets_only
 from torch import Tensor
 
-from fastvideo_comm import DeviceCommunicatorBase
+from fastvideo_comm import DeviceCommunicatorBase, ulysses_attention
 
 WORLD_SIZE = 2
 SHAPES = (Shape(1, 8192, 24, WORLD_SIZE), Shape(1, 1024, 24, WORLD_SIZE))
 HIDDEN = 768
 AT_ONCE = "exchange, async"
 SYSTEMS = ("exchange", "compute", "in sequence", "overlapped")
+STAGES = {"1 stage": 1, "2 stages": 2, "4 stages": 4}
 LINK = "4gbit"  # in words of tc
 LINK_VARIABLE = "FASTVIDEO_COMM_BENCH_LINK"  # set inside the namespace
 
@@ -60,9 +66,10 @@ class Products:
         self.x = torch.randn(512, HIDDEN)
         self.weight = torch.randn(HIDDEN, HIDDEN, requires_grad=grad)
 
-    def __call__(self) -> Tensor:
-        """One number that depends on all of them."""
-        return torch.stack([(self.x @ self.weight).mean() for _ in range(self.repeats)]).sum()
+    def __call__(self, part: float = 1.0) -> Tensor:
+        """One number that depends on all of them, or on a part."""
+        repeats = max(1, round(part * self.repeats))
+        return torch.stack([(self.x @ self.weight).mean() for _ in range(repeats)]).sum()
 
 
 class Block:
@@ -112,6 +119,36 @@ class Block:
         return slowest([min(times)])[0]
 
 
+class Layer(Block):
+    """The exchanges of `ulysses_attention`, and the computation between them, in stages."""
+
+    def __init__(self, communicator: DeviceCommunicatorBase, shape: Shape, *, grad: bool) -> None:
+        """The same number of products in every stage, however many stages there are."""
+        super().__init__(communicator, shape, grad=grad)
+        most = max(STAGES.values())
+        self.products.repeats = -(-self.products.repeats // most) * most
+
+    def __call__(self, system: str) -> None:
+        """One sample of a system."""
+        with torch.set_grad_enabled(self.grad):
+            if system == "compute":
+                self._finish(None, self.products())
+                return
+            x = self.input.detach().requires_grad_(self.grad)
+            heads = self.gradient.shape[2]
+
+            def attention(query: Tensor, _: Tensor, __: Tensor) -> Tensor:
+                if system not in STAGES:
+                    return query
+                return query + self.products(query.shape[2] / heads).to(query.dtype)
+
+            out = ulysses_attention(
+                self.communicator, x, x, x, attention, pipeline=STAGES.get(system, 1)
+            )
+            if self.grad:
+                out.backward(x.detach())
+
+
 def measure_on_ranks(options: script.Options) -> Report:
     """Every case, on each rank."""
     report = Report()
@@ -133,20 +170,46 @@ def _measure(
     *,
     grad: bool,
 ) -> None:
-    block = Block(communicator, shape, grad=grad)
+    op = "forward+grad" if grad else "forward"
+    rows = _rows(
+        Block(communicator, shape, grad=grad), (*SYSTEMS, AT_ONCE), op, shape, options, report
+    )
+    for statistic, name in (("median_s", "hidden"), ("min_s", "hidden_of_min")):
+        rows["overlapped"][name] = hidden(rows, statistic, *SYSTEMS)
+    systems = ("exchange", "compute", *STAGES)
+    layer = Layer(communicator, shape, grad=grad)
+    rows = _rows(layer, systems, f"attention, {op}", shape, options, report)
+    for stages in list(STAGES)[1:]:
+        for statistic, name in (("median_s", "hidden"), ("min_s", "hidden_of_min")):
+            rows[stages][name] = hidden(rows, statistic, *systems[:3], stages)
+
+
+def _rows(
+    block: Block,
+    systems: tuple[str, ...],
+    op: str,
+    shape: Shape,
+    options: script.Options,
+    report: Report,
+) -> dict[str, dict[str, float]]:
+    """Measures the systems in turn; their new rows in the report, by system."""
     samples = time_in_turn(
-        {system: lambda _, system=system: block(system) for system in (*SYSTEMS, AT_ONCE)},
+        {system: lambda _, system=system: block(system) for system in systems},
         device=options.device,
         seconds=2 * options.seconds,
         barrier=dist.barrier,
         agree=lambda rounds: int(slowest([rounds])[0]),
     )
     before = len(report.rows)
-    op = "forward+grad" if grad else "forward"
+    num_tensors = 4 if isinstance(block, Layer) else 1  # q, k, v there and the output back
     report.add(
         f"{op} {shape.name}" + (", 4 Gbit/s link" if LINK_VARIABLE in os.environ else ""),
         {system: slowest(times) for system, times in samples.items()},
-        num_bytes=2 * shape.numel * torch.bfloat16.itemsize * (2 if grad else 1),
+        num_bytes=num_tensors
+        * 2
+        * shape.numel
+        * torch.bfloat16.itemsize
+        * (2 if block.grad else 1),
         limit=None,
         bench="overlap",
         op=op,
@@ -154,14 +217,12 @@ def _measure(
         world_size=WORLD_SIZE,
         dtype="bfloat16",
     )
-    rows = {row["system"]: row for row in report.rows[before:]}
-    rows["overlapped"]["hidden"] = hidden(rows, "median_s")
-    rows["overlapped"]["hidden_of_min"] = hidden(rows, "min_s")
+    return {row["system"]: row for row in report.rows[before:]}
 
 
-def hidden(rows: dict[str, dict[str, float]], statistic: str) -> float:
+def hidden(rows: dict[str, dict[str, float]], statistic: str, *systems: str) -> float:
     """The share of the shorter of exchange and computation that is gone when they overlap."""
-    exchange, compute, in_sequence, overlapped = (rows[name][statistic] for name in SYSTEMS)
+    exchange, compute, in_sequence, overlapped = (rows[name][statistic] for name in systems)
     return (in_sequence - overlapped) / min(exchange, compute)
 
 

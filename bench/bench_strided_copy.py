@@ -13,7 +13,7 @@ import script
 from copies import CopyCase, measure_copies
 from harness import Report
 
-from fastvideo_comm.layout import message_view
+from fastvideo_comm.collective.layout import message_view
 
 
 def measure(options: script.Options) -> Report:

@@ -20,7 +20,7 @@ from peers import Bound, FirstOfThree, one_call_each
 from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase
-from fastvideo_comm.shared_memory import SHARED_MEMORY_VARIABLE
+from fastvideo_comm.collective.route import MEMORY_VARIABLE
 
 SOCKETS = "fastvideo_comm, sockets"
 OURS, FLOOR, EXCHANGE, COPY = "fastvideo_comm", "floor", "bare exchange", "contiguous copy"
@@ -37,11 +37,11 @@ def ours(group: dist.ProcessGroup, device: torch.device) -> dict[str, Bound]:
 
 def sockets_only(group: dist.ProcessGroup, device: torch.device) -> DeviceCommunicatorBase:
     """A communicator whose ranks share no memory, as between hosts."""
-    os.environ[SHARED_MEMORY_VARIABLE] = "off"
+    os.environ[MEMORY_VARIABLE] = "off"
     try:
         return DeviceCommunicatorBase(group, device, group, "bench")
     finally:
-        del os.environ[SHARED_MEMORY_VARIABLE]
+        del os.environ[MEMORY_VARIABLE]
 
 
 def _bound(communicator: DeviceCommunicatorBase) -> Bound:

@@ -20,8 +20,8 @@ import cases
 import torch
 from harness import num_input_sets, random_like, time_in_turn, track
 
+from fastvideo_comm.collective.layout import message_view
 from fastvideo_comm.kernels import plan, strided_copy_
-from fastvideo_comm.layout import message_view
 
 TILE_BYTES = (4096, 8192, 16384, 32768)
 NUM_WARPS = (4, 8)

@@ -1,6 +1,6 @@
 """Draws who holds what before and after each op, as SVG: `python docs/draw_layouts.py`.
 
-Every picture is made from two functions of a rank, the input and the output; tests/test_docs.py
+Every picture is made from two functions of a rank, the input and the output; a test
 runs the ops on ranks and compares, so that a drawing cannot say anything that is not so.
 """
 

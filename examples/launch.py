@@ -24,8 +24,8 @@ TORCHRUN_FLAGS = (
     "--rdzv-id",
 )
 EXCHANGE_FLAGS = {
-    "fused": "q, k and v in one exchange, read in place from their fused projection",
-    "async": "compute while v, or with --fused all three, are on their way",
+    "fused": "q, k and v are read in place from their fused projection; then norms and rotation",
+    "async": "half of the heads of a rank travel while the other half is computed",
     "compile": "torch.compile of each transformer block, exchanges included",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -37,18 +38,26 @@ class MeteredCommunicator(DeviceCommunicatorBase):
         scatter_dim: int = 2,
         gather_dim: int = 1,
         *,
+        scatter_sizes: Any = None,
+        gather_sizes: Any = None,
         async_op: bool = False,
     ) -> Any:
-        """Sends all but the P-th part that stays on this rank."""
-        exchange = super().all_to_all_4D
+        """Sends all but the P-th part that stays on this rank; shared evenly, as far as counted."""
+        exchange = partial(
+            super().all_to_all_4D,
+            input_,
+            scatter_dim,
+            gather_dim,
+            scatter_sizes=scatter_sizes,
+            gather_sizes=gather_sizes,
+            async_op=async_op,
+        )
         if torch.compiler.is_compiling():
-            return exchange(input_, scatter_dim, gather_dim, async_op=async_op)
+            return exchange()
         tensors = (input_,) if isinstance(input_, Tensor) else input_
         share = (self.world_size - 1) / self.world_size
         num_bytes = round(share * sum(tensor.nbytes for tensor in tensors))
-        output = self._timed(
-            lambda: exchange(input_, scatter_dim, gather_dim, async_op=async_op), num_bytes
-        )
+        output = self._timed(exchange, num_bytes)
         if async_op:
             return MeteredHandle(self, output, num_bytes)
         self._time_backward(output, num_bytes)

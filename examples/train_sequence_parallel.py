@@ -59,31 +59,37 @@ TIMEOUT, COMPILE_TIMEOUT = timedelta(seconds=60), timedelta(seconds=300)
 def backward(
     model: VideoTransformer,
     tokens: Tensor,
+    text: Tensor,
     velocity: Tensor,
     times: Tensor,
     communicator: MeteredCommunicator | None,
 ) -> Tensor:
     """Returns the mean loss over all tokens of all ranks, and leaves its gradient in the model.
 
-    `tokens` and `velocity` are `[B, S, patch_dim]`, whole on every rank.
+    `tokens` and `velocity` are `[B, S, patch_dim]` and `text` `[B, T, text_dim]`, whole on every
+    rank.
     """
     num_elements = velocity.numel()
     if communicator is None:
-        loss = (model(tokens, times) - velocity).square().sum() / num_elements
+        loss = (model(tokens, text, times) - velocity).square().sum() / num_elements
         loss.backward()
         return loss.detach()
 
     tokens, velocity = (communicator.slice(t, dim=1) for t in (tokens, velocity))
     # A sum over this rank's tokens; all_reduce makes it the mean over those of all ranks.
-    loss = (model(tokens, times) - velocity).square().sum() / num_elements
+    loss = (model(tokens, text, times) - velocity).square().sum() / num_elements
     loss = communicator.all_reduce(loss)
     # Differentiated is the sum over ranks of what each calls backward on, and every rank holds the
     # same loss: each calls it on the P-th part, or the gradient would come out P times too large.
     (loss / communicator.world_size).backward()
-    # Each rank now has the part of the gradient that came through its own tokens.
+    reduce_gradients(communicator, model)
+    return loss.detach()
+
+
+def reduce_gradients(communicator: MeteredCommunicator, model: VideoTransformer) -> None:
+    """Sums over ranks: each has the gradient that came through its own tokens and heads."""
     gradients = [parameter.grad for parameter in model.parameters()]
     vector_to_parameters(communicator.all_reduce(parameters_to_vector(gradients)), gradients)
-    return loss.detach()
 
 
 def train(
@@ -108,6 +114,8 @@ def train(
     clip = load_clip(config.frames, config.height, config.width)
     clean = patchify(clip[None], config)
     generator = torch.Generator().manual_seed(options.seed)  # on the CPU, whatever the device
+    # As of a text encoder: the same on every rank, and of a length that the ranks do not divide.
+    text = torch.randn(1, config.num_text_tokens, config.text_dim, generator=generator).to(device)
 
     def add_noise(times: Tensor) -> tuple[Tensor, Tensor]:
         """The clip on its way to noise at each time, and its velocity there."""
@@ -126,7 +134,8 @@ def train(
                 communicator.reset()
             started = perf_counter()
             optimizer.zero_grad()
-            loss = backward(model, noisy, velocity, times.to(device), communicator)
+            texts = text.expand(BATCH, -1, -1)
+            loss = backward(model, noisy, texts, velocity, times.to(device), communicator)
             if step == 0:
                 run.first_gradients = copy_gradients(model)
             if step == options.steps - 1:
@@ -141,7 +150,7 @@ def train(
 
     time = torch.tensor([0.5])
     noisy, _ = add_noise(time)
-    velocity = predict(model, noisy, time.to(device), communicator)
+    velocity = predict(model, noisy, text, time.to(device), communicator)
     run.pictures = {
         "the clip": clip,
         "half of it noise": unpatchify(noisy, config)[0].cpu(),
@@ -153,12 +162,17 @@ def train(
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # one call is not worth compiling for
 def predict(
-    model: VideoTransformer, tokens: Tensor, time: Tensor, communicator: MeteredCommunicator | None
+    model: VideoTransformer,
+    tokens: Tensor,
+    text: Tensor,
+    time: Tensor,
+    communicator: MeteredCommunicator | None,
 ) -> Tensor:
     """The velocity of all tokens, on every rank."""
     if communicator is None:
-        return model(tokens, time)
-    return communicator.all_gather(model(communicator.slice(tokens, dim=1), time), dim=1)
+        return model(tokens, text, time)
+    tokens = communicator.slice(tokens, dim=1)
+    return communicator.all_gather(model(tokens, text, time), dim=1)
 
 
 def copy_gradients(model: VideoTransformer) -> dict[str, Tensor]:

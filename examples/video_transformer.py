@@ -1,19 +1,20 @@
 """A small video diffusion transformer whose sequence may be split over ranks.
 
-The model is the same in one process and over P ranks. Every rank holds all the parameters and its
-own s = S/P tokens; everything but attention works on single tokens and needs no communication.
-Around attention, which needs all S tokens, `all_to_all_4D` trades the rank's slice of the sequence
-for its slice of the heads, and trades back afterwards.
+The model is the same in one process and over P ranks. Every rank holds all the parameters, its own
+s = S/P tokens of the video and all T tokens of the text; everything but attention works on single
+tokens and needs no communication. Attention needs all S + T tokens: `ulysses_attention` trades the
+rank's slice of the sequence for its slice of the heads, and trades back afterwards.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastvideo_comm import DeviceCommunicatorBase
+from fastvideo_comm import DeviceCommunicatorBase, ulysses_attention
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Config:
     num_heads: int = 6
     head_dim: int = 24  # a third for each of time, height and width, in pairs
     depth: int = 3
+    num_text_tokens: int = 7
+    text_dim: int = 32
 
     @property
     def hidden(self) -> int:
@@ -90,13 +93,13 @@ class Exchanges:
     """How attention trades; what it computes is the same."""
 
     fused: bool = False
-    """q, k and v in one exchange, as they stand in the projection; then norms and rotation."""
+    """q, k and v travel as they stand in the projection; norms and rotation come behind that."""
     async_op: bool = False
-    """v, or with `fused` all three, travel while something else is computed."""
+    """Half of a rank's heads travel while the other half is computed."""
 
 
 class Attention(nn.Module):
-    """Self-attention over all S tokens, of which each rank brings s and takes s away."""
+    """Attention over all S tokens, of which each rank brings s and takes s away, and the text."""
 
     def __init__(
         self, config: Config, communicator: DeviceCommunicatorBase | None, exchanges: Exchanges
@@ -104,60 +107,55 @@ class Attention(nn.Module):
         """Without a communicator s = S."""
         super().__init__()
         self.communicator = communicator
-        self.exchanges = exchanges
+        self.norms_first = communicator is None or not exchanges.fused
+        self.num_stages = 2 if exchanges.async_op else 1
         self.heads = (config.num_heads, config.head_dim)
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
+        self.text_qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
         self.query_norm = nn.RMSNorm(config.head_dim)
         self.key_norm = nn.RMSNorm(config.head_dim)
         self.out = nn.Linear(config.hidden, config.hidden)
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        """`x` `[B, s, hidden]`, `angles` `[s, 1, D / 2]` or, if fused, `[S, 1, D / 2]`."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, *self.heads)).unbind(2)
-        if self.communicator is None:
-            query, key = self.norm_and_rotate(query, key, angles.cos(), angles.sin())
-            return self.out(self.attend(query, key, value).flatten(2))
-        # [B, s, H, D] -> [B, S, h, D]: all tokens, this rank's heads.
-        trade = self.trade_together if self.exchanges.fused else self.trade_one_by_one
-        attended = self.attend(*trade(self.communicator, (query, key, value), angles))
-        # [B, S, h, D] -> [B, s, H, D]: this rank's tokens, all heads.
-        attended = self.communicator.all_to_all_4D(attended, scatter_dim=1, gather_dim=2)
-        return self.out(attended.flatten(2))
+    def forward(self, x: Tensor, text: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` `[B, s, hidden]`, `text` `[B, T, hidden]`; returns the same shapes.
 
-    def trade_one_by_one(
-        self, communicator: DeviceCommunicatorBase, qkv: tuple[Tensor, ...], angles: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Three exchanges, behind the norms and the rotation."""
-        query, key, value = qkv
-        # `value` is still a view into the fused projection; the exchange reads it where it is.
-        traded = communicator.all_to_all_4D(value, async_op=self.exchanges.async_op)
-        # Meanwhile, if asynchronous.
-        query, key = self.norm_and_rotate(query, key, angles.cos(), angles.sin())
-        query, key = communicator.all_to_all_4D(query), communicator.all_to_all_4D(key)
-        return query, key, traded.wait() if self.exchanges.async_op else traded
-
-    def trade_together(
-        self, communicator: DeviceCommunicatorBase, qkv: tuple[Tensor, ...], angles: Tensor
-    ) -> tuple[Tensor, ...]:
-        """One exchange, which reads all three where they are in the projection.
-
-        The norms and the rotation know single tokens and heads only: of all tokens and this rank's
-        heads they cost what they cost of its tokens and all heads.
+        What becomes of the text is not projected yet. `angles` are those of this rank's tokens,
+        `[s, 1, D / 2]`; if fused, of all S + T tokens.
         """
-        traded = communicator.all_to_all_4D(qkv, async_op=self.exchanges.async_op)
-        cos, sin = angles.cos(), angles.sin()  # meanwhile, if asynchronous
-        query, key, value = traded.wait() if self.exchanges.async_op else traded
-        return *self.norm_and_rotate(query, key, cos, sin), value
+        query, key, value = self.qkv(x).unflatten(-1, (3, *self.heads)).unbind(2)
+        joint = self.text_qkv(text).unflatten(-1, (3, *self.heads)).unbind(2)
+        if self.norms_first:
+            query, key = self.norm_and_rotate(query, key, angles)
+            joint = (self.query_norm(joint[0]), self.key_norm(joint[1]), joint[2])
+        if self.communicator is None:
+            both = self.attend(
+                *(torch.cat(pair, 1) for pair in zip((query, key, value), joint, strict=True))
+            )
+            attended, text_attended = both.split([x.shape[1], text.shape[1]], 1)
+        else:
+            attended, text_attended = ulysses_attention(
+                self.communicator,
+                query,
+                key,
+                value,
+                self.attend if self.norms_first else partial(self.norm_and_attend, angles),
+                joint=joint,
+                pipeline=self.num_stages,
+            )
+        return self.out(attended.flatten(2)), text_attended.flatten(2)
 
-    def norm_and_rotate(
-        self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def norm_and_rotate(self, query: Tensor, key: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
         """Any tokens of any heads."""
+        cos, sin = angles.cos(), angles.sin()
         return rotate(self.query_norm(query), cos, sin), rotate(self.key_norm(key), cos, sin)
+
+    def norm_and_attend(self, angles: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """All tokens of some heads: norms and rotation cost what they cost the other way round."""
+        return self.attend(*self.norm_and_rotate(query, key, angles), value)
 
     @staticmethod
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Each head on its own: `[B, S, h, D]` in and out, for any number of heads."""
+        """Each head on its own: `[B, S + T, h, D]` in and out, for any number of heads."""
         heads_first = (t.transpose(1, 2) for t in (query, key, value))
         return scaled_dot_product_attention(*heads_first).transpose(1, 2)
 
@@ -166,13 +164,19 @@ class Block(nn.Module):
     """Attention and MLP, each normed, scaled, shifted and gated by the condition (adaLN)."""
 
     def __init__(
-        self, config: Config, communicator: DeviceCommunicatorBase | None, exchanges: Exchanges
+        self,
+        config: Config,
+        communicator: DeviceCommunicatorBase | None,
+        exchanges: Exchanges,
+        *,
+        is_last: bool,
     ) -> None:
-        """Only attention needs the communicator."""
+        """Only attention needs the communicator; nothing reads the text behind the last block."""
         super().__init__()
         self.modulation = nn.Linear(config.hidden, 6 * config.hidden)
         self.attention_norm = nn.LayerNorm(config.hidden, elementwise_affine=False)
         self.attention = Attention(config, communicator, exchanges)
+        self.text_out = None if is_last else nn.Linear(config.hidden, config.hidden)
         self.mlp_norm = nn.LayerNorm(config.hidden, elementwise_affine=False)
         self.mlp = nn.Sequential(
             nn.Linear(config.hidden, 3 * config.hidden),
@@ -184,19 +188,27 @@ class Block(nn.Module):
         nn.init.normal_(self.modulation.weight, std=0.02)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, condition: Tensor, angles: Tensor) -> Tensor:
-        """`x` `[B, s, hidden]`, `condition` `[B, hidden]`; returns the shape of `x`."""
+    def forward(
+        self, x: Tensor, text: Tensor, condition: Tensor, angles: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`x` `[B, s, hidden]`, `text` `[B, T, hidden]`, `condition` `[B, hidden]`.
+
+        Returns the shapes of `x` and `text`.
+        """
         modulation = self.modulation(condition)[:, None].chunk(6, dim=-1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        attended = self.attention(self.attention_norm(x) * (1 + scale) + shift, angles)
+        normed = self.attention_norm(x) * (1 + scale) + shift
+        attended, text_attended = self.attention(normed, self.attention_norm(text), angles)
         x = x + (1 + gate) * attended
-        return x + (1 + mlp_gate) * self.mlp(self.mlp_norm(x) * (1 + mlp_scale) + mlp_shift)
+        x = x + (1 + mlp_gate) * self.mlp(self.mlp_norm(x) * (1 + mlp_scale) + mlp_shift)
+        return x, text if self.text_out is None else text + self.text_out(text_attended)
 
 
 class VideoTransformer(nn.Module):
     """Predicts the flow-matching velocity of noisy patches.
 
-    With a communicator it takes and returns this rank's tokens, without one all of them.
+    With a communicator it takes and returns this rank's tokens, without one all of them. The text
+    is the same on every rank, and so is what becomes of it.
     """
 
     angles: Tensor
@@ -211,6 +223,7 @@ class VideoTransformer(nn.Module):
         """The parameters are the same with and without a communicator, given the same seed."""
         super().__init__()
         self.embed = nn.Linear(config.patch_dim, config.hidden)
+        self.embed_text = nn.Linear(config.text_dim, config.hidden)
         self.condition = nn.Sequential(
             nn.Linear(config.hidden, config.hidden),
             nn.SiLU(),
@@ -218,22 +231,28 @@ class VideoTransformer(nn.Module):
             nn.SiLU(),
         )
         self.blocks = nn.ModuleList(
-            Block(config, communicator, exchanges) for _ in range(config.depth)
+            Block(config, communicator, exchanges, is_last=index == config.depth - 1)
+            for index in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.hidden)
         self.head = nn.Linear(config.hidden, config.patch_dim)
         angles = rotary_angles(config)
-        if communicator is not None and not exchanges.fused:
+        if communicator is not None and exchanges.fused:  # the text behind it is not rotated
+            angles = torch.cat((angles, torch.zeros(config.num_text_tokens, *angles.shape[1:])))
+        elif communicator is not None:
             angles = communicator.slice(angles, dim=0)
         self.register_buffer("angles", angles, persistent=False)
         octaves = torch.linspace(0, 5, config.hidden // 2)
         self.register_buffer("time_frequencies", math.pi * 2.0**octaves, persistent=False)
 
-    def forward(self, patches: Tensor, time: Tensor) -> Tensor:
-        """`patches` `[B, s, patch_dim]`, `time` `[B]` in 0..1; returns the shape of `patches`."""
+    def forward(self, patches: Tensor, text: Tensor, time: Tensor) -> Tensor:
+        """`patches` `[B, s, patch_dim]`, `text` `[B, T, text_dim]`, `time` `[B]` in 0..1.
+
+        Returns the shape of `patches`.
+        """
         phase = time[:, None] * self.time_frequencies
         condition = self.condition(torch.cat((phase.sin(), phase.cos()), dim=-1))
-        x = self.embed(patches)
+        x, text = self.embed(patches), self.embed_text(text)
         for block in self.blocks:
-            x = block(x, condition, self.angles)
+            x, text = block(x, text, condition, self.angles)
         return self.head(self.norm(x))

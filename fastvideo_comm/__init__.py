@@ -1,5 +1,6 @@
 """Triton-accelerated communication for sequence-parallel video diffusion."""
 
+from .attention import ulysses_attention
 from .autograd import DistributedAutograd
 from .communicator import DeviceCommunicatorBase
 from .handle import AsyncHandle
@@ -18,4 +19,5 @@ __all__ = [
     "ensure_divisibility",
     "near_even_sizes",
     "split_tensor_along_last_dim",
+    "ulysses_attention",
 ]

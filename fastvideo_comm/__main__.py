@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if options.command == "doctor":
-        from . import doctor as doctor_module
+        from .tools import doctor as doctor_module
 
         return doctor_module.main(as_json=options.json)
     if not options.quick:
@@ -38,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "bench must be given --quick: the whole benchmark is in the repository (make bench)\n"
         )
         return 2
-    from . import quick_bench
+    from .tools import benchmark
 
-    return quick_bench.main(options.plot, as_json=options.json)
+    return benchmark.main(options.plot, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,35 @@
-"""`DeviceCommunicatorBase`: the public ops of a group. Resolve, validate, call."""
+"""`DeviceCommunicatorBase`: the public ops of a group. Each validates, compares and calls."""
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ReduceOp
+from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed.device_mesh import DeviceMesh
 
-from . import validation
-from .autograd import DistributedAutograd
-from .differentiable import Differentiable
-from .exchange import Exchange
-from .forward_only import ForwardOnly
+from . import functions, warm_up
+from .collective import validation
+from .collective.group import Group, MemoryMode
+from .collective.layout import Splits
+from .collective.route import memory_mode
+from .collective.validation import Sizes
+from .diagnosis import Diagnosis, Validate
 from .handle import AsyncHandle
-from .layout import Share
-from .validation import Sizes
-from .warm_up import checked_calls, other_collectives, there_and_back
+from .op_runner import OpRunner
+from .profiling import OpStats
+from .reduce_ops import ReduceOp as AnyReduceOp
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class DeviceCommunicatorBase(Differentiable, ForwardOnly):
+class DeviceCommunicatorBase:
     """The collectives of one group of ranks on one device, differentiable and compilable.
 
     Example:
@@ -47,6 +56,131 @@ class DeviceCommunicatorBase(Differentiable, ForwardOnly):
         global_rank: this process in the world.
         global_world_size: the number of processes in the world.
     """
+
+    def __init__(
+        self,
+        cpu_group: ProcessGroup,
+        device: torch.device | None = None,
+        device_group: ProcessGroup | None = None,
+        unique_name: str = "",
+        *,
+        validate: Validate = "auto",
+        memory: MemoryMode | None = None,
+    ) -> None:
+        """Wraps groups that the caller made, and goes on owning.
+
+        Args:
+            cpu_group: a group that this process is in.
+            device: where the tensors will be; the CPU if None. A device without an index accepts
+                tensors on any device of its type.
+            device_group: the same ranks with the device's backend (NCCL); `cpu_group` if None.
+            unique_name: what errors call this communicator.
+            validate: which calls the ranks compare before they send anything: "auto" the first ones
+                and then ever fewer, "always" all of them, "off" none. See `diagnosis`. Calls by
+                memory are always compared.
+            memory: whether ranks of one host, on the CPU, write straight into each other's
+                outputs: "auto" where all ranks can, "on" is an error where one cannot, "off" not
+                at all. None: what the environment variable FASTVIDEO_COMM_MEMORY says, else "auto".
+
+        Raises:
+            ValueError: the two groups have different ranks, or another `validate` or `memory`.
+            TypeError: `cpu_group` is not a process group.
+        """
+        if not isinstance(cpu_group, ProcessGroup):
+            raise TypeError(
+                f"cpu_group must be a ProcessGroup that this process is in, got {cpu_group!r}"
+            )
+        self.device = torch.device("cpu" if device is None else device)
+        self.cpu_group = cpu_group
+        self.device_group = cpu_group if device_group is None else device_group
+        self.unique_name = unique_name
+        self.rank = self.rank_in_group = dist.get_rank(cpu_group)
+        self.world_size = dist.get_world_size(cpu_group)
+        self.ranks = dist.get_process_group_ranks(cpu_group)
+        self.global_rank = dist.get_rank()
+        self.global_world_size = dist.get_world_size()
+        if dist.get_process_group_ranks(self.device_group) != self.ranks:
+            raise ValueError(
+                f"device_group must have cpu_group's ranks {self.ranks}, "
+                f"got {dist.get_process_group_ranks(self.device_group)}"
+            )
+        diagnosis = Diagnosis(cpu_group, unique_name, validate=validate)
+        mode = memory_mode(memory, self.device_group, self.device)
+        group = Group(self.device_group, unique_name, diagnosis, memory=mode)
+        self._runner = OpRunner(group, self.device, cpu_group)
+        # At the interpreter's end, if nobody has: gloo groups that live on make torch abort there.
+        weakref.finalize(self, _destroy, weakref.ref(self))
+
+    @classmethod
+    def from_group(
+        cls,
+        group: ProcessGroup,
+        *,
+        device: torch.device | None = None,
+        unique_name: str = "",
+        validate: Validate = "auto",
+    ) -> Self:
+        """A communicator on one group.
+
+        Args:
+            group: a group that this process is in.
+            device: where the tensors will be; by default the current accelerator where the group's
+                backend serves no other (NCCL, XCCL), else the CPU.
+            unique_name: what errors call this communicator.
+            validate: which calls the ranks compare: "auto", "always" or "off".
+        """
+        if device is None and isinstance(group, ProcessGroup):
+            accelerated = dist.get_backend(group) in ("nccl", "xccl")
+            device = torch.accelerator.current_accelerator() if accelerated else None
+            if device is not None:
+                device = torch.device(device.type, torch.accelerator.current_device_index())
+        return cls._made(group, device, unique_name, validate)
+
+    @classmethod
+    def from_mesh(
+        cls,
+        device_mesh: DeviceMesh,
+        mesh_dim: str | int | None = None,
+        *,
+        unique_name: str = "",
+        validate: Validate = "auto",
+    ) -> Self:
+        """A communicator on one dim of a mesh, such as sequence parallel beside data parallel.
+
+        Example:
+            >>> mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "sp"))
+            ... # doctest: +SKIP
+            >>> communicator = DeviceCommunicatorBase.from_mesh(mesh, "sp")  # doctest: +SKIP
+
+        Args:
+            device_mesh: a mesh that this process is in.
+            mesh_dim: the name or number of the dim; None for a mesh of one dim.
+            unique_name: what errors call this communicator; by default the name of the dim.
+            validate: which calls the ranks compare: "auto", "always" or "off".
+
+        Raises:
+            ValueError: a mesh of several dims and no `mesh_dim`.
+        """
+        if mesh_dim is None and device_mesh.ndim > 1:
+            raise ValueError(
+                f"mesh_dim must be one of {device_mesh.mesh_dim_names or device_mesh.ndim} for a "
+                f"mesh of {device_mesh.ndim} dims, got None"
+            )
+        group = device_mesh.get_group(mesh_dim)
+        device = torch.device(device_mesh.device_type)
+        if device.type != "cpu":
+            device = torch.device(device.type, torch.accelerator.current_device_index())
+        name = unique_name or str(mesh_dim or "")
+        return cls._made(group, device, name, validate)
+
+    @classmethod
+    def _made(
+        cls, group: ProcessGroup, device: torch.device | None, name: str, validate: Validate
+    ) -> Self:
+        """By the arguments of upstream alone: a subclass may take no others."""
+        communicator = cls(group, device, group, name)
+        communicator._runner.group.validate(validate)
+        return communicator
 
     @overload
     def all_to_all_4D(
@@ -127,7 +261,8 @@ class DeviceCommunicatorBase(Differentiable, ForwardOnly):
                 `scatter_sizes` says what each rank gets.
             gather_dim: the dim that comes together from the ranks, in rank order.
             scatter_sizes: every rank's part of `scatter_dim`, the same list on all ranks; one list
-                for all tensors or one for each. "auto": as even as can be (`near_even_sizes`).
+                for all tensors or one for each. "auto": as even as can be (`near_even_sizes`); the
+                heads of several tensors so that every rank has the key heads of its query heads.
             gather_sizes: what every rank has of `gather_dim`, where it is not the same for all.
                 "auto": asked of the ranks, in one small collective more.
             async_op: returns at once a handle, whose `wait()` gives the result; until then the
@@ -143,52 +278,40 @@ class DeviceCommunicatorBase(Differentiable, ForwardOnly):
                 or that the given sizes do not fit, or a tensor on another device.
             TypeError: not a dense tensor.
         """
-        with self._named("all_to_all_4D"):
-            dims = (scatter_dim, gather_dim)
-            inputs = validation.tensors(input_)
-
-            def compare() -> None:
-                self._diagnosis.before(
-                    "all_to_all_4D",
-                    inputs,
-                    dims,
-                    scatter_sizes=scatter_sizes,
-                    gather_sizes=gather_sizes,
-                    async_op=async_op or None,
-                    uneven_dim=None if gather_sizes is None else gather_dim,
-                )
-
-            def sizes_of_all_ranks(sizes: list[int]) -> list[list[int]]:
-                compare()  # before anything is sent, and this is
-                return self._sizes_of_all_ranks(sizes)
-
+        with self._runner.call("all_to_all_4D") as call:
+            call.check_open()
             packed = not isinstance(input_, Tensor)
-            if not (packed or async_op) and scatter_sizes is None and gather_sizes is None:
-                return self._exchange(
-                    "all_to_all_4D",
-                    DistributedAutograd.AllToAll4D,
-                    lambda: validation.all_to_all_4D(inputs[0], self.world_size, *dims),
-                    compare,
-                    inputs[0],
-                    self.world_size,
-                    *dims,
-                )
+            inputs = validation.tensors(input_)
             for each in inputs:
-                self._check(each)
-                self._count("all_to_all_4D", each)
-            what = Exchange(
-                *validation.exchange_shares(
-                    inputs,
-                    dims,
-                    (scatter_sizes, gather_sizes),
-                    (self.rank, self.world_size),
-                    packed=packed,
-                    sizes_of_all_ranks=sizes_of_all_ranks,
-                )
+                call.check("input_", each)
+                dims = validation.all_to_all_4D_dims(each, scatter_dim, gather_dim)
+            scatter = validation.scatter_splits(
+                inputs, dims[0], scatter_sizes, self.world_size, packed=packed
             )
-            if gather_sizes != "auto":
-                compare()
-            return self._trade(inputs, what, packed=packed, async_op=async_op)
+            sizes = validation.sizes_of_each("gather_sizes", gather_sizes, len(inputs))
+            sizes_are_asked = "auto" in sizes
+            if not sizes_are_asked:
+                gather = validation.gather_splits(
+                    inputs, dims[1], sizes, self.rank, self.world_size
+                )
+            call.compare(
+                inputs,
+                (scatter_dim, gather_dim),
+                scatter_sizes=scatter_sizes,
+                gather_sizes=gather_sizes,
+                async_op=async_op or None,
+                uneven_dim=None if gather_sizes is None else dims[1],
+            )
+            if sizes_are_asked:
+                sizes = call.sizes_of_all_ranks([each.shape[dims[1]] for each in inputs])
+                gather = validation.gather_splits(
+                    inputs, dims[1], sizes, self.rank, self.world_size
+                )
+            splits = Splits(scatter, gather)
+            if async_op:
+                return call.start(splits, inputs, packed=packed)
+            outputs = call.run(functions.AllToAll, splits, *inputs, alone=inputs)
+            return tuple(outputs) if packed else outputs[0]
 
     def all_gather(
         self,
@@ -221,50 +344,35 @@ class DeviceCommunicatorBase(Differentiable, ForwardOnly):
                 another `grad`, or another device.
             TypeError: not a dense tensor.
         """
-        with self._named("all_gather"):
+        with self._runner.call("all_gather") as call:
+            call.check("input_", input_)
             validation.choice("grad", grad, ("reduce_scatter", "slice"))
-            function: type[torch.autograd.Function] = DistributedAutograd.AllGather
-            if grad == "slice":
-                function = DistributedAutograd.Unslice
-
-            def compare() -> None:
-                self._diagnosis.before(
-                    "all_gather",
-                    input_,
-                    (dim,),
-                    gather_sizes=gather_sizes,
-                    grad=grad if grad == "slice" else None,
-                    uneven_dim=None if gather_sizes is None else dim,
+            split = validation.all_gather(input_, dim)
+            (sizes,) = validation.sizes_of_each("gather_sizes", gather_sizes, 1)
+            if sizes not in (None, "auto"):
+                split = validation.gather_split(
+                    input_, split.dim, sizes, self.rank, self.world_size, "dim"
                 )
-
-            def sizes_of_all_ranks(sizes: list[int]) -> list[list[int]]:
-                compare()
-                return self._sizes_of_all_ranks(sizes)
-
-            share: int | Share = dim
-            if gather_sizes is not None:
-                self._check(input_)
-                share = validation.all_gather_sizes(
-                    input_,
-                    dim,
-                    gather_sizes,
-                    (self.rank, self.world_size),
-                    sizes_of_all_ranks=sizes_of_all_ranks,
-                )
-            return self._exchange(
-                "all_gather",
-                function,
-                lambda: validation.all_gather(input_, share),
-                None if gather_sizes == "auto" else compare,
+            call.compare(
                 input_,
-                self.world_size,
-                share,
+                (dim,),
+                gather_sizes=gather_sizes,
+                grad=grad if grad == "slice" else None,
+                uneven_dim=None if gather_sizes is None else dim,
             )
+            if sizes == "auto":
+                (sizes,) = call.sizes_of_all_ranks([input_.shape[split.dim]])
+                split = validation.gather_split(
+                    input_, split.dim, sizes, self.rank, self.world_size, "dim"
+                )
+            function = functions.AllGather if grad == "reduce_scatter" else functions.Unslice
+            output: Tensor = call.run(function, input_, split, alone=input_)
+            return output
 
     def all_reduce(
         self,
         input_: Tensor,
-        op: validation.ReduceOp | None = ReduceOp.SUM,
+        op: AnyReduceOp | None = ReduceOp.SUM,
         *,
         grad: Literal["all_reduce", "identity"] = "all_reduce",
     ) -> Tensor:
@@ -288,21 +396,16 @@ class DeviceCommunicatorBase(Differentiable, ForwardOnly):
             ValueError: another op or `grad`, or a tensor on another device.
             TypeError: not a dense tensor, or a dtype that `op` or the backends cannot reduce.
         """
-        with self._named("all_reduce"):
+        with self._runner.call("all_reduce") as call:
+            call.check("input_", input_)
             validation.choice("grad", grad, ("all_reduce", "identity"))
-            function: type[torch.autograd.Function] = DistributedAutograd.AllReduce
-            if grad == "identity":
-                function = DistributedAutograd.ReplicatedAllReduce
-            return self._exchange(
-                "all_reduce",
-                function,
-                lambda: validation.all_reduce(input_, op),
-                lambda: self._diagnosis.before(
-                    "all_reduce", input_, (op,), grad=grad if grad == "identity" else None
-                ),
-                input_,
-                op,
+            name = validation.all_reduce(input_, op)
+            is_replicated = grad == "identity"
+            call.compare(input_, (name,), grad=grad if is_replicated else None)
+            output: Tensor = call.run(
+                functions.AllReduce, input_, name, is_replicated, alone=input_
             )
+            return output
 
     def slice(
         self,
@@ -333,27 +436,91 @@ class DeviceCommunicatorBase(Differentiable, ForwardOnly):
                 of range, another device.
             TypeError: not a dense tensor.
         """
-        with self._named("slice"):
-            share: int | Share = dim
-            if scatter_sizes is not None:
-                self._check(input_)
-                share = validation.slice_sizes(input_, dim, scatter_sizes, self.world_size)
-            return self._exchange(
-                "slice",
-                DistributedAutograd.Slice,
-                lambda: validation.slice_(input_, self.world_size, share),
-                lambda: self._diagnosis.before(
-                    "slice",
-                    input_,
-                    (dim,),
-                    scatter_sizes=scatter_sizes,
-                    scale_grad=scale_grad or None,
-                ),
+        with self._runner.call("slice") as call:
+            call.check("input_", input_)
+            split = validation.slice_sizes(input_, dim, scatter_sizes, self.world_size)
+            call.compare(
                 input_,
-                self.world_size,
-                share,
-                scale_grad,
+                (dim,),
+                scatter_sizes=scatter_sizes,
+                scale_grad=scale_grad or None,
+                sends=False,
             )
+            output: Tensor = call.run(functions.Slice, input_, split, scale_grad, alone=input_)
+            return output
+
+    def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
+        """As `all_gather`, but the result exists on rank `dst` alone. Carries no gradient.
+
+        Args:
+            input_: `[A, c, ..]`, the same shape on every rank; any dtype and strides.
+            dst: the rank in the group that receives.
+            dim: the dim along which the tensors are joined.
+
+        Returns:
+            `[A, P*c, ..]` on `dst`, contiguous and without `requires_grad`; None elsewhere.
+
+        Raises:
+            ValueError: a 0-d tensor, `dim` or `dst` out of range, another device.
+            TypeError: not a dense tensor.
+        """
+        with self._runner.call("gather") as call:
+            call.check("input_", input_)
+            dim = validation.all_gather(input_, dim).dim
+            validation.peer("dst", dst, self.rank, self.world_size, others_only=False)
+            if self.world_size == 1:
+                return input_.detach()
+            call.compare(input_, (dst, dim))
+            call.count(input_)
+            output: Tensor | None = call.run_unrecorded("gather", input_, dst, dim)
+            return output
+
+    def send(self, tensor: Tensor, dst: int | None = None) -> None:
+        """Sends a tensor to another rank, which calls `recv`. Carries no gradient.
+
+        Args:
+            tensor: any shape, dtype and strides.
+            dst: the rank in the group that receives; the next one if None.
+
+        Raises:
+            ValueError: `dst` is out of range or this rank itself, or another device.
+            TypeError: not a dense tensor.
+        """
+        with self._runner.call("send") as call:
+            call.check("tensor", tensor)
+            dst = (self.rank + 1) % self.world_size if dst is None else dst
+            validation.peer("dst", dst, self.rank, self.world_size, others_only=True)
+            call.compare_pair("send", tensor.shape, tensor.dtype, dst)
+            call.count(tensor)
+            call.run_unrecorded("send", tensor, dst)
+
+    def recv(
+        self, size: torch.Size | Sequence[int], dtype: torch.dtype, src: int | None = None
+    ) -> Tensor:
+        """Receives a tensor that another rank sends. Carries no gradient.
+
+        Args:
+            size: the shape that was sent.
+            dtype: the dtype that was sent.
+            src: the rank in the group that sends; the previous one if None.
+
+        Returns:
+            A new contiguous tensor on `device`.
+
+        Raises:
+            ValueError: `src` is out of range or this rank itself.
+            TypeError: `dtype` is not a dtype.
+        """
+        with self._runner.call("recv") as call:
+            call.check_open()
+            src = (self.rank - 1) % self.world_size if src is None else src
+            validation.peer("src", src, self.rank, self.world_size, others_only=True)
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
+            call.compare_pair("recv", size, dtype, src)
+            received: Tensor = call.run_unrecorded("recv", size, dtype, src, self.device)
+            call.count(received)
+            return received
 
     def warmup(
         self,
@@ -382,11 +549,67 @@ class DeviceCommunicatorBase(Differentiable, ForwardOnly):
             ValueError: a shape that is not 4 sizes.
             TypeError: one shape instead of several of them, or one dtype.
         """
-        with self._named("warmup"):
-            calls = checked_calls(shapes, dtypes)
+        with self._runner.call("warmup"):
+            calls = warm_up.checked_calls(shapes, dtypes)
+        own = DeviceCommunicatorBase  # a subclass may take fewer arguments
         for call in calls:
             for heads_first in (False, True):
-                there_and_back(self, call, heads_first=heads_first)
-        other_collectives(self)
+                warm_up.there_and_back(
+                    functools.partial(own.all_to_all_4D, self),
+                    call,
+                    self.device,
+                    self.world_size,
+                    heads_first=heads_first,
+                )
+        warm_up.other_collectives(
+            functools.partial(own.all_gather, self),
+            functools.partial(own.slice, self),
+            functools.partial(own.all_reduce, self),
+            self.device,
+        )
         if self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize(self.device)
+
+    def stats(self) -> dict[str, OpStats]:
+        """What each op has cost so far: calls, bytes and seconds. See `profiling.OpStats`."""
+        return self._runner.stats.snapshot()
+
+    def destroy(self) -> None:
+        """Lets go of the buffers and of the groups; may be called again.
+
+        The groups stay the caller's to destroy. Whoever keeps one to the end of the interpreter may
+        see torch 2.13 abort there, gloo's threads still running; a communicator lets go by itself.
+        """
+        if self._runner.is_open:
+            self._runner.close()
+            del self.cpu_group, self.device_group
+
+    def __repr__(self) -> str:
+        """Whose communicator this is."""
+        state = f" on {self.device}" if self._runner.is_open else ", destroyed"
+        return f"<{type(self).__name__}: {self._runner.group.place}{state}>"
+
+    def __copy__(self) -> Self:
+        """The communicator itself: a copy of a model exchanges with the same ranks."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """The communicator itself, as for `copy`: a moving average of a model copies it deeply."""
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """A communicator belongs to its process.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            f"a communicator must stay in the process that made it, got {self!r} to pickle: save "
+            "the state_dict of what holds it, and make another where that is loaded"
+        )
+
+
+def _destroy(reference: weakref.ref[DeviceCommunicatorBase]) -> None:
+    communicator = reference()
+    if communicator is not None:
+        communicator.destroy()

@@ -8,6 +8,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def where(op: str, rank: int, world_size: int, group_name: str) -> str:
+    """Which call on which rank it was: how every error and warning of a collective begins.
+
+    Example:
+        >>> where("all_gather", 1, 4, "sp")
+        "all_gather on rank 1 of 4 in group 'sp'"
+        >>> where("all_gather", 1, 4, "")
+        'all_gather on rank 1 of 4'
+
+    Args:
+        op: the op's name.
+        rank: this process's rank in the group.
+        world_size: the number of ranks in the group.
+        group_name: the communicator's `unique_name`; nothing is said of an empty one.
+    """
+    return f"{op} on {place(rank, world_size, group_name)}"
+
+
+def place(rank: int, world_size: int, group_name: str) -> str:
+    """This rank in its group: `rank 1 of 4 in group 'sp'`."""
+    group = f" in group {group_name!r}" if group_name else ""
+    return f"rank {rank} of {world_size}{group}"
+
+
 class CommunicationError(Exception):
     """The root: catch it to catch everything this library raises about communication.
 
@@ -24,6 +48,10 @@ class CommunicationError(Exception):
 
 class CollectiveError(CommunicationError, RuntimeError):
     """The backend failed during a collective; the message names op, group and rank."""
+
+
+class MismatchError(CollectiveError):
+    """The ranks asked for different things; every rank raises it, and none has a result."""
 
 
 class ClosedError(CommunicationError, ConnectionError, RuntimeError):

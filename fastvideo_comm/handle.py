@@ -24,10 +24,15 @@ class AsyncHandle(Generic[T]):
     """
 
     def __init__(
-        self, op: str, finish: Callable[[], T] | None, is_completed: Callable[[], bool]
+        self,
+        op: str,
+        place: str,
+        finish: Callable[[], T] | None,
+        is_completed: Callable[[], bool],
     ) -> None:
-        """Made by the communicator."""
+        """Made by the communicator, which says which op it was and on which rank."""
         self._op = op
+        self._place = place
         self._finish = finish
         self._is_completed = is_completed
         self._result: list[T] = []
@@ -35,7 +40,7 @@ class AsyncHandle(Generic[T]):
     @staticmethod
     def done(result: T) -> AsyncHandle[T]:
         """A handle of something that is there already."""
-        handle: AsyncHandle[T] = AsyncHandle("", None, lambda: True)
+        handle: AsyncHandle[T] = AsyncHandle("", "", None, lambda: True)
         handle._result.append(result)
         return handle
 
@@ -49,7 +54,7 @@ class AsyncHandle(Generic[T]):
             finish, self._finish = self._finish, None
             self._result.append(finish())
         if not self._result:
-            raise RuntimeError(f"{self._op} failed when it was waited for before")
+            raise RuntimeError(f"{self._op} on {self._place} failed when it was waited for before")
         return self._result[0]
 
     def is_completed(self) -> bool:
@@ -60,7 +65,8 @@ class AsyncHandle(Generic[T]):
         """Reports a result that nobody waited for."""
         if getattr(self, "_finish", None) is not None:
             warnings.warn(
-                f"{self._op}(async_op=True) was dropped without wait(): its result is lost",
+                f"{self._op}(async_op=True) was dropped without wait() on {self._place}: "
+                "its result is lost",
                 RuntimeWarning,
                 stacklevel=2,
             )

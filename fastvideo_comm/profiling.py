@@ -19,7 +19,7 @@ _NOTHING: Final[AbstractContextManager[None]] = contextlib.nullcontext()
 
 
 def span(word: str, name: str) -> AbstractContextManager[Any]:
-    """A range in the profiler's trace; nothing while no profiler listens, or in compiled code.
+    """A range in the profiler's trace; nothing while no profiler listens. Not for compiled code.
 
     Example:
         >>> with span("pack", "sp"):
@@ -29,7 +29,7 @@ def span(word: str, name: str) -> AbstractContextManager[Any]:
         word: the op or the phase.
         name: the communicator's `unique_name`.
     """
-    if not profiler._is_profiler_enabled or torch.compiler.is_compiling():
+    if not profiler._is_profiler_enabled:
         return _NOTHING
     return torch._C._profiler._RecordFunctionFast(f"fastvideo_comm::{word}[{name}]")
 

@@ -29,6 +29,7 @@ from fastvideo_comm.object_channel.store_sockets import Heartbeat
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+    from typing_extensions import Self
 
 
 @dataclasses.dataclass
@@ -134,8 +135,9 @@ class StatelessProcessGroup:
         self._gather_counter = self._gathers_begun = self._barrier_counter = 0
         self._owns_store = False
 
-    @staticmethod
+    @classmethod
     def create(
+        cls,
         host: str,
         port: int,
         rank: int,
@@ -150,7 +152,7 @@ class StatelessProcessGroup:
         heartbeat_interval: float = 1.0,
         heartbeat_limit: int = 3,
         listen_socket: socket.socket | None = None,
-    ) -> StatelessProcessGroup:
+    ) -> Self:
         """Form a group over TCP, without touching torch's global process group.
 
         Args:
@@ -181,7 +183,7 @@ class StatelessProcessGroup:
         )
         heartbeat = Heartbeat.checked(heartbeat_interval, heartbeat_limit)
         store = ObjectStore.join(host, port, settings, heartbeat, listen_socket)
-        created = StatelessProcessGroup(
+        created = cls(
             rank,
             world_size,
             store,

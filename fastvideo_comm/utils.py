@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import strided_copy_
-from .layout import message_view
+from .collective.layout import message_view, near_even_sizes
+from .kernels import contiguous_copy
 from .stateless import StatelessProcessGroup
 
 __all__ = [
@@ -59,28 +59,6 @@ def divide(numerator: int, denominator: int) -> int:
     return numerator // denominator
 
 
-def near_even_sizes(size: int, num_parts: int) -> list[int]:
-    """The sizes of `num_parts` parts that differ by at most 1, the longer ones first.
-
-    What `torch.tensor_split` makes of a dim; every rank computes the same, so it can be passed as
-    `scatter_sizes` or `gather_sizes`.
-
-    Example:
-        >>> near_even_sizes(10, 4)
-        [3, 3, 2, 2]
-
-    Raises:
-        ValueError: `size` is negative or `num_parts` is less than 1.
-    """
-    if size < 0:
-        raise ValueError(f"size must not be negative, got {size}")
-    if num_parts < 1:
-        raise ValueError(f"num_parts must be at least 1, got {num_parts}")
-    # Not divmod: torch.compile does not trace it for a size that may change.
-    shorter, longer_parts = size // num_parts, size % num_parts
-    return [shorter + 1 if part < longer_parts else shorter for part in range(num_parts)]
-
-
 def split_tensor_along_last_dim(
     tensor: Tensor, num_partitions: int, contiguous_split_chunks: bool = False
 ) -> Sequence[Tensor]:
@@ -113,8 +91,6 @@ def split_tensor_along_last_dim(
     chunks = message_view(tensor, -1, num_partitions, 0)
     if not contiguous_split_chunks:
         return chunks.unbind(0)
-    if torch.compiler.is_compiling():
-        return chunks.clone(memory_format=torch.contiguous_format).unbind(0)
     split: tuple[Tensor, ...] = _SplitContiguous.apply(tensor, num_partitions)
     return split
 
@@ -125,7 +101,7 @@ class _SplitContiguous(torch.autograd.Function):
     @staticmethod
     def forward(tensor: Tensor, num_partitions: int) -> tuple[Tensor, ...]:
         chunks = message_view(tensor, -1, num_partitions, 0)
-        return strided_copy_(chunks.new_empty(chunks.shape), chunks).unbind(0)
+        return contiguous_copy(chunks).unbind(0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

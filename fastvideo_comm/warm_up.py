@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from .utils import near_even_sizes
-
-if TYPE_CHECKING:
-    from .communicator import DeviceCommunicatorBase
-    from .validation import Sizes
+from .collective.grouped_heads import form_groups
+from .collective.layout import near_even_sizes
+from .collective.validation import Sizes
 
 # As many elements of float32 as take the way of large tensors on two ranks and more: the copies of
 # long runs are one kernel, whatever their length.
@@ -52,13 +50,20 @@ def checked_calls(
     return calls
 
 
-def there_and_back(communicator: DeviceCommunicatorBase, call: Call, *, heads_first: bool) -> None:
+def there_and_back(
+    exchange: Callable[..., Any],
+    call: Call,
+    device: torch.device,
+    world_size: int,
+    *,
+    heads_first: bool,
+) -> None:
     """Heads for sequence, of one tensor or several; the first of them back; and both backward."""
 
     def zeros(shape: Sequence[int]) -> Tensor:
         batch, sequence, heads, head_dim = shape
         stored = (batch, heads, sequence, head_dim) if heads_first else tuple(shape)
-        x = torch.zeros(stored, dtype=call.dtype, device=communicator.device)
+        x = torch.zeros(stored, dtype=call.dtype, device=device)
         x = x.transpose(1, 2) if heads_first else x
         # torch cannot add fp8, which the gradients of shared heads would need.
         return x.requires_grad_(call.dtype.is_floating_point and call.dtype.itemsize > 1)
@@ -67,25 +72,32 @@ def there_and_back(communicator: DeviceCommunicatorBase, call: Call, *, heads_fi
         if outputs[0].requires_grad:
             torch.autograd.backward(outputs, [zeros(output.shape).detach() for output in outputs])
 
-    ranks = communicator.world_size
     xs = [zeros(shape) for shape in call.shapes]
     # Fewer heads than ranks go to several of them where others are there to use them.
     heads = [x.shape[2] for x in xs]
-    uneven = any(each % ranks and (not call.packed or ranks % each) for each in heads)
-    sizes: Sizes = "auto" if uneven else None
+    uneven = any(each % world_size and (not call.packed or world_size % each) for each in heads)
+    sizes: Sizes = None
+    if uneven:
+        sizes = "auto"
+        if not form_groups(heads):
+            sizes = [near_even_sizes(each, world_size) for each in heads]
     if call.packed:
-        outputs = communicator.all_to_all_4D(xs, scatter_sizes=sizes)
+        outputs = exchange(xs, scatter_sizes=sizes)
     else:
-        outputs = (communicator.all_to_all_4D(xs[0], scatter_sizes=sizes),)
+        outputs = (exchange(xs[0], scatter_sizes=sizes),)
     backward(outputs)
     attended = zeros(outputs[0].shape)
-    gather_sizes = near_even_sizes(heads[0], ranks) if uneven else None
-    backward([communicator.all_to_all_4D(attended, 1, 2, gather_sizes=gather_sizes)])
+    gathered: Sizes = "auto" if uneven else None
+    backward([exchange(attended, 1, 2, gather_sizes=gathered)])
 
 
-def other_collectives(communicator: DeviceCommunicatorBase) -> None:
+def other_collectives(
+    all_gather: Callable[..., Tensor],
+    slice_: Callable[..., Tensor],
+    all_reduce: Callable[..., Tensor],
+    device: torch.device,
+) -> None:
     """`all_gather` and `slice` of a dim with others before it, and `all_reduce`."""
-    device = communicator.device
     x = torch.zeros(2, NUM_ELEMENTS, device=device, requires_grad=True)
-    y = communicator.slice(communicator.all_gather(x), -1)
-    (y.sum() + communicator.all_reduce(x.narrow(-1, 0, 1)).sum()).backward()
+    y = slice_(all_gather(x), -1)
+    (y.sum() + all_reduce(x.narrow(-1, 0, 1)).sum()).backward()

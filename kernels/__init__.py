@@ -4,6 +4,6 @@ Knows of tensors and strides, nothing of ranks. Importing it compiles nothing an
 GPU nor triton: kernels compile at their first launch.
 """
 
-from .strided_copy import copy_all_valid_, copy_valid_, strided_copy_
+from .strided_copy import contiguous_copy, copy_all_valid_, copy_valid_, strided_copy_
 
-__all__ = ["copy_all_valid_", "copy_valid_", "strided_copy_"]
+__all__ = ["contiguous_copy", "copy_all_valid_", "copy_valid_", "strided_copy_"]

@@ -71,6 +71,20 @@ def copy_valid_(dst: Tensor, src: Tensor, *, impl: Implementation = "auto") -> T
     return dst
 
 
+def contiguous_copy(src: Tensor) -> Tensor:
+    """The elements of a view in new contiguous memory; traced, where torch.compile is looking.
+
+    Example:
+        >>> import torch
+        >>> contiguous_copy(torch.arange(4).view(2, 2).T)
+        tensor([[0, 2],
+                [1, 3]])
+    """
+    if torch.compiler.is_compiling():
+        return src.clone(memory_format=torch.contiguous_format)
+    return copy_valid_(src.new_empty(src.shape), src)
+
+
 def copy_all_valid_(
     pairs: Sequence[tuple[Tensor, Tensor]], *, impl: Implementation = "auto"
 ) -> None:

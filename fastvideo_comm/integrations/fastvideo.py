@@ -7,14 +7,20 @@ on every rank, outside of any collective.
 
 What changes besides speed: on gloo, gradients flow through `all_gather` and `all_reduce`, which
 FastVideo's CPU communicator drops, and `all_reduce` leaves its input as it was; gradients of MAX,
-MIN and PRODUCT are right; sizes that do not divide are errors. On CUDA, FastVideo's own NCCL
-binding and its NVLink kernel (`FASTVIDEO_ULYSSES_A2A`) are not used. NPU is left to FastVideo.
+MIN and PRODUCT are right; sizes that do not divide are errors. On CUDA, the groups do not use
+FastVideo's own NCCL binding, nor its fused exchange: where `FASTVIDEO_ULYSSES_A2A` asks for it,
+`install()` warns that it has no effect. NPU is left to FastVideo.
+
+FastVideo's NCCL and HCCL bindings on a `StatelessProcessGroup` work as before: the ids that they
+broadcast, `ncclUniqueId` and `hcclUniqueId`, are types that the group knows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import warnings
 from typing import Any
 
 import torch
@@ -22,11 +28,16 @@ from torch.distributed import ProcessGroup
 
 from fastvideo_comm.autograd import DistributedAutograd
 from fastvideo_comm.communicator import DeviceCommunicatorBase
+from fastvideo_comm.object_channel import ObjectCodec
 from fastvideo_comm.stateless import StatelessProcessGroup
 
 from .installation import Installation, checked_version, installed_on, looked_up, uninstall_from
 
 KNOWN_VERSIONS = ("0.2.1",)
+SERVED = (
+    "GroupCoordinator and communication_op, on the CPU and CUDA",
+    "StatelessProcessGroup, with PyNccl and PyHccl on it",
+)
 
 _DISTRIBUTED = "fastvideo.distributed"
 _BASE = f"{_DISTRIBUTED}.device_communicators.base_device_communicator"
@@ -34,6 +45,10 @@ _REPLACEMENTS = (
     (f"{_DISTRIBUTED}.device_communicators.cpu_communicator", "CpuCommunicator"),
     (f"{_DISTRIBUTED}.device_communicators.cuda_communicator", "CudaCommunicator"),
     (_BASE, "DeviceCommunicatorBase"),
+)
+_UNIQUE_IDS = (
+    (f"{_DISTRIBUTED}.device_communicators.pynccl_wrapper", "ncclUniqueId"),
+    (f"{_DISTRIBUTED}.device_communicators.pyhccl_wrapper", "hcclUniqueId"),
 )
 
 
@@ -60,6 +75,27 @@ class FastVideoCommunicator(DeviceCommunicatorBase):
         super().__init__(cpu_group, device, device_group, unique_name)
 
 
+class FastVideoStatelessProcessGroup(StatelessProcessGroup):
+    """A group that can send the ids of FastVideo's NCCL and HCCL bindings.
+
+    Example (what `PyNcclCommunicator` does):
+        >>> group = FastVideoStatelessProcessGroup.create(host, port, rank, 2)  # doctest: +SKIP
+        >>> unique_id = group.broadcast_obj(unique_id, src=0)  # doctest: +SKIP
+    """
+
+    def __post_init__(self) -> None:
+        """As `StatelessProcessGroup`, with the two types registered; pickle needs none."""
+        super().__post_init__()
+        if not isinstance(self.codec, ObjectCodec):
+            return
+        for module, name in _UNIQUE_IDS:
+            unique_id = getattr(importlib.import_module(module), name)
+            with contextlib.suppress(ValueError):  # registered by a group with the same codec
+                self.register_type(
+                    unique_id, to_fields=bytes, from_fields=unique_id.from_buffer_copy
+                )
+
+
 def install(*, allow_unknown_version: bool = False) -> Installation:
     """Makes the installed FastVideo use this library, from now on and in groups that exist.
 
@@ -78,6 +114,9 @@ def install(*, allow_unknown_version: bool = False) -> Installation:
     Raises:
         IntegrationError: FastVideo is not installed, has an unknown version, or lacks a name that
             is to be replaced; nothing has been replaced then.
+
+    Warns:
+        UserWarning: `FASTVIDEO_ULYSSES_A2A` is "auto": FastVideo's fused exchange is not used.
     """
     version = checked_version("fastvideo", KNOWN_VERSIONS, allow_unknown=allow_unknown_version)
     base = importlib.import_module(_BASE)
@@ -91,13 +130,17 @@ def install(*, allow_unknown_version: bool = False) -> Installation:
         for module, name in _REPLACEMENTS
     ]
     pairs.append((looked_up(base, "DistributedAutograd", version), DistributedAutograd))
-    pairs.append((looked_up(utils, "StatelessProcessGroup", version), StatelessProcessGroup))
+    pairs.append(
+        (looked_up(utils, "StatelessProcessGroup", version), FastVideoStatelessProcessGroup)
+    )
+    for module, name in _UNIQUE_IDS:
+        looked_up(importlib.import_module(module), name, version)
     registry = looked_up(state, "_groups", version)
     with contextlib.suppress(ImportError):  # loaded later, it would derive from this library's
         importlib.import_module(f"{_DISTRIBUTED}.device_communicators.npu_communicator")
     originals = tuple(original for original, _ in pairs[: len(_REPLACEMENTS)])
 
-    installation = Installation("fastvideo", version)
+    installation = Installation("fastvideo", version, SERVED)
     for original, replacement in pairs:
         installation.replace(original, replacement)
     for coordinator in [reference() for reference in registry.values()]:
@@ -105,6 +148,12 @@ def install(*, allow_unknown_version: bool = False) -> Installation:
         if type(communicator) in originals:
             _replace_communicator(installation, coordinator)
     installation.mark(base)
+    if os.environ.get("FASTVIDEO_ULYSSES_A2A", "off").strip().lower() == "auto":
+        warnings.warn(
+            "FASTVIDEO_ULYSSES_A2A=auto has no effect while fastvideo_comm is installed: its "
+            "all_to_all_4D is used in the place of FastVideo's fused one",
+            stacklevel=2,
+        )
     return installation
 
 

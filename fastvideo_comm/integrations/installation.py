@@ -31,13 +31,15 @@ class Installation:
     Attributes:
         package: the package's name.
         version: its installed version.
+        served: what of the package then uses this library, in the package's own words.
         replaced: `module.name` of every name that was replaced.
     """
 
-    def __init__(self, package: str, version: str) -> None:
+    def __init__(self, package: str, version: str, served: Sequence[str]) -> None:
         """Starts with nothing replaced."""
         self.package = package
         self.version = version
+        self.served = tuple(served)
         self.replaced: list[str] = []
         self._undo: list[Callable[[], None]] = []
 
@@ -72,6 +74,13 @@ class Installation:
         while self._undo:
             self._undo.pop()()
         self.replaced.clear()
+
+    def __repr__(self) -> str:
+        """What is served and what is replaced, a line for each."""
+        lines = [f"fastvideo_comm in {self.package} {self.version}:"]
+        lines += [f"  serves    {served}" for served in self.served]
+        lines += [f"  replaces  {replaced}" for replaced in self.replaced]
+        return "\n".join(lines) if self.replaced else f"{lines[0]} nothing, it was uninstalled"
 
     def __enter__(self) -> Self:
         """Returns itself."""

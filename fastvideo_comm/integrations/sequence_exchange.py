@@ -7,6 +7,7 @@ reused; one is made anew where a group of the same name is another one.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -22,7 +23,7 @@ class Communicators:
 
     Example:
         >>> communicators = Communicators("yunchang")
-        >>> communicators.exchange(group, x, 2, 1)  # doctest: +SKIP
+        >>> communicators.of(group, x).all_to_all_4D(x, 2, 1)  # doctest: +SKIP
     """
 
     def __init__(self, name: str) -> None:
@@ -30,10 +31,8 @@ class Communicators:
         self._name = name
         self._by_name: dict[str, DeviceCommunicatorBase] = {}
 
-    def exchange(
-        self, group: dist.ProcessGroup | None, input_: Tensor, scatter_dim: int, gather_dim: int
-    ) -> Tensor:
-        """`all_to_all_4D` on `group`, the default one if None."""
+    def of(self, group: dist.ProcessGroup | None, input_: Tensor) -> DeviceCommunicatorBase:
+        """The communicator of `group`, the default one if None, for tensors beside `input_`."""
         if group is None:
             group = dist.distributed_c10d._get_default_group()
         known = self._by_name.get(group.group_name)
@@ -42,7 +41,7 @@ class Communicators:
                 group, device=input_.device, device_group=group, unique_name=self._name
             )
             self._by_name[group.group_name] = known
-        return known.all_to_all_4D(input_, scatter_dim, gather_dim)
+        return known
 
     def clear(self) -> None:
         """Frees the buffers of all of them."""
@@ -51,24 +50,46 @@ class Communicators:
         self._by_name.clear()
 
 
-def install_function(
-    package: str, version: str, module_name: str, function: type[Any]
+def check_shared(
+    communicator: DeviceCommunicatorBase, input_: Tensor, dim: int, remedy: str
+) -> None:
+    """World size divides the size at `dim`; `remedy` is what the package's caller can do.
+
+    Raises:
+        ValueError: it does not. The other ranks hear of it.
+    """
+    if input_.dim() == 4 and input_.shape[dim] % communicator.world_size:
+        with communicator._runner.call("all_to_all_4D"):
+            raise ValueError(
+                f"input_ must have a size at scatter_dim={dim} that "
+                f"world_size={communicator.world_size} divides, got {input_.shape[dim]} of shape "
+                f"{list(input_.shape)}; {remedy}"
+            )
+
+
+def install_functions(
+    package: str,
+    version: str,
+    module_name: str,
+    functions: Sequence[type[Any]],
+    served: Sequence[str],
 ) -> Installation:
-    """Puts `function`, made with `Communicators`, in the place of the package's one of its name.
+    """Puts `functions`, made with `Communicators`, in the place of the package's of their names.
 
     Returns:
         The installation; the one that is there already, if there is one.
 
     Raises:
-        IntegrationError: the module has no such name.
+        IntegrationError: the module lacks one of the names; nothing has been replaced then.
     """
     module = importlib.import_module(module_name)
     existing = installed_on(module)
     if existing is not None:
         return existing
-    original = looked_up(module, function.__name__, version)
-    installation, communicators = Installation(package, version), Communicators(package)
-    installation.replace(original, function(communicators))
+    originals = [looked_up(module, function.__name__, version) for function in functions]
+    installation, communicators = Installation(package, version, served), Communicators(package)
+    for original, function in zip(originals, functions, strict=True):
+        installation.replace(original, function(communicators))
     installation.on_uninstall(communicators.clear)
     installation.mark(module)
     return installation

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .installation import Installation, checked_version, uninstall_from
-from .sequence_exchange import Communicators, install_function
+from .sequence_exchange import Communicators, check_shared, install_functions
 
 KNOWN_VERSIONS = ("0.6.4",)
 _MODULE = "yunchang.comm.all_to_all"
+SERVED = ("UlyssesAttention", "LongContextAttention")
 
 
 class SeqAllToAll4D:
@@ -40,7 +41,9 @@ class SeqAllToAll4D:
         use_sync: bool = False,
     ) -> Tensor:
         """`[B, s, H, D] -> [B, S, h, D]` for (2, 1), and back for (1, 2); differentiable."""
-        output = self._communicators.exchange(group, input_, scatter_idx, gather_idx)
+        communicator = self._communicators.of(group, input_)
+        check_shared(communicator, input_, scatter_idx, "yunchang shares heads evenly: pad them")
+        output = communicator.all_to_all_4D(input_, scatter_idx, gather_idx)
         if use_sync and output.device.type != "cpu":
             torch.accelerator.synchronize()
         return output
@@ -64,7 +67,7 @@ def install(*, allow_unknown_version: bool = False) -> Installation:
         IntegrationError: yunchang is not installed, has an unknown version, or lacks the name.
     """
     version = checked_version("yunchang", KNOWN_VERSIONS, allow_unknown=allow_unknown_version)
-    return install_function("yunchang", version, _MODULE, SeqAllToAll4D)
+    return install_functions("yunchang", version, _MODULE, (SeqAllToAll4D,), SERVED)
 
 
 def uninstall() -> None:

@@ -22,9 +22,18 @@ _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _DTYPE
 _NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in _DTYPES.items()}
 
 # No object arrays and no records: every accepted dtype is plain bytes.
-_NUMPY_DTYPE = re.compile(r"[<>|][biufcmMSU][0-9]{1,9}(\[[0-9]{0,9}[A-Za-z]{1,7}\])?")
+_NUMPY_DTYPE = re.compile(r"[<>|][biufcmMSU][1-9][0-9]{0,8}(\[[0-9]{0,9}[A-Za-z]{1,7}\])?")
 _NUMPY_KINDS = "biufcmMSU"
 _MAX_CODE_POINT = 0x10FFFF
+_MAX_DIMS = 64
+_SIZES = range(2**63)
+# Every dtype that torch has now; `getattr(torch, name)` would import what the name asks for.
+_ALL_DTYPES: dict[str, torch.dtype] = {
+    str(value).removeprefix("torch."): value
+    for value in list(vars(torch).values())
+    if isinstance(value, torch.dtype)
+}
+_DEVICE = re.compile(r"[a-z]{1,20}(:[0-9]{1,3})?")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -34,10 +43,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def dtype_from_name(name: object) -> torch.dtype:
     """Return the dtype of that name; ValueError where torch has none."""
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must be the name of a torch dtype, got {name!r}")
+    dtype = _ALL_DTYPES.get(name) if isinstance(name, str) else None
+    if dtype is None:
+        raise ValueError("dtype must be the name of a torch dtype")
     return dtype
+
+
+def device_from_name(name: object) -> torch.device:
+    """Return the device of that name; ValueError where it is not `type` or `type:index`."""
+    if not isinstance(name, str) or not _DEVICE.fullmatch(name):
+        raise ValueError("device must be the name of a torch device")
+    return torch.device(name)
 
 
 def tensor_fields(tensor: torch.Tensor) -> tuple[str, list[int], memoryview]:
@@ -50,6 +66,8 @@ def tensor_fields(tensor: torch.Tensor) -> tuple[str, list[int], memoryview]:
         raise TypeError(f"a tensor must be dense and on the CPU, got {_kind(tensor)}")
     if tensor.dtype not in _NAMES:
         raise TypeError(f"a tensor must have a dtype of plain bytes, got {_kind(tensor)}")
+    if tensor.dim() > _MAX_DIMS:
+        raise TypeError(f"a tensor must have at most {_MAX_DIMS} dims, got {tensor.dim()}")
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     num_bytes = plain.numel() * plain.element_size()
     if not num_bytes:
@@ -67,7 +85,7 @@ def build_tensor(name: object, shape: object, data: memoryview) -> torch.Tensor:
     """
     dtype = _DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
-        raise ValueError(f"a tensor's dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+        raise ValueError(f"a tensor's dtype must be one of {', '.join(_DTYPES)}")
     sizes = _checked_shape(shape, dtype.itemsize, len(data))
     if not len(data):
         return torch.empty(sizes, dtype=dtype)
@@ -104,10 +122,11 @@ def build_array(name: object, shape: object, data: memoryview) -> Any:
     Raises:
         ValueError: The fields do not describe an array.
     """
-    import numpy
-
+    numpy = sys.modules.get("numpy")  # torch imports it; a message does not
+    if numpy is None:
+        raise ValueError("numpy must be imported on this rank")
     if not isinstance(name, str) or not _NUMPY_DTYPE.fullmatch(name):
-        raise ValueError(f"an array's dtype must be one of plain bytes, got {name!r}")
+        raise ValueError("an array's dtype must be one of plain bytes")
     dtype = numpy.dtype(name)
     sizes = _checked_shape(shape, dtype.itemsize, len(data))
     if not len(data):
@@ -123,11 +142,13 @@ def build_array(name: object, shape: object, data: memoryview) -> Any:
 
 
 def _checked_shape(shape: object, item_bytes: int, num_bytes: int) -> list[int]:
-    if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
-        raise ValueError(f"shape must be a list of sizes, got {shape!r}")
-    # math.prod of 64 sizes below 2**63 stays small enough to compare.
-    if len(shape) > 64 or math.prod(shape) * item_bytes != num_bytes:
-        raise ValueError(f"shape must match the {num_bytes} bytes that came, got {shape!r}")
+    # What came is not shown: a number of a million digits takes minutes to print.
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS:
+        raise ValueError(f"shape must be a list of at most {_MAX_DIMS} sizes")
+    if any(type(n) is not int or n not in _SIZES for n in shape):
+        raise ValueError("shape must hold sizes below 2**63 only")
+    if math.prod(shape) * item_bytes != num_bytes:
+        raise ValueError(f"shape must match the {num_bytes} bytes that came")
     return shape
 
 

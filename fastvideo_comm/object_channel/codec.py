@@ -19,12 +19,16 @@ from fastvideo_comm.object_channel.encoder import (
     PLAIN,
     Encoder,
     UnsupportedError,
-    lower_big_int,
 )
 from fastvideo_comm.object_channel.format import (
     ALIGNMENT,
+    ARRAY_COST,
+    FREE_COST,
     HEAD,
+    ITEM_COST,
     LONG,
+    MARKER_COSTS,
+    PADDED,
     SIZE,
     Buffer,
 )
@@ -106,18 +110,14 @@ class ObjectCodec:
             TypeError: Something in `obj` is not supported; the message gives the path to it.
             ValueError: `obj` nests deeper than 128 levels, or contains itself.
         """
-        encoder = Encoder(self._by_type)
         try:
-            doc = msgpack.packb(
-                encoder.lower(obj, 0),
-                default=lower_big_int,
-                strict_types=True,
-                unicode_errors="surrogatepass",
-            )
-        except UnsupportedError as error:
-            path = "obj" + "".join(reversed(error.steps))
-            raise TypeError(f"{path} {error.reason}") from None
+            encoder, doc = self._pack(obj, PLAIN)
+        except UnicodeEncodeError:  # a code point that UTF-8 lacks
+            encoder, doc = self._pack(obj, PLAIN - {str})
         attachments = encoder.attachments
+        missing = encoder.cost - FREE_COST - len(doc) - sum(map(len, attachments))
+        if missing > 0:
+            doc = _PADDED + doc + msgpack.packb(bytes(missing + _PADDED_COST))
         if not attachments:
             return [HEAD.pack(len(doc), 0) + doc]
         sizes = b"".join(SIZE.pack(len(attachment)) for attachment in attachments)
@@ -128,6 +128,15 @@ class ObjectCodec:
             end += -end % ALIGNMENT + len(attachment)
         return parts
 
+    def _pack(self, obj: object, plain: frozenset[type]) -> tuple[Encoder, bytes]:
+        encoder = Encoder(self._by_type, plain)
+        try:
+            lowered = encoder.lower(obj, 0)
+        except UnsupportedError as error:
+            path = "obj" + "".join(reversed(error.steps))
+            raise TypeError(f"{path} {error.reason}") from None
+        return encoder, msgpack.packb(lowered, default=encoder.lower_big_int, strict_types=True)
+
     def decode(self, data: Buffer) -> Any:
         """Return the object; its large arrays share `data` where that is writable.
 
@@ -136,18 +145,29 @@ class ObjectCodec:
         """
         try:
             doc, attachments = split(memoryview(data))
-            decoder = Decoder(self._by_name, attachments)
+            decoder = Decoder(self._by_name, attachments, len(data))
             obj = msgpack.unpackb(
                 doc,
                 list_hook=decoder.raise_list,
                 ext_hook=decoder.raise_ext,
-                strict_map_key=False,
-                unicode_errors="surrogatepass",
+                object_pairs_hook=decoder.raise_map,
                 max_array_len=LONG,
+                max_map_len=0,
             )
-            decoder.finish()
+            return decoder.finish(obj)
         # msgpack, torch, numpy and registered functions answer nonsense with nearly anything.
         except Exception as error:
-            reason = str(error) or type(error).__name__
+            reason = _reason(error)
             raise DecodeError(f"the message must hold an encoded object: {reason}") from error
-        return obj
+
+
+_PADDED = b"\x93" + msgpack.packb(msgpack.ExtType(PADDED, b""))
+_PADDED_COST = MARKER_COSTS[PADDED] + ARRAY_COST + 3 * ITEM_COST
+_REASON_CHARACTERS = 300
+
+
+def _reason(error: Exception) -> str:
+    try:
+        return str(error)[:_REASON_CHARACTERS] or type(error).__name__
+    except Exception:  # an error about an integer that is too long to be shown
+        return type(error).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from datetime import datetime, timedelta, timezone
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from fastvideo_comm.object_channel.array_codec import (
 )
 from fastvideo_comm.object_channel.format import (
     ARRAY,
+    ARRAY_COST,
     ATTACHED_FROM,
     BIG_INT,
     BYTEARRAY,
@@ -27,20 +28,26 @@ from fastvideo_comm.object_channel.format import (
     DTYPE,
     FROZENSET,
     IN_PIECES,
+    ITEM_COST,
     LIST,
     LONG,
+    MARKER_COSTS,
     MAX_DEPTH,
+    NUM_CODES,
     REGISTERED,
     SET,
     TENSOR,
+    TEXT,
     TIMEDELTA,
     TORCH_SIZE,
     TUPLE,
 )
+from fastvideo_comm.object_channel.hashing import cost_of_keys
 from fastvideo_comm.object_channel.type_registry import RegisteredType
 
 PLAIN = frozenset({type(None), bool, int, float, str})
-_MARK = {code: ExtType(code, b"") for code in range(2 * IN_PIECES)}
+_MARK = [ExtType(code, b"") for code in range(NUM_CODES)]
+_MARKED_COSTS = [cost + ARRAY_COST + ITEM_COST for cost in MARKER_COSTS]
 
 
 class UnsupportedError(Exception):
@@ -54,19 +61,26 @@ class UnsupportedError(Exception):
 
 
 class Encoder:
-    """One run of `encode_parts`: turns an object into what msgpack can pack."""
+    """One run of `encode_parts`: turns an object into what msgpack can pack.
 
-    __slots__ = ("attachments", "registered")
+    Attributes:
+        attachments: The byte strings that travel beside the document.
+        cost: What the decoder will ask for, in bytes; see `format`.
+    """
 
-    def __init__(self, registered: dict[type, RegisteredType]) -> None:
-        """Start without attachments."""
+    __slots__ = ("attachments", "cost", "plain", "registered")
+
+    def __init__(self, registered: dict[type, RegisteredType], plain: Set[type] = PLAIN) -> None:
+        """Start without attachments; `plain` are the types that msgpack packs as they are."""
         self.registered = registered
+        self.plain = plain
         self.attachments: list[bytes | memoryview] = []
+        self.cost = 0
 
     def lower(self, obj: Any, depth: int) -> Any:
         """Return what msgpack packs in place of this object."""
         kind = type(obj)
-        if kind in PLAIN:
+        if kind in self.plain:
             return obj
         if depth > MAX_DEPTH:
             raise ValueError(f"obj must nest at most {MAX_DEPTH} levels, got more")
@@ -75,7 +89,8 @@ class Encoder:
             return function(self, obj, depth)
         entry = self.registered.get(kind)
         if entry is not None:
-            return [_MARK[REGISTERED], entry.name, self.lower(entry.to_fields(obj), depth + 1)]
+            fields = self.lower(entry.to_fields(obj), depth + 1)
+            return self.mark(REGISTERED, entry.name, fields)
         if is_array_type(kind):
             return self.lower_array(ARRAY, array_fields, obj)
         raise UnsupportedError(
@@ -88,7 +103,7 @@ class Encoder:
             name, shape, data = fields(obj)
         except TypeError as error:
             raise UnsupportedError(f"must be sendable: {error}") from None
-        return [_MARK[code], name, shape, self.lower_bytes(data)]
+        return self.mark(code, name, self.array(LIST, shape), self.lower_bytes(data))
 
     def lower_bytes(self, data: bytes | memoryview) -> bytes | int:
         """Return short bytes as they are, and the index of a new attachment for long ones."""
@@ -99,17 +114,24 @@ class Encoder:
 
     def lower_list(self, obj: list[Any], depth: int) -> Any:
         """Lower a list, which stays itself where all its items are plain."""
-        if len(obj) < LONG and PLAIN.issuperset(map(type, obj)):
+        if len(obj) < LONG and self.plain.issuperset(map(type, obj)):
+            self.cost += ARRAY_COST + ITEM_COST * len(obj)
             return obj
-        return _array(LIST, self.lower_items(obj, depth))
+        return self.array(LIST, self.lower_items(obj, depth))
 
     def lower_tuple(self, obj: tuple[Any, ...], depth: int) -> Any:
         """Lower a tuple."""
-        return _array(TUPLE, self.lower_items(obj, depth))
+        return self.array(TUPLE, self.lower_items(obj, depth))
+
+    def lower_set(self, code: int, obj: Set[Any], depth: int) -> Any:
+        """Lower a set or frozenset."""
+        keys = list(obj)
+        self.cost += cost_of_keys(keys)
+        return self.array(code, self.lower_items(keys, depth))
 
     def lower_items(self, items: Sequence[Any], depth: int) -> Sequence[Any]:
         """Lower the items of a container."""
-        if PLAIN.issuperset(map(type, items)):
+        if self.plain.issuperset(map(type, items)):
             return items
         try:
             return [self.lower(item, depth + 1) for item in items]
@@ -118,21 +140,18 @@ class Encoder:
             raise
 
     def lower_dict(self, obj: dict[Any, Any], depth: int) -> Any:
-        """Lower a dict: as a map where all keys are plain, else as its keys and values."""
-        lower, below = self.lower, depth + 1
+        """Lower a dict: to its keys and values in turn."""
+        lower, below, plain = self.lower, depth + 1, self.plain
+        self.cost += cost_of_keys(list(obj))
+        flat: list[Any] = []
         try:
-            if PLAIN.issuperset(map(type, obj)):
-                return {
-                    key: value if type(value) in PLAIN else lower(value, below)
-                    for key, value in obj.items()
-                }
-            flat: list[Any] = []
             for key, value in obj.items():
-                flat += lower(key, below), lower(value, below)
+                flat.append(key if type(key) in plain else lower(key, below))
+                flat.append(value if type(value) in plain else lower(value, below))
         except UnsupportedError as error:
             self.note_step(error, ((key, (key, value)) for key, value in obj.items()), depth - 1)
             raise
-        return _array(DICT, flat)
+        return self.array(DICT, flat)
 
     def note_step(
         self, error: UnsupportedError, parts: Iterable[tuple[object, Any]], depth: int
@@ -145,7 +164,15 @@ class Encoder:
                 error.steps.append(f'["{key}"]' if isinstance(key, str) else f"[{key!r}]")
                 return
 
-    def lower_datetime(self, obj: datetime, _: int) -> Any:
+    def lower_text(self, obj: str, _: int) -> Any:
+        """Lower a str, which is its code points where UTF-8 lacks one of them."""
+        try:
+            obj.encode()
+        except UnicodeEncodeError:
+            return self.array(TEXT, list(map(ord, obj)))
+        return obj
+
+    def lower_datetime(self, obj: datetime, depth: int) -> Any:
         """Lower a datetime, which is naive or has a fixed offset."""
         zone: Any = None
         if obj.tzinfo is not None:
@@ -153,23 +180,34 @@ class Encoder:
                 raise UnsupportedError(f"must have a fixed offset, got {obj.tzinfo!r}")
             offset = cast(timedelta, obj.utcoffset())
             named = obj.tzname() != timezone(offset).tzname(None)
-            zone = [obj.tzname() if named else None, *_timedelta_fields(offset)]
+            name = self.lower(obj.tzname(), depth) if named else None
+            zone = self.array(LIST, [name, *_timedelta_fields(offset)])
         fields = [obj.year, obj.month, obj.day, obj.hour, obj.minute, obj.second, obj.microsecond]
-        return [_MARK[DATETIME], fields, obj.fold, zone]
+        return self.mark(DATETIME, self.array(LIST, fields), obj.fold, zone)
 
+    def mark(self, code: int, *fields: Any) -> list[Any]:
+        """Return the array of a marker and what belongs to it."""
+        self.cost += _MARKED_COSTS[code] + ITEM_COST * len(fields)
+        return [_MARK[code], *fields]
 
-def _array(code: int, lowered: Sequence[Any]) -> Any:
-    if len(lowered) < LONG:
-        return list(lowered) if code == LIST else [_MARK[code], *lowered]
-    pieces = [list(lowered[i : i + LONG]) for i in range(0, len(lowered), LONG)]
-    if len(pieces) >= LONG:
-        raise ValueError(f"obj must hold fewer than {LONG * (LONG - 1)} items in one container")
-    return [_MARK[code | IN_PIECES], *pieces]
+    def array(self, code: int, lowered: Sequence[Any]) -> list[Any]:
+        """Return the array of a container; a long one holds pieces, which may be long as well."""
+        size = 1
+        while size * (LONG - 1) < len(lowered):
+            size *= LONG - 1
+        if size > 1:
+            starts = range(0, len(lowered), size)
+            pieces = [self.array(LIST, lowered[start : start + size]) for start in starts]
+            return self.mark(code | IN_PIECES, *pieces)
+        if code != LIST:
+            return self.mark(code, *lowered)
+        self.cost += ARRAY_COST + ITEM_COST * len(lowered)
+        return list(lowered)
 
-
-def lower_big_int(obj: int) -> ExtType:
-    """Pack an integer outside 64 bits, all that msgpack finds left after `Encoder.lower`."""
-    return ExtType(BIG_INT, obj.to_bytes(obj.bit_length() // 8 + 1, "little", signed=True))
+    def lower_big_int(self, obj: int) -> ExtType:
+        """Pack an integer outside 64 bits, all that msgpack finds left after `lower`."""
+        self.cost += MARKER_COSTS[BIG_INT]
+        return ExtType(BIG_INT, obj.to_bytes(obj.bit_length() // 8 + 1, "little", signed=True))
 
 
 def _timedelta_fields(obj: timedelta) -> list[int]:
@@ -179,20 +217,20 @@ def _timedelta_fields(obj: timedelta) -> list[int]:
 LOWER: dict[type, Callable[[Encoder, Any, int], Any]] = {
     list: Encoder.lower_list,
     tuple: Encoder.lower_tuple,
-    set: lambda encoder, obj, depth: _array(SET, encoder.lower_items(list(obj), depth)),
-    frozenset: lambda encoder, obj, depth: _array(FROZENSET, encoder.lower_items(list(obj), depth)),
+    set: lambda encoder, obj, depth: encoder.lower_set(SET, obj, depth),
+    frozenset: lambda encoder, obj, depth: encoder.lower_set(FROZENSET, obj, depth),
     dict: Encoder.lower_dict,
     bytes: lambda encoder, obj, _: (
-        obj if len(obj) < ATTACHED_FROM else [_MARK[BYTES], encoder.lower_bytes(obj)]
+        obj if len(obj) < ATTACHED_FROM else encoder.mark(BYTES, encoder.lower_bytes(obj))
     ),
-    bytearray: lambda encoder, obj, _: [
-        _MARK[BYTEARRAY],
-        encoder.lower_bytes(memoryview(obj)),
-    ],
+    bytearray: lambda encoder, obj, _: encoder.mark(
+        BYTEARRAY, encoder.lower_bytes(memoryview(obj))
+    ),
+    str: Encoder.lower_text,
     datetime: Encoder.lower_datetime,
-    timedelta: lambda _encoder, obj, _: [_MARK[TIMEDELTA], *_timedelta_fields(obj)],
-    torch.Size: lambda _encoder, obj, _: [_MARK[TORCH_SIZE], *obj],
-    torch.dtype: lambda _encoder, obj, _: [_MARK[DTYPE], dtype_name(obj)],
-    torch.device: lambda _encoder, obj, _: [_MARK[DEVICE], str(obj)],
+    timedelta: lambda encoder, obj, _: encoder.mark(TIMEDELTA, *_timedelta_fields(obj)),
+    torch.Size: lambda encoder, obj, _: encoder.array(TORCH_SIZE, list(obj)),
+    torch.dtype: lambda encoder, obj, _: encoder.mark(DTYPE, dtype_name(obj)),
+    torch.device: lambda encoder, obj, _: encoder.mark(DEVICE, str(obj)),
     torch.Tensor: lambda encoder, obj, _: encoder.lower_array(TENSOR, tensor_fields, obj),
 }

@@ -42,12 +42,24 @@ def describe_type(
     if to_fields is not None or from_fields is not None:
         raise TypeError(f"to_fields and from_fields must come together, got one for {name}")
     if issubclass(cls, enum.Flag):
-        return RegisteredType(name, lambda member: member.value, cls)
+        return _describe_flag(cls, name)
     if issubclass(cls, enum.Enum):
         return RegisteredType(name, lambda member: member.name, cls.__getitem__)
     if dataclasses.is_dataclass(cls):
         return _describe_dataclass(cls, name)
     raise TypeError(f"cls must be an enum, a dataclass, or come with two functions, got {name}")
+
+
+def _describe_flag(cls: type[enum.Flag], name: str) -> RegisteredType:
+    num_bits = max((member.value.bit_length() for member in cls), default=0) + 1
+
+    def from_fields(value: Any) -> Any:
+        # A class of Python 3.11 prints the bits of a value that it refuses.
+        if type(value) is not int or value.bit_length() > num_bits:
+            raise ValueError(f"a value of {name} must be a combination of its flags")
+        return cls(value)
+
+    return RegisteredType(name, lambda member: member.value, from_fields)
 
 
 def _describe_dataclass(cls: type, name: str) -> RegisteredType:

@@ -1,0 +1,1 @@
+"""Collectives of a group: group and tensors in, tensors out, no autograd."""

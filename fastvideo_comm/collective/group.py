@@ -1,0 +1,327 @@
+"""A process group, its exchanges of contiguous messages, and the buffers that they reuse.
+
+Calls c10d's process group itself: the wrappers in `torch.distributed` and the functional
+collectives cost several times more per call. Assumes what every backend assumes: all ranks of the
+group make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    AllToAllOptions,
+    GatherOptions,
+    ReduceScatterOptions,
+)
+
+from ..diagnosis import Diagnosis, Validate
+from ..diagnosis.board import group_timeout
+from ..diagnosis.record import Facts, Record, facts_of
+from ..errors import ClosedError, CollectiveError, place, where
+from ..memory.host import HostMemory
+from ..reduce_ops import ReduceOp
+from .buffers import WireBuffers
+from .wire import moved, moved_counts, reduced
+
+T = TypeVar("T")
+MemoryMode: TypeAlias = Literal["auto", "on", "off"]
+Works: TypeAlias = "list[dist.Work | None]"
+
+
+class Transfer(NamedTuple):
+    """Messages to exchange: both contiguous, in rank order.
+
+    The counts are the elements of each rank's message; empty where all are equal.
+    """
+
+    output: Tensor
+    input: Tensor
+    output_counts: list[int]
+    input_counts: list[int]
+
+
+class Group:
+    """A process group with its name and its buffers, in the place of a `ProcessGroup`."""
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup,
+        name: str = "",
+        diagnosis: Diagnosis | None = None,
+        *,
+        memory: MemoryMode = "off",
+    ) -> None:
+        """Wraps a process group.
+
+        Args:
+            process_group: what exchanges.
+            name: what errors call it.
+            diagnosis: compares what the ranks are about to do; None: nobody does.
+            memory: whether ranks of one host write into each other's memory: "auto" where all can,
+                "on" is an error where one cannot, "off" not at all.
+        """
+        self.name = name
+        self.buffers = WireBuffers()
+        self.diagnosis = diagnosis
+        self.memory: HostMemory | None = None
+        self.refusal = "memory is off" if memory == "off" else ""
+        self._memory_mode = memory
+        self._asked: Facts | None = None
+        self._process_group: dist.ProcessGroup | None = process_group
+        self._rank = process_group.rank()
+        self._size = process_group.size()
+        self._backends: dict[str, str] = {}
+        self._waiting = AllToAllOptions()
+        self._waiting.asyncOp = False
+
+    @staticmethod
+    def of(group: AnyGroup) -> Group:
+        """`group` itself, or a process group wrapped for one call."""
+        return group if isinstance(group, Group) else Group(group)
+
+    def close(self) -> None:
+        """Lets go of the process group and the buffers; graphs that hold this keep neither alive.
+
+        A gloo group that lives until the interpreter ends makes torch 2.13 abort there.
+        """
+        self.buffers.clear()
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
+        self._process_group = None
+
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self._rank
+
+    def size(self) -> int:
+        """P, the number of ranks in the group."""
+        return self._size
+
+    @property
+    def place(self) -> str:
+        """This rank in its group, for errors."""
+        return place(self._rank, self._size, self.name)
+
+    def validate(self, validate: Validate) -> None:
+        """Says which calls the ranks compare."""
+        if self.diagnosis is not None:
+            self.diagnosis.validate = validate
+
+    def where(self, op: str) -> str:
+        """Which call on which rank of which group, for errors."""
+        return where(op, self._rank, self._size, self.name)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The process group.
+
+        Raises:
+            ClosedError: it was let go.
+        """
+        if self._process_group is None:
+            raise ClosedError("the communicator was destroyed before a backward that needs it")
+        return self._process_group
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether strides are compared too."""
+        return self.diagnosis is not None and self.diagnosis.validate == "always"
+
+    def connects_memory(self) -> bool:
+        """Whether the ranks write into each other's memory; the first call of all ranks decides."""
+        if self.memory is not None:
+            return True
+        if self.refusal or self._size == 1:
+            return False
+        self.memory, self.refusal = HostMemory.connect(
+            self._rank,
+            self._size,
+            self._everyone,
+            timeout=group_timeout(self.process_group),
+            name=self.name,
+            enabled=self._memory_mode != "off",
+        )
+        if self._memory_mode == "on" and self.memory is None:
+            raise CollectiveError(f"{self.where('connecting memory')} failed: {self.refusal}")
+        return self.memory is not None
+
+    def _everyone(self, payload: bytes) -> list[bytes]:
+        """What every rank gave; all payloads are of one length."""
+        own = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        output = own.new_empty((self._size, len(payload)))
+        self.all_gather(output, own)
+        return [bytes(row.tolist()) for row in output]
+
+    def before(
+        self,
+        op: str,
+        tensors: Tensor | Sequence[Tensor],
+        arguments: Sequence[Any],
+        *,
+        sends: bool = True,
+        **named: Any,
+    ) -> Facts | None:
+        """The ranks compare what they are about to do: with memory in the call that follows.
+
+        Returns:
+            What is to be compared now, in a call of its own: that of an op that `sends` nothing.
+        """
+        if self.memory is None:
+            if self.diagnosis is not None:
+                self.diagnosis.before(op, tensors, arguments, **named)
+            return None
+        asked = facts_of(op, tensors, arguments, has_strides=True, **named)
+        if sends:
+            self._asked = asked
+            return None
+        return asked if self.diagnosis is not None and self.diagnosis.counted() else None
+
+    def before_backward(
+        self, op: str, gradients: Tensor | Sequence[Tensor], arguments: Sequence[Any], **named: Any
+    ) -> None:
+        """As `before`, for the collective by which the backward of `op` begins."""
+        if self.memory is not None:
+            self._asked = facts_of(f"{op} backward", gradients, arguments, **named)
+        elif self.diagnosis is not None:
+            self.diagnosis.before_backward(op, gradients, arguments, **named)
+
+    def before_pair(
+        self, op: Literal["send", "recv"], shape: Sequence[int], dtype: torch.dtype, peer: int
+    ) -> None:
+        """A send and its recv are compared. See `Diagnosis.before_pair`."""
+        if self.memory is None and self.diagnosis is not None:
+            self.diagnosis.before_pair(op, shape, dtype, peer)
+
+    def failed(self, op: str, error: Exception) -> None:
+        """Tells the others that this rank's arguments were bad. See `Diagnosis.failed`."""
+        if self.memory is not None:
+            if op not in ("send", "recv"):
+                record = Record(op, error=f"{type(error).__name__}: {error}")
+                self.memory.fail_next(record.encode())
+        elif self.diagnosis is not None:
+            self.diagnosis.failed(op, error)
+
+    def take_asked(self) -> Facts | None:
+        """What `before` was told of the call that begins now."""
+        asked, self._asked = self._asked, None
+        return asked
+
+    def all_to_all(self, transfers: Sequence[Transfer], *, async_op: bool) -> Works:
+        """Starts the transfers: one grouped call on NCCL, side by side on gloo."""
+        if len(transfers) == 1 and not async_op:
+            options = self._waiting
+        else:
+            options = AllToAllOptions()
+            options.asyncOp = async_op or len(transfers) > 1
+
+        def start(group: dist.ProcessGroup) -> Works:
+            return [
+                group.alltoall_base(
+                    moved(to),
+                    moved(from_),
+                    moved_counts(to.dtype, to_counts),
+                    moved_counts(to.dtype, counts),
+                    options,
+                )
+                for to, from_, to_counts, counts in transfers
+            ]
+
+        device = transfers[0].output.device
+        if len(transfers) == 1 or not self._coalesces(device):
+            return self._named("all_to_all", start)
+
+        def start_grouped(group: dist.ProcessGroup) -> Works:
+            group._start_coalescing(device)
+            start(group)
+            return [group._end_coalescing(device)]
+
+        return self._named("all_to_all", start_grouped)
+
+    def wait(self, op: str, works: Works) -> None:
+        """Waits for what a method of this class started."""
+
+        def wait(_: dist.ProcessGroup) -> None:
+            for work in works:
+                if work is not None:  # None: the backend is in order with the current stream
+                    work.wait()
+
+        self._named(op, wait)
+
+    def all_gather(self, output: Tensor, input_: Tensor) -> None:
+        """Every rank's `input_` into `output [P, *input_.shape]`."""
+        options = AllgatherOptions()
+        options.asyncOp = False
+        self._finish(
+            "all_gather",
+            lambda group: [group._allgather_base(moved(output), moved(input_), options)],
+        )
+
+    def reduce_scatter(self, output: Tensor, input_: Tensor) -> None:
+        """The sum over ranks of `input_[this rank]` into `output`; `input_` is `[P, *shape]`."""
+        options = ReduceScatterOptions()
+        options.asyncOp = False
+        self._finish(
+            "reduce_scatter",
+            lambda group: [group._reduce_scatter_base(reduced(output), reduced(input_), options)],
+        )
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp) -> None:
+        """Reduces `tensor` in place."""
+        options = AllreduceOptions()
+        options.asyncOp = False
+        average_here = bool(op == dist.ReduceOp.AVG) and not self._averages(tensor.device)
+        reduce_op: Any = dist.ReduceOp.SUM if average_here else op  # either type is taken
+        options.reduceOp = reduce_op
+        self._finish("all_reduce", lambda group: [group.allreduce([reduced(tensor)], options)])
+        if average_here:
+            tensor.div_(self._size)
+
+    def gather(self, outputs: Sequence[Tensor], input_: Tensor, dst: int) -> None:
+        """Every rank's `input_` into `outputs` on rank `dst`; elsewhere `outputs` is empty."""
+        options = GatherOptions()
+        options.rootRank = dst
+        targets = [[moved(output) for output in outputs]] if outputs else []
+        self._finish("gather", lambda group: [group.gather(targets, [moved(input_)], options)])
+
+    def send(self, tensor: Tensor, dst: int) -> None:
+        """Sends a contiguous tensor to rank `dst`; returns when its memory may be reused."""
+        self._finish("send", lambda group: [group.send([moved(tensor)], dst, 0)])
+
+    def recv(self, tensor: Tensor, src: int) -> None:
+        """Receives into a contiguous tensor from rank `src`."""
+        self._finish("recv", lambda group: [group.recv([moved(tensor)], src, 0)])
+
+    def _coalesces(self, device: torch.device) -> bool:
+        group = self._process_group
+        return group is not None and group._get_backend(device).supports_coalescing
+
+    def _averages(self, device: torch.device) -> bool:
+        return self._named("all_reduce", lambda group: self._backend(group, device)) == "nccl"
+
+    def _backend(self, group: dist.ProcessGroup, device: torch.device) -> str:
+        if device.type not in self._backends:
+            self._backends[device.type] = group._get_backend(device).name()
+        return self._backends[device.type]
+
+    def _finish(self, op: str, start: Callable[[dist.ProcessGroup], Works]) -> None:
+        self.wait(op, self._named(op, start))
+
+    def _named(self, op: str, call: Callable[[dist.ProcessGroup], T]) -> T:
+        """Says which op on which rank it was that failed."""
+        try:
+            return call(self.process_group)
+        except ClosedError as error:
+            raise ClosedError(f"{self.where(op)}: {error}") from None
+        except RuntimeError as error:
+            raise CollectiveError(f"{self.where(op)} failed: {error}") from error
+
+
+AnyGroup: TypeAlias = "dist.ProcessGroup | Group"

@@ -1,0 +1,223 @@
+"""Where the elements of a tensor stand in the messages of a collective: views, nothing moved.
+
+A collective is a strided copy into messages, an exchange of contiguous messages, and a strided copy
+out of them. Both copies are between a buffer `[.., P, ..]` and `message_view` of a tensor, one
+dim of which holds the parts of P ranks side by side:
+
+    all_to_all_4D(x, 2, 1)      sent      message_view(x, 2, P, 1)     b s (P h) d -> b P s h d
+                                received  message_view(out, 1, P, 1)   b (P s) h d -> b P s h d
+    all_to_all_4D(x, 1, 2)      sent      message_view(x, 1, P, 1)     b (P s) h d -> b P s h d
+                                received  message_view(out, 2, P, 1)   b s (P h) d -> b P s h d
+    all_gather(x, dim), gather  received  message_view(out, dim, P, 0)   A (P c) .. -> P A c ..
+    reduce_scatter(x, dim)      sent      message_view(x, dim, P, 0)     A (P c) .. -> P A c ..
+    slice(x, dim)               part r    message_view(x, dim, P, 0)[r]  A (P c) .. -> P A c ..
+    split_tensor_along_last_dim chunks    message_view(x, -1, P, 0)        .. (P c) -> P .. c
+
+The two sides of an exchange have the same shape, and where a view is contiguous the exchange reads
+or writes the tensor itself: a copy that is not needed shows in its strides.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+def message_view(tensor: Tensor, dim: int, world_size: int, position: int) -> Tensor:
+    """Splits `dim` into one part for each rank and moves the axis of ranks to `position`.
+
+    Example:
+        >>> import torch
+        >>> x = torch.empty(2, 5, 6, 8)  # [B, s, H, D]
+        >>> message_view(x, 2, 3, 1).shape  # b s (P h) d -> b P s h d
+        torch.Size([2, 3, 5, 2, 8])
+
+    Args:
+        tensor: any shape; the size at `dim` is a multiple of `world_size`.
+        dim: the dim that holds the parts of all ranks, in rank order.
+        world_size: P, the number of parts.
+        position: where the new axis of size P stands in the result.
+
+    Returns:
+        A view of `tensor` with one more dim.
+    """
+    shape = tensor.shape
+    dim %= len(shape)
+    view = tensor.view(*shape[:dim], world_size, shape[dim] // world_size, *shape[dim + 1 :])
+    return view if dim == position else view.movedim(dim, position)
+
+
+def concatenate_messages(messages: Tensor, dim: int) -> Tensor:
+    """The inverse of `message_view(.., position=0)`: `P A c .. -> A (P c) ..`.
+
+    A view where the strides allow it, else a copy; for compiled code, where the compiler fuses it
+    with what reads it.
+
+    Example:
+        >>> import torch
+        >>> concatenate_messages(torch.tensor([[[1, 2]], [[3, 4]]]), 1)
+        tensor([[1, 2, 3, 4]])
+    """
+    return messages.movedim(0, dim).flatten(dim, dim + 1)
+
+
+def padded_pairs(
+    tensor: Tensor, dim: int, sizes: Sequence[int], messages: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Parts of `tensor` of different sizes, and where their elements stand in messages of one size.
+
+    A part fills the front of its message; what is behind it belongs to nobody.
+
+    Example:
+        >>> import torch
+        >>> messages = torch.tensor([[1, 2], [3, 4], [5, 0]])  # slots for 2 elements
+        >>> x = torch.empty(5, dtype=torch.int64)
+        >>> for part, message in padded_pairs(x, 0, [2, 2, 1], messages):
+        ...     _ = part.copy_(message)
+        >>> x
+        tensor([1, 2, 3, 4, 5])
+
+    Args:
+        tensor: any shape, with the parts of all ranks side by side at `dim`.
+        dim: that dim.
+        sizes: every rank's size of it.
+        messages: `[P, slot]`, in which a slot holds the largest part.
+
+    Returns:
+        A pair of views of the same shape for each run of equal sizes: for near even sizes two,
+        however many ranks there are.
+    """
+    pairs = []
+    rank = start = 0
+    for size, run in itertools.groupby(sizes):
+        ranks = len(list(run))
+        parts = message_view(tensor.narrow(dim, start, ranks * size), dim, ranks, 0)
+        if parts.numel():
+            own = messages[rank : rank + ranks, : parts[0].numel()]
+            pairs.append((parts, own.view(parts.shape)))
+        rank, start = rank + ranks, start + ranks * size
+    return pairs
+
+
+class Split(NamedTuple):
+    """How one dim of a tensor is dealt out to the ranks.
+
+    Attributes:
+        dim: the dim.
+        sizes: rank r's size of it; None means the same for all.
+        replicas: how many ranks hold each entry. More than 1 for the key and value heads of
+            grouped-query attention where there are fewer heads than ranks: rank r's part is the one
+            entry `r // replicas`.
+    """
+
+    dim: int
+    sizes: tuple[int, ...] | None = None
+    replicas: int = 1
+
+    def moved(self, num_dims: int) -> Split:
+        """The same of a tensor with so many dims more in front."""
+        return self._replace(dim=self.dim + num_dims)
+
+    def part(self, size: int, rank: int, world_size: int) -> int:
+        """Rank r's size, of a dim with `size` in all."""
+        return size * self.replicas // world_size if self.sizes is None else self.sizes[rank]
+
+    def whole(self, size: int, world_size: int) -> int:
+        """The size in all, where this rank's is `size`."""
+        return size * world_size // self.replicas if self.sizes is None else sum(self.sizes)
+
+    def replicated_shape(self, shape: Sequence[int]) -> list[int]:
+        """The shape of `replicated_view` of a tensor of this shape."""
+        dim = self.dim
+        return [shape[0], shape[dim], self.replicas, *shape[1:dim], 1, *shape[dim + 1 :]]
+
+    def start(self, size: int, rank: int) -> int:
+        """Where rank r's part begins, whose size is `size`."""
+        return size * rank if self.sizes is None else sum(self.sizes[:rank])
+
+    def part_of(self, tensor: Tensor, rank: int, world_size: int) -> Tensor:
+        """Rank r's part of a tensor: a view."""
+        if self.replicas > 1:
+            return tensor.narrow(self.dim, rank // self.replicas, 1)
+        size = self.part(tensor.shape[self.dim], rank, world_size)
+        return tensor.narrow(self.dim, self.start(size, rank), size)
+
+    def views(self, tensor: Tensor, world_size: int) -> list[Tensor]:
+        """The messages in `tensor`, in rank order: views `[B, ..]`, one or one for each rank."""
+        if self.sizes is not None:
+            return list(tensor.split(self.sizes, self.dim))
+        if self.replicas > 1:
+            return [replicated_view(tensor, self.dim, self.replicas)]
+        return [message_view(tensor, self.dim, world_size, 1)]
+
+    def counts(self, tensor: Tensor, world_size: int) -> list[int]:
+        """Elements of one batch entry's message to or from each rank."""
+        size = tensor.shape[self.dim]
+        others = math.prod(tensor.shape[1:]) // max(size, 1)
+        return [others * self.part(size, rank, world_size) for rank in range(world_size)]
+
+
+class Splits(NamedTuple):
+    """What `all_to_all_4D` trades of each tensor: the dim dealt out, the dim that comes together.
+
+    Attributes:
+        scatter: for each tensor how its scatter dim is dealt out.
+        gather: for each tensor how its gather dim comes together.
+    """
+
+    scatter: tuple[Split, ...]
+    gather: tuple[Split, ...]
+
+    def reverse(self) -> Splits:
+        """The exchange that undoes this one; with replicated heads, its adjoint."""
+        return Splits(self.gather, self.scatter)
+
+    @staticmethod
+    def output_shape(
+        shape: Sequence[int], scatter: Split, gather: Split, rank: int, world_size: int
+    ) -> list[int]:
+        """The shape of one tensor behind the exchange."""
+        result = list(shape)
+        result[scatter.dim] = scatter.part(shape[scatter.dim], rank, world_size)
+        result[gather.dim] = gather.whole(shape[gather.dim], world_size)
+        return result
+
+
+def replicated_view(tensor: Tensor, dim: int, replicas: int) -> Tensor:
+    """Every entry of `dim` as the message for each of its replicas: `b s H d -> b H r s 1 d`.
+
+    Nothing is repeated in memory; the new axis has stride 0. H and r together are the ranks.
+
+    Example:
+        >>> import torch
+        >>> replicated_view(torch.empty(1, 5, 2, 8), 2, 3).shape  # 2 heads, 6 ranks
+        torch.Size([1, 2, 3, 5, 1, 8])
+    """
+    entries = tensor.movedim(dim, 1).unsqueeze(dim + 1)
+    return entries.unsqueeze(2).expand(-1, -1, replicas, *[-1] * (tensor.dim() - 1))
+
+
+def near_even_sizes(size: int, num_parts: int) -> list[int]:
+    """The sizes of `num_parts` parts that differ by at most 1, the longer ones first.
+
+    What `torch.tensor_split` makes of a dim; every rank computes the same, so it can be passed as
+    `scatter_sizes` or `gather_sizes`.
+
+    Example:
+        >>> near_even_sizes(10, 4)
+        [3, 3, 2, 2]
+
+    Raises:
+        ValueError: `size` is negative or `num_parts` is less than 1.
+    """
+    if size < 0:
+        raise ValueError(f"size must not be negative, got {size}")
+    if num_parts < 1:
+        raise ValueError(f"num_parts must be at least 1, got {num_parts}")
+    # Not divmod: torch.compile does not trace it for a size that may change.
+    shorter, longer_parts = size // num_parts, size % num_parts
+    return [shorter + 1 if part < longer_parts else shorter for part in range(num_parts)]

@@ -1,0 +1,353 @@
+"""The collectives by memory, for ranks that can write into each other's: no autograd.
+
+A rank allocates its output in memory that the others have mapped, and posts its place. Every rank
+copies its part of the input, in whatever strides it has, straight to where it belongs in the
+outputs of the others. Nothing is packed, and every byte is copied once. A post says what its rank
+asks for, so that ranks that disagree are found in every call, before anything is written.
+
+Sums are made in rank order, by the rank that needs them: they are the same in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..diagnosis.record import (
+    Facts,
+    Record,
+    dtype_text,
+    facts_of,
+    question_of,
+    record_of,
+    shape_text,
+    table,
+)
+from ..errors import ClosedError, CommunicationError, MismatchError
+from ..kernels import contiguous_copy, copy_all_valid_, copy_valid_
+from ..memory.host import Ask, Flight, HostMemory, Mismatch, Place, Posted, Spec
+from ..profiling import span
+from .group import Group
+from .layout import Split, Splits, near_even_sizes, replicated_view
+
+# Up to so many bytes every rank sends its whole tensor to every other in an all_reduce, and all
+# reduce it: one round of posts. Above, each reduces a part and sends it on: P/2 times fewer bytes.
+WHOLE_REDUCE_BYTES = 1 << 15
+
+_REDUCTIONS: dict[str, Callable[..., Tensor]] = {
+    "sum": torch.add,
+    "avg": torch.add,
+    "product": torch.mul,
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "band": torch.bitwise_and,
+    "bor": torch.bitwise_or,
+    "bxor": torch.bitwise_xor,
+}
+
+
+class Work:
+    """A call in flight: what it will give, and what is left to do when it has arrived."""
+
+    __slots__ = ("_complete", "_flight", "_group", "_op", "_outputs")
+
+    def __init__(
+        self,
+        group: Group,
+        op: str,
+        flight: Flight,
+        outputs: list[Tensor],
+        complete: Callable[[], None] | None = None,
+    ) -> None:
+        """What has been started already; `complete` is called when it has arrived."""
+        self._group = group
+        self._op = op
+        self._flight = flight
+        self._outputs = outputs
+        self._complete = complete
+
+    def wait(self) -> list[Tensor]:
+        """The outputs, once they are there; called once."""
+        with span("exchange", self._group.name):
+            _wait(self._group, self._op, self._flight)
+        if self._complete is not None:
+            with span("unpack", self._group.name):
+                self._complete()
+        return self._outputs
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._flight.is_completed()
+
+
+def all_to_all(group: Group, inputs: Sequence[Tensor], splits: Splits) -> list[Tensor]:
+    """Trades `inputs` and waits for the outputs, each contiguous."""
+    return start_all_to_all(group, inputs, splits, async_op=False).wait()
+
+
+def start_all_to_all(
+    group: Group, inputs: Sequence[Tensor], splits: Splits, *, async_op: bool
+) -> Work:
+    """Posts the outputs; copies at once, or where `async_op` while the caller computes."""
+    memory, rank, size = _memory(group), group.rank(), group.size()
+    pairs = list(zip(inputs, splits.scatter, splits.gather, strict=True))
+
+    def specs_of(owner: int) -> list[Spec]:
+        """What a rank posts: its outputs, or the parts of those that are sums."""
+        specs: list[Spec] = []
+        for input_, scatter, gather in pairs:
+            shape = splits.output_shape(input_.shape, scatter, gather, owner, size)
+            if gather.replicas > 1:
+                shape = gather.replicated_shape(shape)
+            specs.append((shape, input_.dtype))
+        return specs
+
+    def deliver(target: int, place: Place) -> None:
+        outputs = memory.tensors_at(target, place, specs_of(target))
+        copies = []
+        for (input_, scatter, gather), output in zip(pairs, outputs, strict=True):
+            if gather.replicas > 1:
+                to = output[:, rank // gather.replicas, rank % gather.replicas]
+            else:
+                length = input_.shape[gather.dim]
+                to = output.narrow(gather.dim, gather.start(length, rank), length)
+            copies.append((to, scatter.part_of(input_, target, size)))
+        copy_all_valid_(copies)
+
+    uneven = any(split.sizes is not None for split in splits.gather)
+    facts = facts_of(
+        "all_to_all_4D",
+        inputs,
+        (splits,),
+        uneven_dim=splits.gather[0].dim if uneven else None,
+    )
+    posted = _allocate(group, "all_to_all_4D", specs_of(rank))
+    flight = _start_call(group, facts, deliver, posted, async_op=async_op)
+    sums = [(part, index) for index, part in enumerate(splits.gather) if part.replicas > 1]
+    if not sums:
+        return Work(group, "all_to_all_4D", flight, posted.tensors)
+    outputs = list(posted.tensors)
+    for split, index in sums:
+        shape = splits.output_shape(inputs[index].shape, splits.scatter[index], split, rank, size)
+        outputs[index] = inputs[index].new_empty(shape)
+
+    def add_up() -> None:
+        for split, index in sums:
+            view = replicated_view(outputs[index], split.dim, split.replicas)
+            torch.sum(posted.tensors[index], 2, out=view[:, :, 0])
+
+    return Work(group, "all_to_all_4D", flight, outputs, add_up)
+
+
+def all_gather(group: Group, input_: Tensor, split: Split) -> Tensor:
+    """`[A, c, ..] -> [A, P*c, ..]`: every rank's tensor side by side along the split's dim."""
+    memory, rank, length = _memory(group), group.rank(), input_.shape[split.dim]
+    shape = list(input_.shape)
+    shape[split.dim] = split.whole(length, group.size())
+    specs: list[Spec] = [(shape, input_.dtype)]
+
+    def deliver(target: int, place: Place) -> None:
+        (output,) = memory.tensors_at(target, place, specs)
+        copy_valid_(output.narrow(split.dim, split.start(length, rank), length), input_)
+
+    uneven_dim = None if split.sizes is None else split.dim
+    facts = facts_of("all_gather", input_, (split,), uneven_dim=uneven_dim)
+    return _run(group, facts, specs, deliver)[0]
+
+
+def reduce_scatter(group: Group, input_: Tensor, split: Split) -> Tensor:
+    """`[A, P*c, ..] -> [A, c, ..]`: the sum over ranks of this rank's part of the split's dim."""
+    facts = facts_of("reduce_scatter", input_, (split,))
+    return _reduce_scatter(group, facts, input_, split, "sum")
+
+
+def _reduce_scatter(group: Group, facts: Facts, input_: Tensor, split: Split, op: str) -> Tensor:
+    memory, rank, size = _memory(group), group.rank(), group.size()
+
+    def specs_of(owner: int) -> list[Spec]:
+        """A rank's part, once for every rank."""
+        shape = list(input_.shape)
+        shape[split.dim] = split.part(shape[split.dim], owner, size)
+        return [(shape, input_.dtype)] * size
+
+    def deliver(target: int, place: Place) -> None:
+        parts = memory.tensors_at(target, place, specs_of(target))
+        copy_valid_(parts[rank], split.part_of(input_, target, size))
+
+    return _reduced(_run(group, facts, specs_of(rank), deliver), op)
+
+
+def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
+    """The reduction over ranks, element by element, into a new tensor."""
+    facts = facts_of("all_reduce", input_, (op,))
+    if input_.nbytes <= WHOLE_REDUCE_BYTES:
+        memory, rank = _memory(group), group.rank()
+        specs: list[Spec] = [(input_.shape, input_.dtype)] * group.size()
+
+        def deliver(target: int, place: Place) -> None:
+            copy_valid_(memory.tensors_at(target, place, specs)[rank], input_)
+
+        return _reduced(_run(group, facts, specs, deliver), op)
+    sizes = tuple(near_even_sizes(input_.numel(), group.size()))
+    split = Split(0, sizes)
+    flat = contiguous_copy(input_).view(-1)
+    part = _reduce_scatter(group, facts, flat, split, op)
+    return all_gather(group, part, split).view(input_.shape)
+
+
+def _reduced(parts: list[Tensor], op: str) -> Tensor:
+    """The reduction of what the ranks have brought, in rank order, in the memory of the first."""
+    total = parts[0]
+    for part in parts[1:]:
+        _REDUCTIONS[op](total, part, out=total)
+    return total.div_(len(parts)) if op == "avg" else total
+
+
+def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
+    """As `all_gather`, on rank `dst` only; None elsewhere."""
+    memory, rank, length = _memory(group), group.rank(), input_.shape[dim]
+    shape = list(input_.shape)
+    shape[dim] *= group.size()
+    specs: list[Spec] = [(shape, input_.dtype)]
+
+    def deliver(target: int, place: Place) -> None:
+        (output,) = memory.tensors_at(target, place, specs)
+        copy_valid_(output.narrow(dim, rank * length, length), input_)
+
+    facts = facts_of("gather", input_, (dst, dim))
+    outputs = _run(group, facts, specs if rank == dst else [], deliver, targets=[dst])
+    return outputs[0] if outputs else None
+
+
+def send(group: Group, tensor: Tensor, dst: int) -> None:
+    """`tensor` to rank `dst`, which receives at the same time."""
+    memory = _memory(group)
+    specs: list[Spec] = [(tensor.shape, tensor.dtype)]
+
+    def deliver(target: int, place: Place) -> None:
+        copy_valid_(memory.tensors_at(target, place, specs)[0], tensor)
+
+    _pair(group, "send", tensor.shape, tensor.dtype, dst, deliver, None)
+
+
+def recv(
+    group: Group, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device
+) -> Tensor:
+    """A tensor of `size` from rank `src`."""
+    posted = _allocate(group, "recv", [(size, dtype)])
+    _pair(group, "recv", size, dtype, src, _deliver_nothing, posted)
+    return posted.tensors[0].to(device)
+
+
+def check(group: Group, facts: Facts) -> None:
+    """Compares what the ranks ask for; moves nothing."""
+    _run(group, facts, [], _deliver_nothing, targets=[])
+
+
+def _deliver_nothing(*_: object) -> None:
+    """What a rank without targets delivers."""
+
+
+def _run(
+    group: Group,
+    facts: Facts,
+    specs: list[Spec],
+    deliver: Callable[[int, Place], None],
+    targets: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """Posts outputs of `specs`, delivers to `targets` (None: all), and waits."""
+    posted = _allocate(group, facts[0], specs)
+    flight = _start_call(group, facts, deliver, posted, targets)
+    with span("exchange", group.name):
+        _wait(group, facts[0], flight)
+    return posted.tensors
+
+
+def _start_call(
+    group: Group,
+    facts: Facts,
+    deliver: Callable[[int, Place], None],
+    posted: Posted,
+    targets: Sequence[int] | None = None,
+    *,
+    async_op: bool = False,
+) -> Flight:
+    """A call of all ranks. What the op's caller asked for is compared, where it is known."""
+    asked = group.take_asked() or facts
+    everyone = range(group.size())
+    ask = Ask(
+        asked[0],
+        question := question_of(asked, strict=group.is_strict),
+        question,
+        deliver,
+        lambda: record_of(asked).encode(),
+        posted=posted,
+        sources=everyone if posted.tensors else (),
+        targets=everyone if targets is None else targets,
+    )
+    return _memory(group).start(ask, background=async_op)
+
+
+def _pair(
+    group: Group,
+    op: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    peer: int,
+    deliver: Callable[[int, Place], None],
+    posted: Posted | None,
+) -> None:
+    """A send or a recv: the other must do the other of the two, with the same shape and dtype."""
+    rank = group.rank()
+    src, dst = (rank, peer) if op == "send" else (peer, rank)
+    other = "recv" if op == "send" else "send"
+    records = {
+        each: Record(each, shape_text(shape), dtype_text(dtype), arguments=f"{src} -> {dst}")
+        for each in (op, other)
+    }
+    ask = Ask(
+        op,
+        records[op].encode(),
+        records[other].encode(),
+        deliver,
+        records[op].encode,
+        ranks=(rank, peer),
+        posted=posted,
+        sources=(peer,) if op == "recv" else (),
+        targets=(peer,) if op == "send" else (),
+    )
+    with span("exchange", group.name):
+        _wait(group, op, _memory(group).start(ask))
+
+
+def _memory(group: Group) -> HostMemory:
+    if group.memory is None:
+        raise ClosedError(f"{group.where('a call')}: the communicator was destroyed during it")
+    return group.memory
+
+
+def _allocate(group: Group, op: str, specs: list[Spec]) -> Posted:
+    """Outputs; where there is no memory for them the others hear it."""
+    memory = _memory(group)
+    try:
+        return memory.allocate(specs)
+    except MemoryError as error:
+        memory.fail_next(str(error).encode(), failure="memory")
+        raise MemoryError(f"{group.where(op)}: {error}") from None
+
+
+def _wait(group: Group, op: str, flight: Flight) -> None:
+    """Waits; says which call on which rank it was that failed."""
+    try:
+        flight.wait()
+    except Mismatch as mismatch:
+        records = {rank: Record.decode(text) for rank, text in mismatch.details.items()}
+        lines = table(records, strict=group.is_strict)
+        raise MismatchError(
+            f"{group.where(op)}: the ranks must ask for the same thing in call "
+            f"{flight.key[1]}, got\n{lines}"
+        ) from None
+    except CommunicationError as error:
+        raise type(error)(f"{group.where(op)}: {error}", peers=error.peers) from None

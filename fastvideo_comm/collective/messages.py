@@ -1,0 +1,218 @@
+"""The collectives by messages, for ranks that can only send: no autograd.
+
+Each is a strided copy into messages, an exchange of contiguous messages by the process group, and a
+strided copy out of them. `Message` leaves a copy out where the tensor's own memory is the message.
+
+Parts of different sizes are padded to the largest in `all_gather` and `reduce_scatter`: gloo and
+NCCL gather and reduce equal parts only, and in an all_to_all a part would cross between two hosts
+once for every rank over there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kernels import copy_valid_
+from ..profiling import span
+from ..reduce_ops import REDUCE_OPS
+from .group import Group, Transfer
+from .layout import Split, Splits, message_view
+from .message import Message, SummedMessage, pack, unpack
+
+# Up to so many bytes of the whole tensor, over all ranks and batch entries, for each rank, all
+# batch entries travel in one exchange: one more copy costs less than one more exchange. In
+# bench/NOTES.md, "Small batches".
+TOGETHER_BYTES = 1 << 17
+
+
+class Work:
+    """An exchange in flight: what it will give, and what is left to do when it has arrived."""
+
+    __slots__ = ("_group", "_outputs", "_received", "_sent", "_works")
+
+    def __init__(
+        self,
+        group: Group,
+        works: list[dist.Work | None],
+        outputs: list[Tensor],
+        sent: list[Message],
+        received: list[Message],
+    ) -> None:
+        """What has been started already."""
+        self._group = group
+        self._works = works
+        self._outputs = outputs
+        self._sent = sent
+        self._received = received
+
+    def wait(self) -> list[Tensor]:
+        """The outputs, once they are there; called once."""
+        with span("exchange", self._group.name):
+            self._group.wait("all_to_all", self._works)
+        unpack(self._received, self._group.name)
+        for message in self._sent:
+            message.release()
+        return self._outputs
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would return at once."""
+        return all(work is None or work.is_completed() for work in self._works)
+
+
+def all_to_all(group: Group, inputs: Sequence[Tensor], splits: Splits) -> list[Tensor]:
+    """Trades `inputs` and waits for the outputs, each contiguous."""
+    return start_all_to_all(group, inputs, splits, async_op=False).wait()
+
+
+def start_all_to_all(
+    group: Group, inputs: Sequence[Tensor], splits: Splits, *, async_op: bool
+) -> Work:
+    """Packs and sends; the caller may compute until it waits.
+
+    Every batch entry of a tensor is a message of its own, which the exchange reads or writes where
+    it stands: one local pass, however large the batch. A small batch travels as one message.
+    """
+    size, buffers = group.size(), group.buffers
+    outputs: list[Tensor] = []
+    sent: list[Message] = []
+    received: list[Message] = []
+    transfers: list[Transfer] = []
+    for input_, scatter, gather in zip(inputs, splits.scatter, splits.gather, strict=True):
+        shape = splits.output_shape(input_.shape, scatter, gather, group.rank(), size)
+        output = input_.new_empty(shape)
+        outputs.append(output)
+        even = scatter.sizes is None and gather.sizes is None
+        if not (output.numel() if even else shape[0] * shape[3]):
+            continue  # no rank has anything to send
+        to, from_ = output, input_
+        if len(input_) > 1 and _travels_together(input_, gather, size):
+            to, from_ = output.unsqueeze(0), input_.unsqueeze(0)
+            scatter, gather = scatter.moved(1), gather.moved(1)
+        message = Message.of_split(buffers, from_, scatter, size)
+        arrival = (
+            SummedMessage(buffers, to, gather)
+            if gather.replicas > 1
+            else Message.of_split(buffers, to, gather, size)
+        )
+        sent.append(message)
+        received.append(arrival)
+        counts: tuple[list[int], list[int]] = ([], [])
+        if not even:
+            counts = (gather.counts(to, size), scatter.counts(from_, size))
+        transfers += [
+            Transfer(arrived, message_of_entry, *counts)
+            for arrived, message_of_entry in zip(
+                arrival.wire.unbind(0), message.wire.unbind(0), strict=True
+            )
+        ]
+    pack(sent, group.name)
+    works: list[dist.Work | None] = []
+    if transfers:
+        with span("exchange", group.name):
+            works = group.all_to_all(transfers, async_op=async_op)
+    return Work(group, works, outputs, sent, received)
+
+
+def _travels_together(input_: Tensor, gather: Split, world_size: int) -> bool:
+    """Whether all batch entries of a tensor travel in one exchange; the same on all ranks."""
+    whole = gather.whole(input_.shape[gather.dim], world_size)
+    entries = input_.numel() // max(input_.shape[gather.dim], 1) * whole
+    return entries * input_.element_size() <= TOGETHER_BYTES * world_size
+
+
+def all_gather(group: Group, input_: Tensor, split: Split) -> Tensor:
+    """`[A, c, ..] -> [A, P*c, ..]`: every rank's tensor side by side along the split's dim."""
+    shape = list(input_.shape)
+    shape[split.dim] = split.whole(shape[split.dim], group.size())
+    output = input_.new_empty(shape)
+    if not output.numel():
+        return output
+    if split.sizes is None:
+        sent = Message.of(group.buffers, input_)
+        received = Message.of(group.buffers, message_view(output, split.dim, group.size(), 0))
+    else:
+        slot = output.numel() // shape[split.dim] * max(split.sizes)
+        sent = Message.of_part(group.buffers, input_, slot)
+        received = Message.of_parts(group.buffers, output, split.dim, split.sizes)
+    pack([sent], group.name)
+    with span("exchange", group.name):
+        group.all_gather(received.wire, sent.wire)
+    sent.release()
+    unpack([received], group.name)
+    return output
+
+
+def reduce_scatter(group: Group, input_: Tensor, split: Split) -> Tensor:
+    """`[A, P*c, ..] -> [A, c, ..]`: the sum over ranks of this rank's part of the split's dim."""
+    shape = list(input_.shape)
+    shape[split.dim] = split.part(shape[split.dim], group.rank(), group.size())
+    output = input_.new_empty(shape)
+    if not input_.numel():
+        return output
+    if split.sizes is None:
+        sent = Message.of(group.buffers, message_view(input_, split.dim, group.size(), 0))
+        received = Message.of(group.buffers, output)
+    else:
+        slot = input_.numel() // input_.shape[split.dim] * max(split.sizes)
+        sent = Message.of_parts(group.buffers, input_, split.dim, split.sizes)
+        received = Message.of_part(group.buffers, output, slot)
+    pack([sent], group.name)
+    with span("exchange", group.name):
+        group.reduce_scatter(received.wire, sent.wire)
+    sent.release()
+    unpack([received], group.name)
+    return output
+
+
+def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
+    """The reduction over ranks, element by element, into a new tensor."""
+    with span("pack", group.name):
+        output = copy_valid_(input_.new_empty(input_.shape), input_)
+    if output.numel():
+        with span("exchange", group.name):
+            group.all_reduce(output, REDUCE_OPS[op])
+    return output
+
+
+def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
+    """As `all_gather`, on rank `dst` only; None elsewhere."""
+    shape = list(input_.shape)
+    shape[dim] *= group.size()
+    output = input_.new_empty(shape) if group.rank() == dst else None
+    if not math.prod(shape):
+        return output
+    sent = Message.of(group.buffers, input_)
+    pack([sent], group.name)
+    received: list[Message] = []
+    if output is not None:
+        received = [Message.of(group.buffers, message_view(output, dim, group.size(), 0))]
+    wires = [wire for message in received for wire in message.wire.unbind(0)]
+    with span("exchange", group.name):
+        group.gather(wires, sent.wire, dst)
+    sent.release()
+    unpack(received, group.name)
+    return output
+
+
+def send(group: Group, tensor: Tensor, dst: int) -> None:
+    """`tensor` to rank `dst`."""
+    sent = Message.of(group.buffers, tensor)
+    pack([sent], group.name)
+    with span("exchange", group.name):
+        group.send(sent.wire, dst)
+    sent.release()
+
+
+def recv(
+    group: Group, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device
+) -> Tensor:
+    """A tensor of `size` from rank `src`."""
+    tensor = torch.empty(size, dtype=dtype, device=device)
+    with span("exchange", group.name):
+        group.recv(tensor, src)
+    return tensor

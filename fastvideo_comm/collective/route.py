@@ -1,0 +1,57 @@
+"""Which way a collective goes: one function decides, from what is the same on all ranks."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+
+from . import memory, messages, traced
+from .group import AnyGroup, Group, MemoryMode
+
+MEMORY_VARIABLE = "FASTVIDEO_COMM_MEMORY"
+_MODES: tuple[MemoryMode, ...] = ("auto", "on", "off")
+
+
+def memory_mode(
+    given: MemoryMode | None, group: dist.ProcessGroup, device: torch.device
+) -> MemoryMode:
+    """Whether a communicator uses memory, before the other ranks are asked.
+
+    Raises:
+        ValueError: `given`, or the environment variable, is another word.
+    """
+    mode = os.environ.get(MEMORY_VARIABLE, "auto") if given is None else given
+    for known in _MODES:
+        if mode == known:
+            # torch's "fake" backend has no other ranks.
+            fits = device.type == "cpu" and dist.get_backend(group) != "fake"
+            return known if fits else "off"
+    raise ValueError(
+        f"memory (or {MEMORY_VARIABLE}) must be one of {', '.join(_MODES)}, got {mode!r}"
+    )
+
+
+def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
+    """The module with the collectives, and the group in the form that the module takes.
+
+    `traced` where torch.compile is looking: the compiler plans copies and buffers itself.
+    `memory` where the ranks of a communicator can write into each other's memory, whatever the
+    sizes: at every size that was measured it is the fastest (bench/NOTES.md, "Exchange by
+    memory"). `messages` everywhere else.
+
+    Example (inside a rank):
+        >>> way, group = route(group)  # doctest: +SKIP
+        >>> output = way.all_gather(group, input_, split)  # doctest: +SKIP
+    """
+    if torch.compiler.is_compiling():
+        return traced, group
+    group = Group.of(group)
+    return (memory if group.connects_memory() else messages), group
+
+
+def route_of_pair(group: Group) -> ModuleType:
+    """As `route`, for two ranks alone: they use memory that all ranks have connected before."""
+    return memory if group.memory is not None else messages

@@ -1,0 +1,315 @@
+"""What every op asks of its arguments, checked before anything is sent.
+
+Each function raises the small fact, `<argument> must <rule>, got <value>`, and returns the
+arguments in their normal form; the communicator adds op, group and rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..reduce_ops import REDUCE_OPS, ReduceOp, reduce_op_name
+from .group import AnyGroup
+from .grouped_heads import HEADS_DIM, form_groups, grouped_splits
+from .layout import Split, Splits, near_even_sizes
+from .wire import REDUCED
+
+# Every rank's size of a dim, for all tensors or one list for each; "auto": found out.
+Sizes: TypeAlias = "Sequence[int] | Sequence[Sequence[int] | None] | Literal['auto'] | None"
+
+_BITWISE = ("band", "bor", "bxor")
+
+
+def check_tensor(name: str, value: Tensor) -> None:
+    """A dense tensor that is all here."""
+    if value is None:
+        raise TypeError(
+            f"{name} must be a tensor, got None; a parameter that the loss does not depend on has "
+            "no gradient: give zeros on every rank, or skip it on every rank"
+        )
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one")
+    if hasattr(value, "to_local"):  # of torch.distributed.tensor, which takes long to import
+        raise TypeError(
+            f"{name} must be this rank's own tensor, got a {type(value).__name__}: give its "
+            "to_local()"
+        )
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    """A tensor on the communicator's device; a device without an index means any of its type."""
+    if value.device.type != device.type or (
+        device.index is not None and value.device.index != device.index
+    ):
+        raise ValueError(f"{name} must be on the communicator's {device}, got {value.device}")
+
+
+def check_world_size(group: AnyGroup, world_size: int) -> None:
+    """The caller's world size is the group's."""
+    if group.size() != world_size:
+        raise ValueError(f"world_size must be the group's {group.size()}, got {world_size}")
+
+
+def check_int(name: str, value: int) -> None:
+    """An int, and not a bool."""
+    if type(value) is not int and (not isinstance(value, int) or isinstance(value, bool)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def normal_dim(input_: Tensor, dim: int) -> int:
+    """`dim` counted from the front."""
+    check_int("dim", dim)
+    if input_.dim() == 0:
+        raise ValueError("input_ must have at least 1 dim, got a 0-d tensor")
+    if not -input_.dim() <= dim < input_.dim():
+        raise ValueError(
+            f"dim must be in [{-input_.dim()}, {input_.dim() - 1}] "
+            f"for input_ of shape {list(input_.shape)}, got {dim}"
+        )
+    return dim % input_.dim()
+
+
+def check_divisible(input_: Tensor, name: str, dim: int, world_size: int, remedy: str = "") -> None:
+    """World size divides the size at `dim`."""
+    if input_.shape[dim] % world_size:
+        raise ValueError(
+            f"input_ must have a size at {name}={dim} that world_size={world_size} divides, "
+            f"got {input_.shape[dim]} of shape {list(input_.shape)}{remedy}"
+        )
+
+
+def all_to_all_4D_dims(input_: Tensor, scatter_dim: int, gather_dim: int) -> tuple[int, int]:
+    """A 4-d tensor, and heads against sequence; the dims counted from the front."""
+    check_tensor("input_", input_)
+    check_int("scatter_dim", scatter_dim)
+    check_int("gather_dim", gather_dim)
+    if input_.dim() != 4:
+        raise ValueError(f"input_ must have 4 dims [B, S, H, D], got shape {list(input_.shape)}")
+    dims = (
+        scatter_dim + 4 if scatter_dim < 0 else scatter_dim,
+        gather_dim + 4 if gather_dim < 0 else gather_dim,
+    )
+    if dims not in ((2, 1), (1, 2)):
+        raise ValueError(
+            f"(scatter_dim, gather_dim) must be (2, 1) or (1, 2), got {(scatter_dim, gather_dim)}"
+        )
+    return dims
+
+
+# The exchange of one tensor that is shared evenly.
+_EVEN = {
+    (2, 1): Splits((Split(2),), (Split(1),)),
+    (1, 2): Splits((Split(1),), (Split(2),)),
+}
+
+
+def all_to_all_4D(input_: Tensor, world_size: int, scatter_dim: int, gather_dim: int) -> Splits:
+    """`all_to_all_4D_dims`, and a size that the ranks can share evenly."""
+    dims = all_to_all_4D_dims(input_, scatter_dim, gather_dim)
+    check_divisible(
+        input_, "scatter_dim", dims[0], world_size, "; scatter_sizes= shares it unevenly"
+    )
+    return _EVEN[dims]
+
+
+def tensors(input_: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """One tensor or at least one, as a tuple."""
+    if isinstance(input_, Tensor):
+        return (input_,)
+    if not isinstance(input_, list | tuple):
+        raise TypeError(f"input_ must be a tensor or several, got {type(input_).__name__}")
+    if not input_:
+        raise ValueError("input_ must hold at least one tensor, got an empty sequence")
+    return tuple(input_)
+
+
+def scatter_splits(
+    inputs: tuple[Tensor, ...], dim: int, sizes: Sizes, world_size: int, *, packed: bool
+) -> tuple[Split, ...]:
+    """How `dim` of each tensor is dealt out; "auto" keeps heads and their key heads together."""
+    of_each = sizes_of_each("scatter_sizes", sizes, len(inputs))
+    remedy = "; scatter_sizes= shares it unevenly"
+    if dim == HEADS_DIM:
+        auto = [index for index, each in enumerate(of_each) if each == "auto"]
+        heads = [inputs[index].shape[dim] for index in auto]
+        if not form_groups(heads):
+            raise ValueError(
+                "input_ must have head counts that are multiples of the smallest for "
+                f"scatter_sizes='auto', got {heads}; scatter_sizes= takes sizes for each tensor"
+            )
+        for index, grouped in zip(auto, grouped_splits(heads, world_size), strict=True):
+            of_each[index] = grouped
+        if len(inputs) > 1 and form_groups([input_.shape[dim] for input_ in inputs]):
+            remedy = "; scatter_sizes='auto' gives every rank the key heads of its query heads"
+    return tuple(
+        scatter_split(input_, dim, each, world_size, packed=packed, remedy=remedy)
+        for input_, each in zip(inputs, of_each, strict=True)
+    )
+
+
+def gather_splits(
+    inputs: tuple[Tensor, ...], dim: int, of_each: Sequence[Any], rank: int, world_size: int
+) -> tuple[Split, ...]:
+    """How `dim` of each tensor comes together, from every rank's sizes of it."""
+    return tuple(
+        gather_split(input_, dim, sizes, rank, world_size)
+        for input_, sizes in zip(inputs, of_each, strict=True)
+    )
+
+
+def sizes_of_each(name: str, sizes: Sizes, num_tensors: int) -> list[Any]:
+    """One entry for each tensor: None, "auto", or every rank's size."""
+    if isinstance(sizes, str) and sizes != "auto":
+        raise ValueError(f"{name} must be None, 'auto' or sizes, got {sizes!r}")
+    if isinstance(sizes, Tensor):
+        raise TypeError(
+            f"{name} must be None, 'auto' or a list of ints, got a tensor: give .tolist()"
+        )
+    if sizes is None or isinstance(sizes, str) or all(isinstance(size, int) for size in sizes):
+        return [sizes] * num_tensors
+    if len(sizes) != num_tensors:
+        raise ValueError(f"{name} must hold sizes for {num_tensors} tensors, got {len(sizes)}")
+    return list(sizes)
+
+
+def uneven_split(name: str, dim: int, sizes: Sequence[int], world_size: int) -> Split:
+    """A size of at least 0 for every rank; equal ones are an even split."""
+    sizes = tuple(sizes)
+    for size in sizes:
+        check_int(f"every entry of {name}", size)
+    if len(sizes) != world_size or any(size < 0 for size in sizes):
+        raise ValueError(
+            f"{name} must hold world_size={world_size} sizes of at least 0, got {list(sizes)}"
+        )
+    # Not `set`: what is hashed becomes a constant of a compiled graph.
+    return Split(dim, sizes if any(size != sizes[0] for size in sizes) else None)
+
+
+def scatter_split(
+    input_: Tensor, dim: int, sizes: Any, world_size: int, *, packed: bool, remedy: str
+) -> Split:
+    """How `dim` of a tensor is dealt out; a split is taken as it is.
+
+    Among several tensors, scarce heads are replicated.
+    """
+    if isinstance(sizes, Split):
+        return sizes
+    size = input_.shape[dim]
+    if sizes is not None:
+        return _given_scatter_split(input_, "scatter_dim", dim, sizes, world_size)
+    if packed and dim == HEADS_DIM and 0 < size < world_size and world_size % size == 0:
+        return Split(dim, None, world_size // size)
+    check_divisible(input_, "scatter_dim", dim, world_size, remedy)
+    return Split(dim)
+
+
+def _given_scatter_split(input_: Tensor, name: str, dim: int, sizes: Any, world_size: int) -> Split:
+    """Sizes that add up to that of `dim`, which errors call `name`; or near even ones."""
+    size = input_.shape[dim]
+    if sizes == "auto":
+        return uneven_split("scatter_sizes", dim, near_even_sizes(size, world_size), world_size)
+    if sum(sizes) != size:
+        raise ValueError(
+            f"scatter_sizes must add up to the {size} at {name}={dim} of shape "
+            f"{list(input_.shape)}, got {list(sizes)}"
+        )
+    return uneven_split("scatter_sizes", dim, sizes, world_size)
+
+
+def gather_split(
+    input_: Tensor,
+    dim: int,
+    sizes: Sequence[int] | None,
+    rank: int,
+    world_size: int,
+    name: str = "gather_dim",
+) -> Split:
+    """What every rank has of the dim that comes together, which errors call `name`."""
+    if sizes is None:
+        return Split(dim)
+    result = uneven_split("gather_sizes", dim, sizes, world_size)
+    if sizes[rank] != input_.shape[dim]:
+        raise ValueError(
+            f"gather_sizes must hold the {input_.shape[dim]} at {name}={dim} of shape "
+            f"{list(input_.shape)} for rank {rank}, got {list(sizes)}"
+        )
+    return result
+
+
+def all_gather(input_: Tensor, dim: int) -> Split:
+    """Any tensor with at least one dim."""
+    check_tensor("input_", input_)
+    return Split(normal_dim(input_, dim))
+
+
+def all_gather_sizes(
+    input_: Tensor, dim: int, sizes: Sequence[int] | None, rank: int, world_size: int
+) -> Split:
+    """`all_gather`, and what every rank has of `dim`."""
+    return gather_split(input_, normal_dim(input_, dim), sizes, rank, world_size, "dim")
+
+
+def parts(input_: Tensor, world_size: int, dim: int, remedy: str = "") -> Split:
+    """A tensor whose `dim` holds a part for every rank."""
+    result = all_gather(input_, dim)
+    check_divisible(input_, "dim", result.dim, world_size, remedy)
+    return result
+
+
+def slice_(input_: Tensor, world_size: int, dim: int) -> Split:
+    """`parts`, for a caller who can say what the parts are."""
+    return parts(input_, world_size, dim, "; scatter_sizes= shares it unevenly")
+
+
+def slice_sizes(input_: Tensor, dim: int, sizes: Sizes, world_size: int) -> Split:
+    """`slice_`, and what every rank gets of `dim`."""
+    dim = all_gather(input_, dim).dim
+    (of_each,) = sizes_of_each("scatter_sizes", sizes, 1)
+    if of_each is None:
+        return slice_(input_, world_size, dim)
+    return _given_scatter_split(input_, "dim", dim, of_each, world_size)
+
+
+def all_reduce(input_: Tensor, op: ReduceOp | None) -> str:
+    """A dtype that can be reduced by `op`; returns the name of `op`."""
+    check_tensor("input_", input_)
+    name = reduce_op_name(op)
+    if name is None:
+        raise ValueError(f"op must be one of ReduceOp.{', '.join(REDUCE_OPS).upper()}, got {op}")
+    if input_.dtype not in REDUCED:
+        raise TypeError(
+            f"input_ must have a dtype that backends reduce, got {input_.dtype}; "
+            "convert it before and after"
+        )
+    if input_.is_complex() and name not in ("sum", "avg"):
+        raise TypeError(f"op must be SUM or AVG for {input_.dtype}, got {name.upper()}")
+    if name == "avg" and not (input_.is_floating_point() or input_.is_complex()):
+        raise TypeError(f"op must not be AVG for {input_.dtype}, got AVG")
+    if name in _BITWISE and (input_.is_floating_point() or input_.is_complex()):
+        raise TypeError(f"op must not be bitwise for {input_.dtype}, got {name.upper()}")
+    return name
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """One of a few words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def peer(name: str, value: int, rank: int, world_size: int, *, others_only: bool) -> None:
+    """A rank of the group; for send and recv another than this one."""
+    check_int(name, value)
+    if not 0 <= value < world_size:
+        raise ValueError(
+            f"{name} must be a rank of the group in [0, {world_size - 1}], got {value}"
+        )
+    if others_only and value == rank:
+        raise ValueError(f"{name} must be another rank than this one, got {value}")

@@ -1,0 +1,65 @@
+"""What a dtype travels as, and how it is reduced: one table for eager and for compiled code.
+
+gloo and NCCL move and add only some dtypes. The others (fp8, int16, complex, ..) travel as bytes,
+and complex numbers are added as pairs of real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGER = (torch.uint8, torch.int8, torch.int32, torch.int64)
+# What gloo and NCCL both move; the rest travels as bytes.
+_MOVED = frozenset({torch.bool, *_INTEGER, *_REAL})
+# What gloo and NCCL both reduce, complex numbers as pairs of real ones.
+REDUCED = frozenset({*_INTEGER, *_REAL, torch.complex64, torch.complex128})
+
+
+def moved(tensor: Tensor) -> Tensor:
+    """The elements of a contiguous tensor in a row, in a dtype that every backend moves: a view.
+
+    Example:
+        >>> moved(torch.zeros(2, 3, dtype=torch.float8_e4m3fn)).dtype
+        torch.uint8
+    """
+    flat = tensor.view(-1)
+    if tensor.dtype in _MOVED:
+        return flat
+    if tensor.is_complex():
+        return torch.view_as_real(flat).view(-1)
+    # A single element is contiguous with any stride, and cannot be viewed as bytes with it.
+    if flat.stride() != (1,):
+        flat = flat.as_strided(flat.shape, (1,))
+    return flat.view(torch.uint8)
+
+
+def moved_back(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `moved`: elements of `dtype` in a row.
+
+    Example:
+        >>> x = torch.tensor([1, -2], dtype=torch.int16)
+        >>> moved_back(moved(x), torch.int16)
+        tensor([ 1, -2], dtype=torch.int16)
+    """
+    if dtype in _MOVED:
+        return flat
+    if dtype.is_complex:
+        return torch.view_as_complex(flat.view(-1, 2))
+    return flat.view(dtype)
+
+
+def moved_counts(dtype: torch.dtype, counts: Sequence[int]) -> list[int]:
+    """Counts of elements as counts of what `moved` gives."""
+    if dtype in _MOVED:
+        return list(counts)
+    each = 2 if dtype.is_complex else dtype.itemsize
+    return [count * each for count in counts]
+
+
+def reduced(tensor: Tensor) -> Tensor:
+    """The elements of a contiguous tensor in a row, in a dtype that every backend adds: a view."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).view(-1)

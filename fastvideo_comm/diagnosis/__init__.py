@@ -1,0 +1,6 @@
+"""Ranks compare what they are about to do, so that a mistake is an error and not a hang."""
+
+from ..errors import MismatchError
+from .comparison import Diagnosis, Validate, is_due
+
+__all__ = ["Diagnosis", "MismatchError", "Validate", "is_due"]

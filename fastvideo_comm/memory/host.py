@@ -1,0 +1,325 @@
+"""Exchange by memory for ranks of one host, on the CPU.
+
+The interface:
+
+- `HostMemory.connect(rank, world_size, everyone, timeout=, name=, enabled=)`: collective. Gives
+  `(memory, "")` on all ranks, or `(None, refusal)` on all ranks; the refusal says which rank, why.
+- `memory.allocate(specs)`: outputs that the others can write to, `Posted(tensors, place)`.
+- `memory.tensors_at(rank, place, specs)`: the outputs of a rank as this rank sees them.
+- `memory.start(ask, background=False)`: posts a call (`Ask`, in `flight.py`) and returns its
+  `Flight`. It raises nothing but ClosedError and interrupts; `flight.wait()` raises the rest. With
+  `background=True` a thread moves the flight on, so it need not be waited for.
+- `memory.fail_next(text, ranks=None, failure="arguments")`: this rank cannot make its next call.
+- `memory.close()`: fails what is in the air, says goodbye.
+- `memory.bytes_in_use`, `memory.high_water_bytes`, `memory.num_segments`.
+
+`Flight.wait` raises `Mismatch` (with the details of all ranks), `PeerLostError`,
+`CommunicationTimeoutError`, `CollectiveError`, `ClosedError`, or what `deliver` raised on this
+rank. After each of them the memory can be used again, as far as the ranks that it needs are alive.
+
+Assumes what every group assumes: all ranks make the same calls in the same order; the calls of each
+pair of ranks (`Ask.ranks`) are counted apart.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import CollectiveError
+from . import line, memfd
+from .engine import Engine
+from .flight import Ask, Flight, Mismatch, Place, Posted
+from .introduction import Everyone, introduce
+from .line import Line, Record
+from .memfd import Segment, aligned
+from .segment import RESERVE_BYTES, Pool
+
+__all__ = ["Ask", "Flight", "HostMemory", "Mismatch", "Place", "Posted", "Spec"]
+
+# Shape and dtype of an output.
+Spec: TypeAlias = "tuple[Sequence[int], torch.dtype]"
+
+# What `fail_next` may give as the reason.
+_FAILURES = {
+    "arguments": line.ARGUMENTS,
+    "interrupted": line.INTERRUPTED,
+    "memory": line.MEMORY,
+}
+
+
+class HostMemory:
+    """The memory of the ranks of one host, and their calls.
+
+    Example:
+        >>> import torch
+        >>> everyone = lambda payload: [payload]
+        >>> memory, _ = HostMemory.connect(0, 1, everyone, timeout=10, name="alone")
+        >>> specs = [((2, 3), torch.float32)]
+        >>> posted = memory.allocate(specs)
+        >>> def deliver(rank, place):
+        ...     memory.tensors_at(rank, place, specs)[0].fill_(7)
+        >>> ask = Ask("fill", b"fill", b"fill", deliver, lambda: b"", posted=posted, targets=[0])
+        >>> memory.start(ask).wait()
+        >>> posted.tensors[0].sum().item()
+        42.0
+        >>> memory.close()
+    """
+
+    @classmethod
+    def connect(
+        cls,
+        rank: int,
+        world_size: int,
+        everyone: Everyone,
+        *,
+        timeout: float,
+        name: str,
+        enabled: bool = True,
+        reserve_bytes: int = RESERVE_BYTES,
+    ) -> tuple[HostMemory | None, str]:
+        """Connects the ranks of a group, all or none.
+
+        Args:
+            rank: This rank.
+            world_size: How many ranks the group has.
+            everyone: `everyone(payload)` gives what every rank gave, in rank order; all payloads
+                of a call have one length.
+            timeout: Seconds that a call may take, from its start to its end on this rank.
+            name: What errors call the group.
+            enabled: False where this rank does not want to share memory.
+            reserve_bytes: Free memory that is kept; more than that is given back to the system.
+
+        Returns:
+            The memory and an empty string; or None and the reason, the same on all ranks.
+        """
+        lines, refusal = introduce(rank, world_size, everyone, timeout=timeout, enabled=enabled)
+        if refusal:
+            return None, refusal
+        memory = cls(
+            rank, world_size, lines, timeout=timeout, name=name, reserve_bytes=reserve_bytes
+        )
+        return memory, ""
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        lines: dict[int, Line],
+        *,
+        timeout: float,
+        name: str,
+        reserve_bytes: int,
+    ) -> None:
+        """Takes over the lines; `connect` makes them."""
+        self.rank, self.world_size = rank, world_size
+        self._engine = Engine(
+            rank, lines, timeout=timeout, name=name, add_segment=self._add_segment
+        )
+        self._pool = Pool(self._new_segment, reserve_bytes=reserve_bytes)
+        self._segments: dict[tuple[int, int], _PeerSegment] = {}
+        reference = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _forked(reference))
+        self._at_exit = lambda: _close(reference)
+        atexit.register(self._at_exit)
+
+    @property
+    def bytes_in_use(self) -> int:
+        """The shared memory that this rank's tensors take."""
+        return self._pool.bytes_in_use
+
+    @property
+    def high_water_bytes(self) -> int:
+        """The largest that `bytes_in_use` ever was."""
+        return self._pool.high_water_bytes
+
+    @property
+    def num_segments(self) -> int:
+        """The segments of this rank."""
+        return len(self._pool.segments)
+
+    def allocate(self, specs: Sequence[Spec]) -> Posted:
+        """Contiguous tensors of this rank that the other ranks can write to.
+
+        Their values are undefined. A tensor is its holder's for as long as anyone holds its
+        storage.
+
+        Args:
+            specs: Shape and dtype of each.
+
+        Raises:
+            MemoryError: The system has no more memory; the message names bytes and limits.
+        """
+        self._engine.check()
+        run = self._pool.allocate([math.prod(shape) * dtype.itemsize for shape, dtype in specs])
+        return Posted(_tensors(run.views, specs), Place(run.segment, run.offset))
+
+    def tensors_at(self, rank: int, place: Place, specs: Sequence[Spec]) -> list[Tensor]:
+        """The outputs that a rank has posted, as this rank sees them.
+
+        Args:
+            rank: Whose outputs.
+            place: Where, from its post.
+            specs: The specs that it allocated them with.
+
+        Raises:
+            CollectiveError: This process could not map that memory; the message says why.
+        """
+        number, start = place
+        sizes = [aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in specs]
+        stop = start + sum(sizes)
+        if stop == start:
+            return [_empty(shape, dtype) for shape, dtype in specs]
+        if rank == self.rank:
+            segment = self._pool.segments[number]
+        else:
+            segment = self._peer_segment(rank, number)
+            segment.populate(start, stop)
+        tensors = []
+        for (shape, dtype), num_bytes in zip(specs, sizes, strict=True):
+            if num_bytes:
+                tensors.append(segment.tensor(start, shape, dtype))
+                start += num_bytes
+            else:
+                tensors.append(_empty(shape, dtype))
+        return tensors
+
+    def start(self, ask: Ask, *, background: bool = False) -> Flight:
+        """Posts a call, and returns without waiting.
+
+        Args:
+            ask: What this rank asks for.
+            background: A thread moves the call on, whether or not it is waited for. Otherwise
+                somebody must wait for it.
+
+        Raises:
+            ClosedError: The memory was closed, or belongs to the process that this one was forked
+                from.
+        """
+        return self._engine.start(ask, background=background)
+
+    def fail_next(
+        self, text: bytes, ranks: tuple[int, int] | None = None, *, failure: str = "arguments"
+    ) -> None:
+        """Gives this rank's next call up before it has started, and tells the others.
+
+        Args:
+            text: What the others are told. They hear it as this rank's detail of a mismatch where
+                the failure is "arguments", in a CollectiveError otherwise.
+            ranks: As `Ask.ranks`.
+            failure: "arguments", "interrupted" or "memory".
+
+        Raises:
+            ClosedError: As `start`.
+        """
+        if failure not in _FAILURES:
+            raise ValueError(f"failure must be one of {sorted(_FAILURES)}, got {failure!r}")
+        self._engine.fail_next(_FAILURES[failure], text, ranks)
+
+    def close(self) -> None:
+        """Fails the calls in the air, tells the others, and closes sockets and segments.
+
+        Tensors that are still held stay as they are.
+        """
+        atexit.unregister(self._at_exit)
+        self._engine.close()
+        self._close_segments()
+
+    def _forget(self) -> None:
+        """In a forked child, which keeps nothing of this but the tensors."""
+        self._engine.forget()
+        self._close_segments()
+
+    def _close_segments(self) -> None:
+        self._pool.close()
+        for segment in self._segments.values():
+            segment.close()
+        self._segments = {}
+
+    def _new_segment(self, num_bytes: int) -> Segment:
+        descriptor = memfd.create(num_bytes)
+        try:
+            segment = Segment(descriptor, num_bytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        record = Record(line.SEGMENT, segment=len(self._pool.segments), number=num_bytes)
+        self._engine.announce([record.pack()], descriptor)
+        return segment
+
+    def _add_segment(self, rank: int, record: Record, descriptor: int) -> None:
+        key = (rank, record.segment)
+        if key in self._segments:  # an interrupt has made the record come twice
+            if descriptor >= 0 and descriptor != self._segments[key].descriptor:
+                os.close(descriptor)
+            return
+        self._segments[key] = _PeerSegment(descriptor, record.number)
+
+    def _peer_segment(self, rank: int, number: int) -> Segment:
+        try:
+            return self._segments[rank, number].mapped()
+        except (OSError, KeyError) as error:
+            raise CollectiveError(
+                f"rank {self.rank} cannot map segment {number} of rank {rank}: {error}",
+                peers=(rank,),
+            ) from None
+
+
+class _PeerSegment:
+    """A segment of another rank, which is mapped when it is first needed."""
+
+    def __init__(self, descriptor: int, num_bytes: int) -> None:
+        self.descriptor = descriptor
+        self._num_bytes = num_bytes
+        self._segment: Segment | None = None
+        self._lock = threading.Lock()  # two threads may be the first to copy into it
+
+    def mapped(self) -> Segment:
+        segment = self._segment
+        if segment is not None:
+            return segment
+        with self._lock:
+            if self._segment is None:
+                if self.descriptor < 0:
+                    raise OSError("its descriptor was lost: too many open files (RLIMIT_NOFILE)")
+                self._segment = Segment(self.descriptor, self._num_bytes)
+                self.close()
+            return self._segment
+
+    def close(self) -> None:
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _tensors(views: Sequence[memoryview | None], specs: Sequence[Spec]) -> list[Tensor]:
+    return [
+        torch.frombuffer(view, dtype=dtype).view(shape)
+        if view is not None
+        else _empty(shape, dtype)
+        for view, (shape, dtype) in zip(views, specs, strict=True)
+    ]
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def _forked(reference: weakref.ref[HostMemory]) -> None:
+    memory = reference()
+    if memory is not None:
+        memory._forget()
+
+
+def _close(reference: weakref.ref[HostMemory]) -> None:
+    memory = reference()
+    if memory is not None:
+        memory.close()

@@ -1,0 +1,204 @@
+"""How a public op goes: named in its errors, profiled, compared between ranks, counted, recorded.
+
+A communicator holds one `OpRunner`, and opens an `OpCall` for each call of an op.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import functions
+from .collective import memory, validation
+from .collective.group import Group
+from .collective.layout import Split, Splits
+from .collective.route import route, route_of_pair
+from .errors import ClosedError, CommunicationError
+from .handle import AsyncHandle
+from .profiling import Stats, span
+
+
+class OpRunner:
+    """What the calls of one communicator share.
+
+    Attributes:
+        group: whose ranks call.
+        device: where tensors must be.
+        stats: the counters.
+        is_open: the communicator was not destroyed.
+    """
+
+    def __init__(self, group: Group, device: torch.device, cpu_group: ProcessGroup) -> None:
+        """Open; `cpu_group` has the same ranks, and moves tensors that are not on `device`."""
+        self.group = group
+        self.device = device
+        self._cpu_group: ProcessGroup | None = cpu_group
+        self.stats = Stats()
+        self.is_open = True
+
+    def close(self) -> None:
+        """The communicator was destroyed: calls are errors from now on."""
+        self.is_open = False
+        self._cpu_group = None
+        self.group.close()
+
+    def sizes_of_all_ranks(self, sizes: list[int]) -> list[list[int]]:
+        """For each of this rank's sizes, what it is on every rank: one small all_gather.
+
+        Never remembered: a rank whose size did not change would not know that another's did.
+        """
+        if self._cpu_group is None:
+            raise ClosedError("the communicator was destroyed")
+        same = self._cpu_group is self.group.process_group
+        own = torch.tensor([sizes], device=self.device if same else "cpu")
+        way, group = route(self.group if same else self._cpu_group)
+        every: list[list[int]] = way.all_gather(group, own, Split(0)).T.tolist()
+        return every
+
+    def call(self, op: str) -> OpCall:
+        """A call of an op, to be entered."""
+        return OpCall(op, self)
+
+
+class OpCall:
+    """One call of an op: a context that counts it and names it in what is wrong with it."""
+
+    __slots__ = ("_begin", "_is_compared", "_is_traced", "_runner", "_span", "op")
+
+    def __init__(self, op: str, runner: OpRunner) -> None:
+        """Not entered yet."""
+        self.op = op
+        self._runner = runner
+        self._is_compared = False
+        self._is_traced = False
+
+    def __enter__(self) -> OpCall:
+        """Begins to count, unless the call is traced: a graph must not depend on counters."""
+        if torch.compiler.is_compiling():
+            self._is_traced = True
+        else:
+            self._span = span(self.op, self._runner.group.name)
+            self._span.__enter__()
+            self._begin = perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Counts a call that succeeded; adds op, rank and group to what the caller did wrong."""
+        if not self._is_traced:
+            seconds = perf_counter() - self._begin
+            self._span.__exit__(kind, error, traceback)
+            if error is None:
+                self._runner.stats.add_call(self.op, seconds)
+        if error is None:
+            return
+        self._runner.group.take_asked()
+        # The class itself: a subclass may be made of other things than a text.
+        for known in (ClosedError, TypeError, ValueError):
+            if isinstance(error, known):
+                self._tell_others(error)
+                # Not str(error), which torch 2.11 cannot trace.
+                text = error.args[0] if error.args else ""
+                raise known(f"{self._runner.group.where(self.op)}: {text}") from None
+
+    def check(self, name: str, tensor: Tensor) -> None:
+        """A dense tensor on the device of a communicator that is open."""
+        self.check_open()
+        validation.check_tensor(name, tensor)
+        validation.check_device(name, tensor, self._runner.device)
+
+    def check_open(self) -> None:
+        """The communicator was not destroyed."""
+        if not self._runner.is_open:
+            raise ClosedError("the communicator was destroyed")
+
+    def compare(
+        self, tensors: Tensor | Sequence[Tensor], arguments: Sequence[Any], **named: Any
+    ) -> None:
+        """The ranks compare what they ask for; called when this rank's arguments are known good."""
+        self._is_compared = True
+        if not self._is_traced:
+            group = self._runner.group
+            asked = group.before(self.op, tensors, arguments, **named)
+            if asked is not None:
+                memory.check(group, asked)
+
+    def compare_pair(
+        self, op: Literal["send", "recv"], shape: Sequence[int], dtype: torch.dtype, peer: int
+    ) -> None:
+        """A send and its recv are compared."""
+        self._is_compared = True
+        if not self._is_traced:
+            self._runner.group.before_pair(op, shape, dtype, peer)
+
+    def sizes_of_all_ranks(self, sizes: list[int]) -> list[list[int]]:
+        """For each of this rank's sizes, what it is on every rank. Not in compiled code."""
+        if self._is_traced:
+            raise ValueError("gather_sizes must be given where a call is compiled, got 'auto'")
+        return self._runner.sizes_of_all_ranks(sizes)
+
+    def count(self, *tensors: Tensor) -> None:
+        """Adds the bytes of a call to its op's statistics."""
+        if not self._is_traced:
+            self._runner.stats.add_bytes(self.op, sum([tensor.nbytes for tensor in tensors]))
+
+    def run(self, function: Any, *arguments: Any, alone: Any) -> Any:
+        """The output of an autograd Function of the group and `arguments`.
+
+        Args:
+            function: one of `functions`.
+            arguments: what it takes behind the group, tensors among them.
+            alone: the output at world size 1.
+        """
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        group = self._runner.group
+        if group.size() == 1:
+            return alone
+        self.count(*tensors)
+        # A compiled graph holds the process group.
+        taken = group.process_group if self._is_traced else group
+        return functions.run(function, taken, *arguments)
+
+    def start(self, splits: Splits, inputs: Sequence[Tensor], *, packed: bool) -> AsyncHandle[Any]:
+        """An exchange that the caller waits for later; its handle gives a tuple if `packed`."""
+
+        def result(outputs: Sequence[Tensor]) -> Any:
+            return tuple(outputs) if packed else outputs[0]
+
+        group = self._runner.group
+        if self._is_traced or group.size() == 1:
+            outputs = self.run(functions.AllToAll, splits, *inputs, alone=inputs)
+            return AsyncHandle.done(result(outputs))
+        self.count(*inputs)
+        flight = functions.Flight(splits)
+        token = functions.run(functions.StartAllToAll, group, flight, *inputs)
+        return AsyncHandle(
+            self.op,
+            group.place,
+            lambda: result(functions.run(functions.FinishAllToAll, group, flight, token)),
+            flight.is_completed,
+        )
+
+    def run_unrecorded(self, name: str, *arguments: Any) -> Any:
+        """What a collective without a gradient gives, of the group and `arguments`."""
+        group = self._runner.group
+        way = route_of_pair(group) if name in ("send", "recv") else route(group)[0]
+        with torch.no_grad():
+            return getattr(way, name)(group, *arguments)
+
+    def _tell_others(self, error: Exception) -> None:
+        """The others would wait for this rank's call; they may not be there to be told."""
+        if not (self._is_traced or self._is_compared):
+            with contextlib.suppress(CommunicationError):
+                self._runner.group.failed(self.op, error)

@@ -1,0 +1,1 @@
+"""Programs for whoever installs the library: the doctor and the small benchmark."""

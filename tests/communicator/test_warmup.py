@@ -1,0 +1,74 @@
+"""Which calls `warmup` makes: those that a training step makes with the same shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+
+from fastvideo_comm import DeviceCommunicatorBase
+
+
+def calls_for(communicator: DeviceCommunicatorBase, heads: tuple[int, ...] | int) -> list[Any]:
+    calls: set[tuple[str, ...]] = set()
+    exchange = DeviceCommunicatorBase.all_to_all_4D
+
+    def recorded(self: DeviceCommunicatorBase, input_: Any, *arguments: Any, **named: Any) -> Any:
+        calls.add((str(named.get("scatter_sizes")), str(named.get("gather_sizes"))))
+        return exchange(self, input_, *arguments, **named)
+
+    packed = isinstance(heads, tuple)
+    shapes = [(1, 3, each, 4) for each in (heads if packed else [heads])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeviceCommunicatorBase, "all_to_all_4D", recorded)
+        communicator.warmup([shapes if packed else shapes[0]], [torch.float32])
+    return sorted(calls)
+
+
+class OfUpstream(DeviceCommunicatorBase):
+    """A subclass with the arguments of upstream, and no others."""
+
+    def __init__(
+        self, cpu_group: Any, device: Any = None, device_group: Any = None, unique_name: str = ""
+    ) -> None:
+        super().__init__(cpu_group, device, device_group, unique_name)
+
+    def all_to_all_4D(self, input_: Any, scatter_dim: int = 2, gather_dim: int = 1) -> Any:
+        return super().all_to_all_4D(input_, scatter_dim, gather_dim) * 1
+
+
+def made_and_warmed(communicator: DeviceCommunicatorBase) -> None:
+    made = OfUpstream.from_group(communicator.cpu_group, unique_name="up", validate="always")
+    made.warmup([(1, 2, 4, 3), [(1, 2, 4, 3), (1, 2, 1, 3)]], [torch.float32])
+    assert type(made) is OfUpstream
+    x = torch.rand(1, 2, 4, 3)
+    assert torch.equal(made.all_to_all_4D(made.all_to_all_4D(x), 1, 2), x)
+    made.destroy()
+
+
+def test_a_subclass_with_the_arguments_of_upstream_is_made_and_warmed_up(ranks: Ranks):
+    ranks.run(2, made_and_warmed)
+
+
+EVEN = [("None", "None")]
+AUTO = [("None", "auto"), ("auto", "None")]
+
+
+@pytest.mark.parametrize(
+    ("heads", "calls"),
+    [
+        (4, EVEN),
+        ((4, 4, 4), EVEN),
+        ((8, 2, 2), EVEN),  # scarce key heads, which the ranks divide: no sizes are given
+        ((4, 1), EVEN),
+        (2, AUTO),  # alone, scarce heads are shared unevenly
+        (6, AUTO),
+        ((6, 2), AUTO),
+        ((12, 3, 3), AUTO),
+        ((5, 3), [("None", "auto"), ("[[2, 1, 1, 1], [1, 1, 1, 0]]", "None")]),
+    ],
+)
+def test_it_gives_sizes_only_where_a_step_needs_them(ranks: Ranks, heads, calls):
+    assert ranks.run(4, calls_for, heads) == [calls] * 4
