@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test versions check format lint types gpu bench wheels docs build clean
+.PHONY: demo test versions check format lint types mutants gpu bench wheels docs build clean
 
 demo: $(READY)  ## train a small video transformer in one process, then over 2 ranks, and compare
 	$(BIN)/python examples/train_sequence_parallel.py $(ARGS)
@@ -30,6 +30,11 @@ lint: $(READY)  ## form and faults; rewrites nothing
 types: $(READY)  ## mypy, strict
 	$(BIN)/mypy
 
+mutants: $(READY)  ## single mistakes in pure modules, and which of them no test notices
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group mutants
+	$(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
+
 gpu:  ## every test and benchmark that needs a GPU, with the given interpreter; installs nothing
 	PYTHON=$(PYTHON) bash bench/run_gpu.sh $(ARGS)
 
@@ -46,7 +51,7 @@ build: $(READY)  ## sdist and wheel in dist/
 	$(BIN)/python -m build
 
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) .nox .whl build dist site demo_output *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .nox .whl build dist site demo_output mutants *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 .whl/.ready: $(READY) pyproject.toml
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir .whl --group peers

@@ -21,5 +21,5 @@ PAIRS = {
 @nox.parametrize("pair", [nox.param(pair, id=name) for name, pair in PAIRS.items()])
 def suite(session: nox.Session, pair: tuple[str, ...]) -> None:
     session.install("pip==26.3")  # 25.1 is the first that reads dependency groups
-    session.install(*pair, "--group", "test", "-e", ".")
+    session.install(*pair, "--group", "test", "--group", "demo", "-e", ".")
     session.run("pytest", *session.posargs)

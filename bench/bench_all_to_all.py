@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import costs
+import gpu_peers
 import peers
 import script
 import systems
@@ -35,7 +36,7 @@ import torch
 import torch.distributed as dist
 from cases import Shape, production
 from harness import Report, num_input_sets, random_like, time_in_turn, track
-from local_group import local_group
+from local_group import LocalGroup, local_group
 from peers import Bound
 from torch import Tensor
 
@@ -110,6 +111,12 @@ def measure_on(group: dist.ProcessGroup, cases: list[Case], options: script.Opti
     """Every case of one group size."""
     report = Report()
     present, missing = peers.load_all()
+    if options.device.type == "cuda" and not isinstance(group, LocalGroup):
+        on_gpus, absent = gpu_peers.load_all()
+        on_gpus, refused = gpu_peers.bindable(
+            on_gpus, group, lambda yes: _over_ranks([float(yes)], group, options.device)[0] > 0
+        )
+        present, missing = present | on_gpus, missing | absent | refused
     for name, reason in missing.items():
         report.problem(f"peer {name} is missing: {reason}")
 

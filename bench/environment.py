@@ -19,11 +19,15 @@ LIBRARIES = ("triton", "numpy")
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Machine, GPU, driver, versions and commit, for the head of a JSON report."""
+    import gpu_peers
     import peers
 
     import fastvideo_comm
 
     present, missing = peers.load_all()
+    if torch.cuda.device_count() > 1:
+        on_gpus, absent = gpu_peers.load_all()
+        present, missing = present | on_gpus, missing | absent
     load = os.getloadavg()[0]
     return {
         "date": datetime.date.today().isoformat(),

@@ -254,15 +254,24 @@ REGISTRY: dict[str, Callable[[], Peer]] = {
 @functools.cache
 def load(name: str) -> Peer | str:
     """The peer, or why it is missing; once per process, for custom ops register only once."""
+    return attempt(REGISTRY[name])
+
+
+def attempt(make: Callable[[], Peer]) -> Peer | str:
+    """The peer that is made, or why it is not."""
     try:
-        return REGISTRY[name]()
+        return make()
     except Exception as error:  # whatever a peer's file raises is a reason to name it
         return f"{type(error).__name__}: {error}"
 
 
 def load_all() -> tuple[dict[str, Peer], dict[str, str]]:
     """The peers that loaded, and the missing ones with their reasons."""
-    loaded = {name: load(name) for name in REGISTRY}
+    return sorted_out({name: load(name) for name in REGISTRY})
+
+
+def sorted_out(loaded: dict[str, Peer | str]) -> tuple[dict[str, Peer], dict[str, str]]:
+    """Those that loaded, and the reasons of the others."""
     present = {name: peer for name, peer in loaded.items() if isinstance(peer, Peer)}
     missing = {name: reason for name, reason in loaded.items() if isinstance(reason, str)}
     return present, missing

@@ -17,7 +17,8 @@ Row = Mapping[str, Any]
 
 OURS = "fastvideo_comm"
 SOCKETS = "fastvideo_comm, sockets"
-PEERS = ("fastvideo", "yunchang", "deepspeed", "diffusers", "cache-dit")
+GPU_PEERS = ("fast-ulysses", "fast-ulysses into buffers", "flashinfer")
+PEERS = ("fastvideo", "yunchang", "deepspeed", "diffusers", "cache-dit", *GPU_PEERS)
 BOUNDS = ("floor", "bare exchange", "contiguous copy")
 
 

@@ -4,7 +4,8 @@
 #     PYTHON=python3.12 bash bench/run_gpu.sh [--quick | --full] [--out FILE]
 #
 # The interpreter brings torch, triton, numpy, pytest and what the tests import; the peers come from
-# its environment or from wheels in .whl/ (`make wheels`). Non-zero if a test or a benchmark failed.
+# its environment or from wheels in .whl/ (`make wheels`), those for several GPUs from its
+# environment alone (`pip install --group gpu-peers`). Non-zero if a test or a benchmark failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

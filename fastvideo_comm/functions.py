@@ -356,7 +356,8 @@ def _part_of_extreme(group: AnyGroup, input_: Tensor, output: Tensor) -> Tensor:
     """1 / (number of ranks that hold the extreme) on those ranks, 0 on the others."""
     holds = (input_ == output) | (input_.isnan() & output.isnan())
     part = holds.detach().to(input_.dtype)
-    return part / run(AllReduce, group, part, "sum", False)
+    count: Tensor = run(AllReduce, group, part, "sum", False)
+    return part / count
 
 
 def _product_of_others(group: AnyGroup, input_: Tensor) -> Tensor:

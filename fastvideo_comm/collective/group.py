@@ -92,6 +92,8 @@ class Group:
         A gloo group that lives until the interpreter ends makes torch 2.13 abort there.
         """
         self.buffers.clear()
+        if self.diagnosis is not None:
+            self.diagnosis.close()
         if self.memory is not None:
             self.memory.close()
             self.memory = None
@@ -113,7 +115,7 @@ class Group:
     def validate(self, validate: Validate) -> None:
         """Says which calls the ranks compare."""
         if self.diagnosis is not None:
-            self.diagnosis.validate = validate
+            self.diagnosis.set_validate(validate)
 
     def where(self, op: str) -> str:
         """Which call on which rank of which group, for errors."""

@@ -79,20 +79,30 @@ class Diagnosis:
             ValueError: another `validate`, a timeout that is not positive, or "always" for a group
                 that has no store.
         """
-        if validate not in _MODES:
-            raise ValueError(f"validate must be one of {', '.join(_MODES)}, got {validate!r}")
         if timeout is not None and not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
-        self.validate = validate
         self.timeout = group_timeout(group) if timeout is None else timeout
+        self._group: dist.ProcessGroup | None = group
         self._rank, self._size = group.rank(), group.size()
         self._name = name
         self._number = 0
-        self._closed = False
         self._pair_numbers: dict[int, int] = {}
         self._board: Board | None = None
-        if validate != "off" and self._size > 1:
-            self._board = Board.of(group)
+        self.set_validate(validate)
+
+    def set_validate(self, validate: Validate) -> None:
+        """Says which calls are compared, before the first call; the same on all ranks.
+
+        Raises:
+            ValueError: As for the constructor.
+        """
+        if validate not in _MODES:
+            raise ValueError(f"validate must be one of {', '.join(_MODES)}, got {validate!r}")
+        self.validate = validate
+        if validate == "off" or self._size == 1 or self._group is None:
+            self._board = None
+        elif self._board is None:
+            self._board = Board.of(self._group)
             if self._board is None and validate == "always":
                 raise ValueError("validate must not be 'always' for a group without a store")
 
@@ -140,7 +150,7 @@ class Diagnosis:
         Raises:
             ClosedError: the communicator was destroyed; the other ranks are told.
         """
-        if self._closed:
+        if self._group is None:
             error = ClosedError(
                 f"{self._where(f'{op} backward')}: the communicator was destroyed before a "
                 "backward that needs it"
@@ -155,7 +165,7 @@ class Diagnosis:
 
     def close(self) -> None:
         """The communicator was destroyed: a backward that still comes is an error."""
-        self._closed = True
+        self._group = None
 
     def before_pair(
         self,
@@ -206,9 +216,12 @@ class Diagnosis:
         for nobody. A bad `send` or `recv` is not told: no other rank's collective waits for it.
         """
         board, number = self._board, self._number
-        if board is None or op in ("send", "recv") or not self.compares_next():
+        if board is None or op in ("send", "recv"):
             return
+        compares = self.compares_next()
         self._number = number + 1
+        if not compares:
+            return
         record = Record(op, error=f"{type(error).__name__}: {error}")
         self._guarded(op, lambda: board.put(str(number), record.encode()), self.timeout)
 

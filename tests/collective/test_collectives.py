@@ -377,6 +377,10 @@ def in_memory_of_its_own(communicator: DeviceCommunicatorBase) -> None:
             part = communicator.slice(x, dim, scatter_sizes=sizes)
             part.fill_(1.0)
             assert not x.any(), (dim, sizes)
+    torch._dynamo.reset()
+    traced = torch.compile(lambda x: communicator.slice(x, 0), backend="aot_eager", fullgraph=True)
+    traced(x).fill_(1.0)
+    assert not x.any()
 
 
 def test_a_slice_is_no_alias_of_what_it_was_cut_from(ranks: Ranks):

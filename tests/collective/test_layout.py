@@ -275,3 +275,36 @@ def test_each_direction_needs_one_copy_at_any_batch(batch, dims, contiguous):
         lambda x: message_view(x, dims[1], 2, 1)[0].is_contiguous(),
     ]
     assert tuple(side(x) for side in sides) == contiguous
+
+
+@pytest.mark.parametrize(
+    ("share", "shape", "parts"),
+    [
+        (Share(2), (2, 5, 6, 4), [2, 2, 2]),
+        (Share(1), (2, 6, 5, 4), [2, 2, 2]),
+        (Share(2, (1, 0, 5)), (2, 5, 6, 4), [1, 0, 5]),
+        (Share(1, (0, 0, 0)), (2, 0, 6, 4), [0, 0, 0]),
+        (Share(2, None, 3), (2, 5, 2, 4), [1, 1, 1, 1, 1, 1]),
+        (Share(2, None, 3), (2, 5, 1, 4), [1, 1, 1]),
+    ],
+)
+def test_a_share_says_what_each_rank_has_and_where_its_message_is(share, shape, parts):
+    size, world_size = shape[share.dim], len(parts)
+    x = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    got = [share.part(size, rank, world_size) for rank in range(world_size)]
+    assert got == parts
+    wholes = [share.whole(part, world_size) for part in parts]
+    assert wholes == [size] * world_size
+    counts = share.counts(x, world_size)
+    others = shape[3] * shape[3 - share.dim]  # the other of sequence and heads
+    assert counts == [part * others for part in parts]
+    assert {type(number) for number in got + wholes + counts} == {int}  # 2.0 == 2, and is no size
+    # Every message, as the rank that gets it finds it.
+    messages = share.views(x, world_size)
+    if share.sizes is None:
+        (view,) = messages
+        assert view.data_ptr() == x.data_ptr()
+        messages = list(view.flatten(1, 2).unbind(1) if share.holders > 1 else view.unbind(1))
+    for rank in range(world_size):
+        start = rank // share.holders if share.holders > 1 else sum(parts[:rank])
+        assert torch.equal(messages[rank], x.narrow(share.dim, start, parts[rank]))

@@ -194,6 +194,53 @@ def test_a_transpose_is_planned_along_both_contiguous_dims():
     assert (plan.block_rows, plan.block_columns) == (64, 64)
 
 
+@pytest.mark.parametrize(("itemsize", "vector"), [(1, 16), (2, 8), (4, 4), (8, 2)])
+def test_a_transpose_of_every_width_is_staged(itemsize, vector):
+    plan = plan_copy(*coalesce((640, 512), (512, 1), (1, 640), itemsize), 0)
+    assert plan.transposed
+    assert (plan.element_bytes, plan.vector) == (itemsize, vector)
+    assert {type(plan.block_rows), type(plan.block_columns)} == {int}
+
+
+def test_a_transpose_of_16_bytes_is_not_staged():
+    """Every element is as wide as an access: there is nothing to gain."""
+    plan = plan_copy(*coalesce((640, 512), (512, 1), (1, 640), 16), 0)
+    assert not plan.transposed
+    assert (plan.element_bytes, plan.vector) == (8, 2)
+
+
+@pytest.mark.parametrize(("dst", "src"), [(2, 3), (1, 2), (2, 1)])
+def test_single_elements_of_one_dim_are_a_row_that_is_not_staged(dst, src):
+    plan = plan_copy(*coalesce((5,), (dst,), (src,), 2), 0)
+    assert plan.rows == (1, 0, 0)
+    assert plan.columns == (5, dst, src)
+    assert not plan.transposed
+
+
+def test_a_copy_of_contiguous_tensors_is_one_row():
+    plan = plan_copy(*coalesce((64, 128), (128, 1), (128, 1), 2), 0)
+    assert (plan.rows, plan.columns) == ((1, 0, 0), (1024, 1, 1))
+
+
+def test_the_programs_of_a_transpose_write_neighbouring_memory():
+    shape = (3, 5, 7, 64, 32)
+    dst = (5 * 7 * 2048, 7 * 2048, 2048, 32, 1)
+    src = (2048, 3 * 2048, 3 * 5 * 2048, 1, 64)
+    plan = plan_copy(*coalesce(shape, dst, src, 2), 0)
+    assert plan.transposed
+    assert [size for size, _, _ in plan.outer] == [7, 5, 3]
+
+
+@pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("layouts", NAMED_PAIRS.values(), ids=NAMED_PAIRS)
+def test_a_plan_holds_integers(layouts, itemsize):
+    """Triton compiles for the type of a number: 2.0 is another kernel than 2."""
+    plan = _plan(*layouts, itemsize)
+    dims = [*plan.rows, *plan.columns, *(number for dim in plan.outer for number in dim)]
+    numbers = [*dims, plan.element_bytes, plan.vector, plan.block_rows, plan.block_columns]
+    assert {type(number) for number in [*numbers, plan.num_programs]} == {int}
+
+
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_a_transpose_beside_an_expanded_dim_is_planned_like_one_alone(position):
     """An expanded dim has stride 0 in src, which is less than that of src's contiguous dim."""

@@ -1,0 +1,80 @@
+"""Every dtype on every way, eager and compiled: slices of the global tensor, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from test_collectives import DTYPES, same
+
+from fastvideo_comm import DeviceCommunicatorBase
+
+
+def random_bits(shape: list[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Any bits, NaN and infinity among them; the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.5
+    size = [*shape[:-1], shape[-1] * dtype.itemsize]
+    return torch.randint(256, size, generator=generator, dtype=torch.uint8).view(dtype)
+
+
+def there(c: DeviceCommunicatorBase, whole: torch.Tensor) -> Any:
+    return [whole.chunk(c.world_size, 1)[c.rank]], [whole.chunk(c.world_size, 2)[c.rank]]
+
+
+def back(c: DeviceCommunicatorBase, whole: torch.Tensor) -> Any:
+    return [whole.chunk(c.world_size, 2)[c.rank]], [whole.chunk(c.world_size, 1)[c.rank]]
+
+
+def packed(c: DeviceCommunicatorBase, whole: torch.Tensor) -> Any:
+    """With a key head that several ranks hold, and a tensor of another dtype."""
+    ranks, rank = c.world_size, c.rank
+    key, other = whole[:, :, :1], random_bits(list(whole.shape), torch.float32, 2)
+    wholes = (whole, key, other)
+    by_heads = [whole.chunk(ranks, 2)[rank], key, other.chunk(ranks, 2)[rank]]
+    return [each.chunk(ranks, 1)[rank] for each in wholes], by_heads
+
+
+def gathered(c: DeviceCommunicatorBase, whole: torch.Tensor) -> Any:
+    return [whole.chunk(c.world_size, 1)[c.rank]], [whole]
+
+
+# What each rank brings and gets of a whole tensor, and the call.
+WAYS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "there": (there, lambda c, x: [c.all_to_all_4D(x)]),
+    "back": (back, lambda c, x: [c.all_to_all_4D(x, 1, 2)]),
+    "packed": (packed, lambda c, *xs: list(c.all_to_all_4D(xs))),
+    "gather": (gathered, lambda c, x: [c.all_gather(x, 1)]),
+}
+
+
+def moved(
+    communicator: DeviceCommunicatorBase, dtype: torch.dtype, way: str, compiled: bool
+) -> None:
+    ranks = communicator.world_size
+    share, call = WAYS[way]
+    inputs, expected = share(communicator, random_bits([2, 3 * ranks, 2 * ranks, 4], dtype, 1))
+
+    def function(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        return call(communicator, *inputs)
+
+    if compiled:
+        torch._dynamo.reset()
+        function = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for actual, each in zip(function(*inputs), expected, strict=True):
+        same(actual, each)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_goes_every_way_bit_for_bit(ranks: Ranks, dtype, way, compiled):
+    ranks.run(2, moved, dtype, way, compiled)
+
+
+def test_the_table_is_complete():
+    assert len(DTYPES) * len(WAYS) * 2 == 112
