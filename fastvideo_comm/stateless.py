@@ -23,6 +23,7 @@ from fastvideo_comm.object_channel.settings import (
     Codec,
     GroupSettings,
     check_rank,
+    to_seconds,
 )
 from fastvideo_comm.object_channel.store import ObjectStore
 from fastvideo_comm.object_channel.store_sockets import Heartbeat
@@ -63,9 +64,12 @@ class StatelessProcessGroup:
        cannot be sent is a TypeError on the sender that gives the path to it. `codec="pickle"` is
        refused without a secret.
     5. No stranger's message is accepted, where there is a `secret`: connections begin with a mutual
-       proof, and HMAC-SHA256 covers version, group, op, src, dst, number, length and body of every
-       message. What does not match is AuthenticationError and never decoded. Rank 0 listens on the
-       host's address only. Nothing is encrypted, and who reaches the port can get in the way.
+       proof, and a seal covers version, group, op, src, dst, number, length and body of every
+       message. What does not match is AuthenticationError and never decoded. With the package
+       `cryptography` the seal is AES-256-GCM, and no stranger can read a body; sizes, times, ranks
+       and names of groups stay visible. Without that package the seal is HMAC-SHA256, and nothing
+       is encrypted; see `encryption`. Rank 0 listens on the host's address only. Who reaches the
+       port can get in the way.
     6. Limits are said early. An object that encodes to more than `max_message_bytes` is a
        ValueError on the sender.
     7. Joining is checked. A wrong or taken rank, different world sizes, settings, secrets or
@@ -96,6 +100,8 @@ class StatelessProcessGroup:
         codec: An `ObjectCodec` with registered types, "msgpack" or "pickle".
         max_message_bytes: The largest encoded object.
         group: The group's name, in keys, seals and errors.
+        encryption: "auto", "required" or "off".
+        run_id: What the run is called; that of torchrun where it is None.
     """
 
     rank: int
@@ -114,6 +120,8 @@ class StatelessProcessGroup:
     codec: Codec | str = dataclasses.field(default="msgpack", kw_only=True, repr=False)
     max_message_bytes: int = dataclasses.field(default=DEFAULT_MAX_MESSAGE_BYTES, kw_only=True)
     group: str = dataclasses.field(default="default", kw_only=True)
+    encryption: str = dataclasses.field(default="auto", kw_only=True)
+    run_id: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the arguments and reserve the group's name on the store."""
@@ -125,8 +133,11 @@ class StatelessProcessGroup:
             self.codec,
             self.max_message_bytes,
             self.group,
+            self.encryption,
+            self.run_id,
         )
         self.secret, self.codec = settings.secret, settings.codec
+        self.run_id = settings.run_id
         self._messenger = Messenger(self.store, settings, self.entries)
         self.send_dst_counter = dict.fromkeys(range(self.world_size), 0)
         self.recv_src_counter = dict.fromkeys(range(self.world_size), 0)
@@ -141,12 +152,15 @@ class StatelessProcessGroup:
         rank: int,
         world_size: int,
         data_expiration_seconds: int = 3600,
+        store_timeout: float | timedelta | None = None,
         *,
         timeout: float | timedelta = DEFAULT_TIMEOUT_SECONDS,
         secret: bytes | None = None,
         codec: Codec | str = "msgpack",
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         group: str = "default",
+        encryption: str = "auto",
+        run_id: str | None = None,
         heartbeat_interval: float = 1.0,
         heartbeat_limit: int = 3,
         listen_socket: socket.socket | None = None,
@@ -159,12 +173,18 @@ class StatelessProcessGroup:
             rank: Of this process, from 0.
             world_size: How many ranks join; the call returns when all have.
             data_expiration_seconds: How long an unread message is kept.
-            timeout: Of the join, and of every later call that is given none; seconds or timedelta.
-            secret: Shared by all ranks, best `secrets.token_bytes(32)`; the environment variable
-                `FASTVIDEO_COMM_SECRET` where it is None. Without one the group works unprotected.
+            store_timeout: Of the join and of the verbs of `store`; `timeout` where it is None.
+            timeout: Of every later call that is given none; seconds or timedelta.
+            secret: Shared by all ranks, at least 16 bytes, best `secrets.token_bytes(32)`; the
+                environment variable `FASTVIDEO_COMM_SECRET` where it is None. Without one the group
+                works unprotected.
             codec: An `ObjectCodec` with registered types, "msgpack" or "pickle".
             max_message_bytes: The largest encoded object; the same on every rank.
             group: The group's name; the same on every rank.
+            encryption: "auto" encrypts where there is a secret and the package cryptography is
+                installed, "required" also raises where it cannot, "off" authenticates only.
+            run_id: What this run is called; the same on every rank. Ranks of another run with the
+                same secret are refused. That of torchrun where it is None.
             heartbeat_interval: Whole seconds between two probes of an idle connection.
             heartbeat_limit: How many unanswered probes mean that the other machine is gone.
             listen_socket: Rank 0 only: a listening socket to use instead of a new one.
@@ -177,10 +197,21 @@ class StatelessProcessGroup:
             JoinTimeoutError: Not every rank came within the timeout, of this rank or another.
         """
         settings = GroupSettings.checked(
-            rank, world_size, timeout, secret, codec, max_message_bytes, group
+            rank,
+            world_size,
+            timeout,
+            secret,
+            codec,
+            max_message_bytes,
+            group,
+            encryption,
+            run_id,
         )
+        seconds = settings.timeout
+        if store_timeout is not None:
+            seconds = to_seconds("store_timeout", store_timeout)
         heartbeat = Heartbeat.checked(heartbeat_interval, heartbeat_limit)
-        store = ObjectStore.join(host, port, settings, heartbeat, listen_socket)
+        store = ObjectStore.join(host, port, settings, heartbeat, listen_socket, seconds)
         created = StatelessProcessGroup(
             rank,
             world_size,
@@ -191,6 +222,8 @@ class StatelessProcessGroup:
             codec=settings.codec,
             max_message_bytes=max_message_bytes,
             group=group,
+            encryption=encryption,
+            run_id=settings.run_id,
         )
         created._owns_store = True
         return created

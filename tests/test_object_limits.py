@@ -100,8 +100,8 @@ from fastvideo_comm.object_channel.format import DEVICE, DTYPE, TENSOR, ARRAY, H
 codec = ObjectCodec()
 codec.decode(codec.encode(0))
 before = set(sys.modules)
-names = ["_inductor", "onnx", "_dynamo", "compiler", "nn", "float33", "_meta_registrations", "xla:0"]
-names += ["_export", "nativert", "privateuseone:1", "meta", "hpu", "mtia"]
+names = ["_inductor", "onnx", "_dynamo", "compiler", "nn", "float33", "_meta_registrations"]
+names += ["_export", "nativert", "privateuseone:1", "meta", "hpu", "mtia", "xla:0"]
 for name in names:
     for code in (DTYPE, DEVICE, TENSOR, ARRAY):
         fields = [name] if code in (DTYPE, DEVICE) else [name, [1], b"x"]
@@ -304,7 +304,7 @@ def variants(unit, num_bytes):
 
 
 def worst(measure, seed, rounds, num_bytes=MIB // 2):
-    """Look for the unit with the largest measure for each byte; half of the tries hold the worst."""
+    """Look for the unit with the largest measure per byte; half of the tries hold the worst."""
     random_ = random.Random(seed)
     ratio, worst_unit, worst_data = 0.0, None, b""
     for _ in range(rounds):

@@ -70,7 +70,9 @@ class Encoder:
 
     __slots__ = ("attachments", "cost", "plain", "registered")
 
-    def __init__(self, registered: dict[type, RegisteredType], plain: Set[type] = PLAIN) -> None:
+    def __init__(
+        self, registered: dict[type, RegisteredType], plain: frozenset[type] = PLAIN
+    ) -> None:
         """Start without attachments; `plain` are the types that msgpack packs as they are."""
         self.registered = registered
         self.plain = plain

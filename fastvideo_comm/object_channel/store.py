@@ -7,6 +7,7 @@ rank, and listens on every interface; so rank 0 runs `StoreServer`, and every ra
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -15,17 +16,25 @@ from datetime import timedelta
 from multiprocessing import util as process_exit
 from typing import NamedTuple
 
-from fastvideo_comm.errors import CommunicationTimeoutError, JoinError
+from fastvideo_comm.errors import AuthenticationError, CommunicationTimeoutError, JoinError
 from fastvideo_comm.object_channel.call import GroupCall
-from fastvideo_comm.object_channel.message_seal import TAG_BYTES, Address, MessageSeal, Op
+from fastvideo_comm.object_channel.message_seal import (
+    EVERYONE,
+    TAG_BYTES,
+    Address,
+    MessageSeal,
+    Op,
+    SealKind,
+)
 from fastvideo_comm.object_channel.settings import DESCRIPTION_BYTES, GroupSettings
 from fastvideo_comm.object_channel.store_client import StoreClient
-from fastvideo_comm.object_channel.store_link import Kind
+from fastvideo_comm.object_channel.store_link import FrameError, Kind
 from fastvideo_comm.object_channel.store_messages import (
     TOKEN_BYTES,
     JoinRequest,
     pack_number,
     unpack_number,
+    unpack_origin,
 )
 from fastvideo_comm.object_channel.store_server import ServerSettings, StoreServer
 from fastvideo_comm.object_channel.store_sockets import Heartbeat, is_wildcard, listen, seconds_left
@@ -45,6 +54,7 @@ class StoreOptions(NamedTuple):
         max_message_bytes: The largest encoded message or value.
         heartbeat: Of the lifelines.
         timeout: Of the join, and of a verb that is given none; seconds.
+        encryption: Of values, and of the groups that do not say; "auto", "required" or "off".
     """
 
     world_size: int
@@ -53,14 +63,17 @@ class StoreOptions(NamedTuple):
     max_message_bytes: int
     heartbeat: Heartbeat
     timeout: float
+    encryption: str
 
 
 class ObjectStore:
     """A rank's handle on the store: values by key here, messages through a group.
 
     The verbs are those of `torch.distributed.Store`: `set`, `get`, `wait`, `add`, `check`,
-    `delete_key`, `num_keys`. A `set` is acknowledged. Values are sealed like messages where there
-    is a secret, each under its key; the numbers of `add` carry the tag of the connection only.
+    `delete_key`, `num_keys`. A `set` is acknowledged. Where there is a secret, values are sealed
+    like messages, each under its key and a number of its own, and the store says in an answer whose
+    value of which number it is: nobody on the way can put an earlier value in the place of a later
+    one. The numbers of `add` travel in the answers themselves.
     """
 
     def __init__(
@@ -128,7 +141,8 @@ class ObjectStore:
             raise
         self.host, self.port = host, port
         self._secret = options.secret
-        self._seal = MessageSeal(options.secret, "", self.client.session)
+        self._value_seal = self._make_seal("", options.encryption)
+        self._value_numbers = itertools.count()
         # Also where this object is dropped without `close`, and when the process ends.
         self._leave = process_exit.Finalize(self, self.client.leave, exitpriority=0)
 
@@ -140,8 +154,9 @@ class ObjectStore:
         settings: GroupSettings,
         heartbeat: Heartbeat,
         listen_socket: socket.socket | None,
+        seconds: float,
     ) -> ObjectStore:
-        """Join as a rank of a group that the store is made for.
+        """Join as a rank of a group that the store is made for, within these seconds.
 
         Raises:
             ValueError: No such port, `listen_socket` on another rank than 0, or see `__init__`.
@@ -158,14 +173,20 @@ class ObjectStore:
             settings.secret,
             settings.max_message_bytes,
             heartbeat,
-            settings.timeout,
+            seconds,
+            settings.encryption,
         )
-        with GroupCall("create", settings, (), settings.timeout):
+        with GroupCall("create", settings, (), seconds):
             return cls(host, port, rank, options, listen_socket)
 
-    def seal(self, group: str) -> MessageSeal:
-        """Return the seal of a group on this store."""
-        return MessageSeal(self._secret, group, self.client.session)
+    def seal(self, group: str, encryption: str) -> MessageSeal:
+        """Return the seal of a group on this store, for one thread at a time."""
+        return self._make_seal(group, encryption, keeps_buffer=True)
+
+    def _make_seal(self, group: str, encryption: str, *, keeps_buffer: bool = False) -> MessageSeal:
+        kind = SealKind.choose(encryption, has_secret=self._secret is not None)
+        session = self.client.session
+        return MessageSeal(self._secret, group, session, kind, keeps_buffer=keeps_buffer)
 
     def claim(self, name: str) -> None:
         """Reserve a group's name for this rank; JoinError if it is in use here."""
@@ -198,12 +219,24 @@ class ObjectStore:
             raise ValueError(
                 f"value must have at most {self.max_message_bytes} bytes, got {len(data)}"
             )
-        self._call(Kind.SET, _key(key), self._seal_of(key).seal(_VALUE, [data]))
+        about = _key(key)
+        address = Address(Op.VALUE, self.rank, EVERYONE, next(self._value_numbers))
+        sealed = self._value_seal.seal(address, [data], about)
+        self._call(Kind.SET, pack_number(address.number, about), sealed)
 
     def get(self, key: str) -> bytes:
         """Return a value, waiting for it if need be."""
-        sealed = self._call(Kind.GET, _key(key))[1]
-        return bytes(self._seal_of(key).open(_VALUE, sealed))
+        about = _key(key)
+        meta, sealed = self._call(Kind.GET, about)
+        try:
+            src, number, total = unpack_origin(meta)
+        except FrameError as error:
+            raise AuthenticationError(
+                f"the store answered nonsense: {error}", peers=(0,)
+            ) from error
+        if src == EVERYONE:  # of `add`
+            return total
+        return bytes(self._value_seal.open(Address(Op.VALUE, src, EVERYONE, number), sealed, about))
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Wait until all these keys have values."""
@@ -228,9 +261,6 @@ class ObjectStore:
         """Return how many values and unread messages the store holds, of all groups."""
         return int(self._call(Kind.COUNT, b"")[0])
 
-    def _seal_of(self, key: str) -> MessageSeal:
-        return MessageSeal(self._secret, f"value {key}", self.client.session)
-
     def _call(
         self,
         kind: Kind,
@@ -251,9 +281,6 @@ class ObjectStore:
                 )
             frame = self.client.take(ident)
             return frame.meta, memoryview(frame.body)
-
-
-_VALUE = Address(Op.VALUE, 0, 0, 0)
 
 
 def _key(key: str) -> bytes:

@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 
 from fastvideo_comm.object_channel.message_seal import EVERYONE, Address
 from fastvideo_comm.object_channel.store_link import Buffer, FrameError, Kind
-from fastvideo_comm.object_channel.store_messages import Channel, pack_number, pack_text
+from fastvideo_comm.object_channel.store_messages import (
+    Channel,
+    pack_number,
+    pack_origin,
+    pack_text,
+)
 
 
 class Waiter(NamedTuple):
@@ -77,7 +82,7 @@ class Mailbox:
         self._left: set[int] = set()
         self._channels: defaultdict[Channel, _Channel] = defaultdict(_Channel)
         self._barriers: defaultdict[bytes, _Barrier] = defaultdict(_Barrier)
-        self._values: dict[bytes, Buffer] = {}
+        self._values: dict[bytes, tuple[bytes, Buffer]] = {}  # its origin, and the value
         self._value_waiters: defaultdict[bytes, list[tuple[Kind, Waiter]]] = defaultdict(list)
 
     def num_keys(self) -> int:
@@ -184,30 +189,35 @@ class Mailbox:
         for barrier in self._barriers.values():
             self._release_impossible(barrier)
 
-    def set(self, waiter: Waiter, key: bytes, body: Buffer) -> None:
-        """Set a value and answer those who wait for it."""
-        self._values[key] = body
-        for kind, other in self._value_waiters.pop(key, ()):
-            self._answer(other, Kind.OK, b"", body if kind == Kind.GET else b"")
+    def set(self, waiter: Waiter, number: int, key: bytes, body: Buffer) -> None:
+        """Set a value, this rank's of that number, and answer those who wait for it."""
+        if number < 0:
+            raise FrameError(f"the number of a value must be 0 or more, got {number}")
+        self._put(key, pack_origin(waiter.rank, number), body)
         self._answer(waiter, Kind.OK, b"", b"")
+
+    def _put(self, key: bytes, origin: bytes, body: Buffer) -> None:
+        self._values[key] = origin, body
+        for kind, other in self._value_waiters.pop(key, ()):
+            self._answer(other, Kind.OK, origin, body if kind == Kind.GET else b"")
 
     def get(self, waiter: Waiter, key: bytes, kind: Kind) -> None:
         """Answer with a value (GET) or that it is there (WAIT), now or when it comes."""
         if key in self._values:
-            self._answer(waiter, Kind.OK, b"", self._values[key] if kind == Kind.GET else b"")
+            origin, body = self._values[key]
+            self._answer(waiter, Kind.OK, origin, body if kind == Kind.GET else b"")
         else:
             self._value_waiters[key].append((kind, waiter))
 
     def add(self, waiter: Waiter, key: bytes, amount: int) -> None:
         """Add to the decimal number under the key, 0 where there is none."""
         try:
-            total = int(bytes(self._values.get(key, b"0"))) + amount
+            total = int(bytes(self._values.get(key, (b"", b"0"))[1])) + amount
         except ValueError as error:
             raise FrameError("the value must be a decimal number") from error
-        self._values[key] = str(total).encode()
-        for _kind, other in self._value_waiters.pop(key, ()):
-            self._answer(other, Kind.OK, b"", self._values[key])
-        self._answer(waiter, Kind.OK, str(total).encode(), b"")
+        text = str(total).encode()
+        self._put(key, pack_origin(EVERYONE, 0, text), text)
+        self._answer(waiter, Kind.OK, text, b"")
 
     def delete(self, waiter: Waiter, key: bytes) -> None:
         """Remove a value; the answer says whether there was one."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from fastvideo_comm.object_channel.message_seal import Address, Op
+from fastvideo_comm.object_channel.message_seal import EVERYONE, Address, Op
 from fastvideo_comm.object_channel.store_link import FrameError
 
 TOKEN_BYTES = 16
 _ADDRESS = struct.Struct("<BiiQ")
 _JOIN = struct.Struct(f"<?i{TOKEN_BYTES}s")
 _NUMBER = struct.Struct("<q")
+_ORIGIN = struct.Struct("<iq")
 
 _OPS = {int(op): op for op in (Op.SEND, Op.BROADCAST, Op.GATHER)}
 
@@ -75,6 +76,21 @@ def unpack_number(meta: bytes) -> tuple[int, bytes]:
     if len(meta) < _NUMBER.size:
         raise FrameError("a number is too short")
     return _NUMBER.unpack_from(meta)[0], meta[_NUMBER.size :]
+
+
+def pack_origin(src: int, number: int, total: bytes = b"") -> bytes:
+    """Return what the answer to GET says of a value: who set it, as its which one, or the total."""
+    return _ORIGIN.pack(src, number) + total
+
+
+def unpack_origin(meta: bytes) -> tuple[int, int, bytes]:
+    """Return rank, number and total; FrameError for anything else."""
+    if len(meta) < _ORIGIN.size:
+        raise FrameError("the origin of a value is too short")
+    src, number = _ORIGIN.unpack_from(meta)
+    if src < EVERYONE or number < 0:
+        raise FrameError("the origin of a value must be a rank and a number")
+    return src, number, meta[_ORIGIN.size :]
 
 
 def pack_text(ranks: list[int], text: str = "") -> bytes:
