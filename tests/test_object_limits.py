@@ -231,7 +231,7 @@ def test_ordinary_keys_are_accepted(keys):
         marked(DEVICE, pack(0)), marked(DEVICE, pack(None)), marked(DEVICE, pack("cuda"), pack(0)),
         marked(DEVICE, pack("CPU")), marked(DEVICE, pack("cpu:0000")), b"\x80", b"\x81\xa1a\x01",
         pack(msgpack.ExtType(BIG_INT, b"")), pack(msgpack.ExtType(BIG_INT, bytes(8))),
-        pack(msgpack.ExtType(18, b"")), marked(DTYPE | IN_PIECES, pack(["x"])),
+        pack(msgpack.ExtType(18, b"")), marked(DTYPE | IN_PIECES, pack(["float32"])),
     ],
     ids=range(14),
 )  # fmt: skip
@@ -240,6 +240,12 @@ def test_a_form_that_nobody_listed_is_refused(document):
     refused(message(array([document])))
     refused(message(marked(TUPLE, document)))
     refused(message(marked(DICT, pack("k"), document)))
+
+
+@pytest.mark.parametrize("name", [0, True, None, "CPU", "cuda:0000", "cuda:", "c" * 21])
+def test_a_device_is_named_by_its_type_and_index(name):
+    # Where there is an accelerator, `torch.device(0)` is one.
+    refused(message(marked(DEVICE, pack(name))), "device must be the name of a torch device")
 
 
 def test_attachments_are_large():
