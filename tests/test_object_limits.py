@@ -1,10 +1,12 @@
 """Short messages stay cheap: memory, time and imports are bounded whatever arrives."""
 
+import enum
 import random
 import subprocess
 import sys
 import time
 import tracemalloc
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import msgpack
@@ -37,11 +39,13 @@ from fastvideo_comm.object_channel.format import (
     FROZENSET,
     HEAD,
     IN_PIECES,
+    LONG,
     REGISTERED,
     SET,
     SIZE,
     TENSOR,
     TIMEDELTA,
+    TORCH_SIZE,
     TUPLE,
 )
 
@@ -144,6 +148,32 @@ def test_huge_integers_in_other_places_are_refused_in_no_time():
         data = message(document)
         refused(data)
         assert cpu_seconds(data, best_of=3) < 0.1
+
+
+@pytest.mark.parametrize("code", [TIMEDELTA, TORCH_SIZE])
+def test_integers_of_more_than_64_bits_are_refused_where_fewer_are_due(code):
+    document = marked(code, pack(1), pack(2), big_int(2**64))
+    refused(message(document), "the integers must have 64 bits")
+
+
+class Mode(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+
+
+def test_a_flag_is_a_combination_of_its_members():
+    # An IntFlag takes any number, and keeps a member for it as long as the process lives.
+    codec = ObjectCodec()
+    codec.register_type(Mode, name="mode")
+    assert codec.decode(codec.encode(Mode.READ | Mode.WRITE)) == Mode.READ | Mode.WRITE
+    for value in (big_int(1 << 8_000_000), pack(64), pack("READ")):
+        with pytest.raises(DecodeError, match="a value of mode must be a combination of its flags"):
+            codec.decode(message(marked(REGISTERED, pack("mode"), value)))
+
+
+def test_lengths_that_lie_at_every_level_cost_a_mebibyte():
+    data = message(b"".join(b"\xdc" + LONG.to_bytes(2, "big") for _ in range(1000)))
+    assert peak_memory(data) < 2 * MIB
 
 
 def test_an_error_about_a_number_that_cannot_be_shown_is_a_decode_error():
@@ -276,6 +306,33 @@ def test_many_small_objects_are_padded_and_come_back():
         cut = data[: -len(data) // 10]
         refused(HEAD.pack(len(cut) - HEAD.size, 0) + cut[HEAD.size :])
     assert codec.decode(codec.encode([np.ones(1)] * 300))[299] == 1
+
+
+@pytest.mark.parametrize(
+    ("obj", "num_bytes"),
+    [
+        ([], 64), ((), 96), ({}, 128), (set(), 128), (frozenset(), 128), (torch.Size([]), 128),
+        ({1}, 192), ({"k"}, 160), ({(): 0}, 272), ([None] * 100, 864), (2**80, 32),
+        (timedelta(0), 192), (datetime(2020, 1, 1), 256), (torch.float32, 192), (Access.READ, 192),
+        (torch.device("cpu"), 192), (torch.ones(0), 1088), (np.ones(0), 1088),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_each_kind_of_object_needs_its_bytes(obj, num_bytes):
+    codec = new_codec()
+    data = codec.encode([obj] * 10_000)
+    assert len(data) > 10_000 * num_bytes - 64 * 1024
+    # The decoder counts for itself: with a little less padding it refuses.
+    inner = data[HEAD.size + 4 :]
+    document = inner[: len(inner) - 10_000 * 8]
+    head = b"\xc6" + (len(padding_of(data)) - 10_000 * 8).to_bytes(4, "big")
+    document = document.replace(b"\xc6" + len(padding_of(data)).to_bytes(4, "big"), head)
+    refused(message(b"\x93\xc7\x00\x12" + document), "it must be longer for as many objects")
+
+
+def padding_of(data):
+    """Return the zeros at the end of a padded message."""
+    return msgpack.unpackb(data[HEAD.size :], strict_map_key=False)[2]
 
 
 def test_small_messages_are_not_padded():

@@ -175,6 +175,8 @@ NONSENSE = [
     (Kind.EXPIRE, pack_address(Address(Op.SEND, 0, 1, 0), b"default"), ()),
     (Kind.BARRIER, pack_number(5, b"default"), ()),
     (Kind.BARRIER, b"x", ()),
+    (Kind.SET, b"short", ()),
+    (Kind.SET, pack_number(-1, b"key"), (b"value",)),
     (Kind.JOIN, b"again", ()),
     (Kind.OK, b"", ()),
 ]

@@ -117,6 +117,16 @@ def test_another_secret_group_session_kind_or_part_order_is_refused(kind):
         assert not is_opened(other, ADDRESS, message)
 
 
+def test_every_kind_session_and_group_has_a_key_of_its_own():
+    seals = [
+        MessageSeal(SECRET, group, session, kind)
+        for group in ("group", "group2", "")
+        for session in (b"", b"session", b"session2")
+        for kind in KINDS
+    ]
+    assert len({seal._key for seal in seals}) == len(seals)
+
+
 def test_large_parts_are_covered_like_small_ones(seal):
     parts = [bytes(100_000), b"x" * 100_000]
     message = bytearray(b"".join(seal.seal(ADDRESS, parts)))

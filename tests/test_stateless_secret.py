@@ -21,7 +21,7 @@ from fastvideo_comm.object_channel.store_handshake import (
     make_proof,
 )
 from fastvideo_comm.object_channel.store_link import _HEADER, _TAG_BYTES
-from fastvideo_comm.object_channel.store_messages import _ORIGIN
+from fastvideo_comm.object_channel.store_messages import _ORIGIN, pack_origin
 from fastvideo_comm.stateless import StatelessProcessGroup
 
 
@@ -277,6 +277,17 @@ def test_an_earlier_value_is_not_accepted_in_the_place_of_a_later_one(encryption
         with pytest.raises(AuthenticationError, match="must carry the seal of value/0/-1/2"):
             groups[1].store.get("another key")
     assert len(bodies) == 4
+
+
+@pytest.mark.parametrize("origin", [b"", b"short", pack_origin(-2, 0), pack_origin(0, -1)])
+def test_a_store_that_answers_nonsense_is_not_believed(origin):
+    def program(group):
+        group.store.set("key", "value")
+        group.store._server._mailbox._values[b"key"] = (origin, b"body")
+        with pytest.raises(AuthenticationError, match="the store answered nonsense"):
+            group.store.get("key")
+
+    run_own(1, program, secret=SECRET)
 
 
 def test_values_of_two_ranks_and_numbers_of_add_are_told_apart():
