@@ -11,7 +11,6 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_comm.errors import MessageExpiredError
@@ -66,10 +65,9 @@ class StatelessProcessGroup:
     5. No stranger's message is accepted, where there is a `secret`: connections begin with a mutual
        proof, and a seal covers version, group, op, src, dst, number, length and body of every
        message. What does not match is AuthenticationError and never decoded. With the package
-       `cryptography` the seal is AES-256-GCM, and no stranger can read a body; sizes, times, ranks
-       and names of groups stay visible. Without that package the seal is HMAC-SHA256, and nothing
-       is encrypted; see `encryption`. Rank 0 listens on the host's address only. Who reaches the
-       port can get in the way.
+       `cryptography` no stranger can read a body (AES-256-GCM); sizes, times, ranks and names of
+       groups stay visible. Without that package nothing is encrypted (HMAC-SHA256). Rank 0 listens
+       on the host's address only. Who reaches the port can get in the way.
     6. Limits are said early. An object that encodes to more than `max_message_bytes` is a
        ValueError on the sender.
     7. Joining is checked. A wrong or taken rank, different world sizes, settings, secrets or
@@ -125,19 +123,9 @@ class StatelessProcessGroup:
 
     def __post_init__(self) -> None:
         """Check the arguments and reserve the group's name on the store."""
-        settings = GroupSettings.checked(
-            self.rank,
-            self.world_size,
-            self.timeout,
-            self.secret,
-            self.codec,
-            self.max_message_bytes,
-            self.group,
-            self.encryption,
-            self.run_id,
-        )
-        self.secret, self.codec = settings.secret, settings.codec
-        self.run_id = settings.run_id
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.kw_only}
+        settings = GroupSettings.checked(self.rank, self.world_size, **options)
+        self.secret, self.codec, self.run_id = settings.secret, settings.codec, settings.run_id
         self._messenger = Messenger(self.store, settings, self.entries)
         self.send_dst_counter = dict.fromkeys(range(self.world_size), 0)
         self.recv_src_counter = dict.fromkeys(range(self.world_size), 0)
@@ -175,16 +163,15 @@ class StatelessProcessGroup:
             data_expiration_seconds: How long an unread message is kept.
             store_timeout: Of the join and of the verbs of `store`; `timeout` where it is None.
             timeout: Of every later call that is given none; seconds or timedelta.
-            secret: Shared by all ranks, at least 16 bytes, best `secrets.token_bytes(32)`; the
-                environment variable `FASTVIDEO_COMM_SECRET` where it is None. Without one the group
-                works unprotected.
+            secret: Shared by all ranks, from 16 bytes on, best `secrets.token_bytes(32)`; the
+                variable `FASTVIDEO_COMM_SECRET` where it is None. Without one, no protection.
             codec: An `ObjectCodec` with registered types, "msgpack" or "pickle".
             max_message_bytes: The largest encoded object; the same on every rank.
             group: The group's name; the same on every rank.
             encryption: "auto" encrypts where there is a secret and the package cryptography is
                 installed, "required" also raises where it cannot, "off" authenticates only.
-            run_id: What this run is called; the same on every rank. Ranks of another run with the
-                same secret are refused. That of torchrun where it is None.
+            run_id: What this run is called, on every rank; torchrun's name where it is None. Ranks
+                of another run are refused.
             heartbeat_interval: Whole seconds between two probes of an idle connection.
             heartbeat_limit: How many unanswered probes mean that the other machine is gone.
             listen_socket: Rank 0 only: a listening socket to use instead of a new one.
@@ -196,35 +183,21 @@ class StatelessProcessGroup:
             JoinError: This rank is refused, or the port is in other use.
             JoinTimeoutError: Not every rank came within the timeout, of this rank or another.
         """
-        settings = GroupSettings.checked(
-            rank,
-            world_size,
-            timeout,
-            secret,
-            codec,
-            max_message_bytes,
-            group,
-            encryption,
-            run_id,
-        )
-        seconds = settings.timeout
-        if store_timeout is not None:
-            seconds = to_seconds("store_timeout", store_timeout)
+        options: dict[str, Any] = {
+            "timeout": timeout,
+            "secret": secret,
+            "codec": codec,
+            "max_message_bytes": max_message_bytes,
+            "group": group,
+            "encryption": encryption,
+            "run_id": run_id,
+        }
+        settings = GroupSettings.checked(rank, world_size, **options)
         heartbeat = Heartbeat.checked(heartbeat_interval, heartbeat_limit)
+        seconds = to_seconds("store_timeout", timeout if store_timeout is None else store_timeout)
         store = ObjectStore.join(host, port, settings, heartbeat, listen_socket, seconds)
-        created = StatelessProcessGroup(
-            rank,
-            world_size,
-            store,
-            data_expiration_seconds,
-            timeout=timeout,
-            secret=settings.secret,
-            codec=settings.codec,
-            max_message_bytes=max_message_bytes,
-            group=group,
-            encryption=encryption,
-            run_id=settings.run_id,
-        )
+        options["codec"] = settings.codec
+        created = StatelessProcessGroup(rank, world_size, store, data_expiration_seconds, **options)
         created._owns_store = True
         return created
 
@@ -404,12 +377,7 @@ class StatelessProcessGroup:
         """Return the group, for `with`."""
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         """Close the group."""
         self.close()
 

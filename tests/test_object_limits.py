@@ -4,7 +4,6 @@ import enum
 import random
 import subprocess
 import sys
-import time
 import tracemalloc
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 from object_attacks import (
-    NEXT,
+    MIB,
+    SECONDS_PER_BYTE,
     array,
+    attempt,
     big_int,
+    cpu_seconds,
     filled,
-    long_array,
     marked,
     message,
     pack,
     random_unit,
+    refused,
 )
 from object_classes import Access, new_codec
 
@@ -36,7 +38,6 @@ from fastvideo_comm.object_channel.format import (
     DEVICE,
     DICT,
     DTYPE,
-    FROZENSET,
     HEAD,
     IN_PIECES,
     LONG,
@@ -49,23 +50,7 @@ from fastvideo_comm.object_channel.format import (
     TUPLE,
 )
 
-MIB = 1 << 20
 MEMORY_PER_BYTE = 20
-SECONDS_PER_BYTE = 2 / (64 * MIB)
-
-
-def refused(data, match="the message must hold an encoded object"):
-    with pytest.raises(DecodeError, match=match):
-        new_codec().decode(data)
-
-
-def attempt(data):
-    """Decode, whatever comes of it; return whether an object did."""
-    try:
-        ObjectCodec().decode(data)
-    except DecodeError:
-        return False
-    return True
 
 
 def peak_memory(data):
@@ -75,16 +60,6 @@ def peak_memory(data):
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-
-
-def cpu_seconds(data, best_of=1):
-    """Return the processor time of this thread, which a loaded machine stretches little."""
-    times = []
-    for _ in range(best_of):
-        start = time.thread_time()
-        attempt(data)
-        times.append(time.thread_time() - start)
-    return min(times)
 
 
 # Attacks that were found, each a few bytes
@@ -197,61 +172,6 @@ def test_errors_show_little_of_what_came():
         with pytest.raises(DecodeError) as caught:
             new_codec().decode(message(document))
         assert len(str(caught.value)) < 600
-
-
-def same_hash(count):
-    return [big_int(2**70 * NEXT + i * NEXT) for i in range(1, count + 1)]
-
-
-def same_slots(count):
-    # The low bits and, for many probes, the higher ones agree.
-    return [pack(i << 43) for i in range(1, count + 1)]
-
-
-def same_tuples(count):
-    """Tuples of one hash that differ in their last item: -1 and -2 have one hash, as do these."""
-    long = [pack(0)] * 100
-    ends = [big_int(2**70 * NEXT + i * NEXT) for i in range(1, count + 1)]
-    return [marked(TUPLE, *long, end) for end in ends]
-
-
-@pytest.mark.parametrize("keys", [same_hash, same_slots, same_tuples])
-@pytest.mark.parametrize("code", [SET, FROZENSET, DICT])
-def test_keys_that_collide_cost_no_more_than_others(keys, code):
-    items = keys(30_000 if keys is not same_tuples else 6_000)
-    if code == DICT:
-        items = [part for key in items for part in (key, pack(None))]
-    data = padded(long_array(items, code), 64 * len(items) + 200_000)
-    # What is allowed for its length, and as much again for the insertion that ends it.
-    assert cpu_seconds(data, best_of=3) < 2 * (0.02 + SECONDS_PER_BYTE * len(data)) + 0.1
-
-
-def padded(document, num_zeros):
-    """Return the message of a document with the padding of an encoder."""
-    return message(b"\x93\xc7\x00\x12" + document + pack(bytes(num_zeros)))
-
-
-def test_keys_that_collide_are_refused():
-    refused(
-        padded(long_array(same_hash(30_000), SET), 4 * MIB), "the keys of a set or dict collide"
-    )
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        set(range(50_000)), {i << 20 for i in range(20_000)}, {i / 7 for i in range(20_000)},
-        {(i, j) for i in range(-100, 100) for j in range(-100, 100)},
-        {frozenset({i, -i}) for i in range(10_000)}, {-(2**70) * i for i in range(10_000)},
-        {(-1 - (i & 1), -1 - (i >> 1 & 1), i >> 2) for i in range(10_000)},
-    ],
-    ids=["dense", "spaced", "fractions", "pairs", "frozensets", "long", "minus one and two"],
-)  # fmt: skip
-def test_ordinary_keys_are_accepted(keys):
-    codec = ObjectCodec()
-    assert codec.decode(codec.encode(keys)) == keys
-    of_keys = dict.fromkeys(keys, 1)
-    assert codec.decode(codec.encode(of_keys)) == of_keys
 
 
 @pytest.mark.parametrize(
