@@ -389,9 +389,9 @@ def _shake_hands(
     if store.has_secret != (secret is not None):
         ours, theirs = ("a", "no") if secret is not None else ("no", "a")
         raise AuthenticationError(f"this rank was given {ours} secret, the store {theirs} secret")
-    exchange, proof = hello + answer[:-PROOF_BYTES], answer[-PROOF_BYTES:]
-    # Before the check, so that the store can say why a rank with another secret is missing.
+    exchange = hello + answer
     sock.sendall(make_proof(secret, b"rank", exchange))
+    proof = receive_exactly(sock, PROOF_BYTES, deadline)
     if not is_proof(proof, secret, b"store", exchange):
         raise AuthenticationError("the store must hold the same secret as this rank")
-    return link_key(secret, exchange), answer[-PROOF_BYTES - SESSION_BYTES : -PROOF_BYTES]
+    return link_key(secret, exchange), answer[-SESSION_BYTES:]

@@ -95,7 +95,9 @@ def proven_link(port, secret):
 
 def words(world_size, secret):
     """Return the settings that every rank repeats."""
-    settings = GroupSettings.checked(0, world_size, 5.0, secret, "msgpack", 64 << 20, "default")
+    settings = GroupSettings.checked(
+        0, world_size, 5.0, secret, "msgpack", 64 << 20, "default", "auto", None
+    )
     return settings.words
 
 
