@@ -25,7 +25,7 @@ format: $(READY)  ## rewrite the sources to the project's form
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 lint: $(READY)  ## form and faults; rewrites nothing
-	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports --no-logo
 
 types: $(READY)  ## mypy, strict
 	$(BIN)/mypy

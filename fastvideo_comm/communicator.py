@@ -289,7 +289,7 @@ class DeviceCommunicatorBase:
                 inputs, dims[0], scatter_sizes, self.world_size, packed=packed
             )
             sizes = validation.sizes_of_each("gather_sizes", gather_sizes, len(inputs))
-            sizes_are_asked = "auto" in sizes
+            sizes_are_asked = gather_sizes is not None and "auto" in sizes
             if not sizes_are_asked:
                 gather = validation.gather_splits(
                     inputs, dims[1], sizes, self.rank, self.world_size

@@ -30,24 +30,17 @@ def run(function: Any, group: AnyGroup, *arguments: Any) -> Any:
     Its bookkeeping is a third of a tiny call. And without a gradient to record, torch 2.13 cannot
     trace a Function of a variable number of tensors.
     """
-    for argument in arguments:
-        if isinstance(argument, Tensor) and is_observed(argument):
-            # A compiled graph holds a process group.
-            kind = function.eager if isinstance(group, Group) else function
-            return kind.apply(group, *arguments)
-    return function.forward(group, *arguments)
-
-
-def is_observed(tensor: Tensor) -> bool:
-    """Whether a transformation of torch has to see the Function of an op on `tensor`.
-
-    Autograd does, and so do forward-mode derivatives and functorch.
-    """
-    return (
-        (tensor.requires_grad and torch.is_grad_enabled())
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
+    is_eager = isinstance(group, Group)  # a compiled graph holds no `Group`
+    is_recorded = is_eager and (
+        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     )
+    if not is_recorded and torch.is_grad_enabled():
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                is_recorded = True
+    if is_recorded:
+        return (function.eager if is_eager else function).apply(group, *arguments)
+    return function.forward(group, *arguments)
 
 
 def op(function: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .utils import near_even_sizes
+from .collective.layout import near_even_sizes
 
 
 class HeadPlan(NamedTuple):

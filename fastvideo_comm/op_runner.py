@@ -19,7 +19,7 @@ from . import functions
 from .collective import memory, validation
 from .collective.group import Group
 from .collective.layout import Split, Splits
-from .collective.route import route, route_of_pair
+from .collective.route import route, route_of_pair, traced_form
 from .errors import ClosedError, CommunicationError
 from .handle import AsyncHandle
 from .profiling import Stats, span
@@ -166,8 +166,7 @@ class OpCall:
         if group.size() == 1:
             return alone
         self.count(*tensors)
-        # A compiled graph holds the process group.
-        taken = group.process_group if self._is_traced else group
+        taken = traced_form(group) if self._is_traced else group
         return functions.run(function, taken, *arguments)
 
     def start(self, splits: Splits, inputs: Sequence[Tensor], *, packed: bool) -> AsyncHandle[Any]:

@@ -73,6 +73,7 @@ class Group:
         self.memory: HostMemory | None = None
         self.refusal = "memory is off" if memory == "off" else ""
         self._memory_mode = memory
+        self.operator_name = ""  # by which compiled code finds this, once memory is connected
         self._asked: Facts | None = None
         self._process_group: dist.ProcessGroup | None = process_group
         self._rank = process_group.rank()
@@ -82,7 +83,7 @@ class Group:
         self._waiting.asyncOp = False
 
     @staticmethod
-    def of(group: AnyGroup) -> Group:
+    def of(group: dist.ProcessGroup | Group) -> Group:
         """`group` itself, or a process group wrapped for one call."""
         return group if isinstance(group, Group) else Group(group)
 
@@ -326,4 +327,19 @@ class Group:
             raise CollectiveError(f"{self.where(op)} failed: {error}") from error
 
 
-AnyGroup: TypeAlias = "dist.ProcessGroup | Group"
+class OperatorGroup(NamedTuple):
+    """What compiled code holds of a group that has connected memory."""
+
+    process_group: dist.ProcessGroup
+    name: str
+
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self.process_group.rank()
+
+    def size(self) -> int:
+        """P, the number of ranks in the group."""
+        return self.process_group.size()
+
+
+AnyGroup: TypeAlias = "dist.ProcessGroup | OperatorGroup | Group"

@@ -116,13 +116,15 @@ def start_all_to_all(
             copies.append((to, scatter.part_of(input_, target, size)))
         copy_all_valid_(copies)
 
-    uneven = any(split.sizes is not None for split in splits.gather)
-    facts = facts_of(
-        "all_to_all_4D",
-        inputs,
-        (splits,),
-        uneven_dim=splits.gather[0].dim if uneven else None,
-    )
+    facts = group.take_asked()
+    if facts is None:
+        uneven = any(split.sizes is not None for split in splits.gather)
+        facts = facts_of(
+            "all_to_all_4D",
+            inputs,
+            (splits,),
+            uneven_dim=splits.gather[0].dim if uneven else None,
+        )
     posted = _allocate(group, "all_to_all_4D", specs_of(rank))
     flight = _start_call(group, facts, deliver, posted, async_op=async_op)
     sums = [(part, index) for index, part in enumerate(splits.gather) if part.replicas > 1]

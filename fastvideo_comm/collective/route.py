@@ -7,9 +7,10 @@ from types import ModuleType
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
-from . import memory, messages, traced
-from .group import AnyGroup, Group, MemoryMode
+from . import memory, messages, operator, traced
+from .group import AnyGroup, Group, MemoryMode, OperatorGroup
 
 MEMORY_VARIABLE = "FASTVIDEO_COMM_MEMORY"
 _MODES: tuple[MemoryMode, ...] = ("auto", "on", "off")
@@ -37,7 +38,8 @@ def memory_mode(
 def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
     """The module with the collectives, and the group in the form that the module takes.
 
-    `traced` where torch.compile is looking: the compiler plans copies and buffers itself.
+    `traced` where torch.compile is looking: the compiler plans copies and buffers itself; or
+    `operator`, once the communicator has connected memory (its first eager call does).
     `memory` where the ranks of a communicator can write into each other's memory, whatever the
     sizes: at every size that was measured it is the fastest (bench/NOTES.md, "Exchange by
     memory"). `messages` everywhere else.
@@ -47,9 +49,22 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
         >>> output = way.all_gather(group, input_, split)  # doctest: +SKIP
     """
     if torch.compiler.is_compiling():
-        return traced, group
+        return (operator if isinstance(group, OperatorGroup) else traced), group
+    if isinstance(group, OperatorGroup):  # what was compiled runs eagerly, under a debugger say
+        group = group.process_group
     group = Group.of(group)
-    return (memory if group.connects_memory() else messages), group
+    if not group.connects_memory():
+        return messages, group
+    if not group.operator_name:
+        group.operator_name = operator.register(group)
+    return memory, group
+
+
+def traced_form(group: Group) -> ProcessGroup | OperatorGroup:
+    """What compiled code holds of a group."""
+    if group.memory is None:
+        return group.process_group
+    return OperatorGroup(group.process_group, group.operator_name)
 
 
 def route_of_pair(group: Group) -> ModuleType:

@@ -23,7 +23,7 @@ from .wire import moved, moved_back, moved_counts
 
 def all_to_all(group: ProcessGroup, inputs: Sequence[Tensor], splits: Splits) -> list[Tensor]:
     """As `messages.all_to_all`: one exchange for all tensors of a dtype."""
-    inputs = [_resolved(input_) for input_ in inputs]
+    inputs = [resolved(input_) for input_ in inputs]
     outputs: dict[int, Tensor] = {}
     for dtype in dict.fromkeys([input_.dtype for input_ in inputs]):
         indices = [index for index, input_ in enumerate(inputs) if input_.dtype == dtype]
@@ -85,7 +85,7 @@ def _together(messages: list[Tensor], split: Split) -> Tensor:
 
 def all_gather(group: ProcessGroup, input_: Tensor, split: Split) -> Tensor:
     """As `messages.all_gather`."""
-    input_ = _resolved(input_)
+    input_ = resolved(input_)
     if split.sizes is not None:
         return _all_gather_padded(group, input_, split.dim, split.sizes)
     received = _gathered(group, input_.contiguous())
@@ -118,7 +118,7 @@ def _gathered(group: ProcessGroup, message: Tensor) -> Tensor:
 
 def reduce_scatter(group: ProcessGroup, input_: Tensor, split: Split) -> Tensor:
     """As `messages.reduce_scatter`: always along dim 0, the one that every backend has."""
-    input_ = _resolved(input_)
+    input_ = resolved(input_)
     if split.sizes is not None:
         return _reduce_scatter_padded(group, input_, split.dim, split.sizes)
     sent = message_view(input_, split.dim, group.size(), 0).contiguous()
@@ -160,13 +160,13 @@ def all_reduce(group: ProcessGroup, input_: Tensor, op: str) -> Tensor:
     """As `messages.all_reduce`; gloo has no average, so it is a sum and a division."""
     reduced = _wait(
         torch.ops._c10d_functional.all_reduce(
-            _resolved(input_).contiguous(), "sum" if op == "avg" else op, group.group_name
+            resolved(input_).contiguous(), "sum" if op == "avg" else op, group.group_name
         )
     )
     return reduced / group.size() if op == "avg" else reduced
 
 
-def _resolved(tensor: Tensor) -> Tensor:
+def resolved(tensor: Tensor) -> Tensor:
     """Not lazily conjugated or negated; torch cannot ask a traced tensor whether it is."""
     return tensor.resolve_conj().resolve_neg()
 

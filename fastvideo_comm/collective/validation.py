@@ -135,6 +135,11 @@ def scatter_splits(
     inputs: tuple[Tensor, ...], dim: int, sizes: Sizes, world_size: int, *, packed: bool
 ) -> tuple[Split, ...]:
     """How `dim` of each tensor is dealt out; "auto" keeps heads and their key heads together."""
+    if sizes is None and len(inputs) == 1 and not packed:  # nothing to find out: most calls
+        check_divisible(
+            inputs[0], "scatter_dim", dim, world_size, "; scatter_sizes= shares it unevenly"
+        )
+        return (Split(dim),)
     of_each = sizes_of_each("scatter_sizes", sizes, len(inputs))
     remedy = "; scatter_sizes= shares it unevenly"
     if dim == HEADS_DIM:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastvideo_comm.communicator import DeviceCommunicatorBase
-from fastvideo_comm.utils import near_even_sizes
+from fastvideo_comm.collective.layout import near_even_sizes
 
 from .installation import Installation, checked_version, uninstall_from
 from .sequence_exchange import Communicators, check_shared, install_functions
@@ -170,6 +170,8 @@ class _LocalAttention(torch.autograd.Function):
     ) -> _AttentionResult:
         """`[B, S, h, D] -> [B, S, h, D]`, and the log-sum-exp if `return_lse`."""
         *arguments_of_op, return_lse, forward_op, backward_op, parallel_config = arguments
+        if query.shape[2] == 0:
+            forward_op, backward_op = _attention_without_heads, _gradient_without_heads
         ctx.forward_op, ctx.backward_op = forward_op, backward_op
         ctx._parallel_config = parallel_config
         result = forward_op(
@@ -184,6 +186,21 @@ class _LocalAttention(torch.autograd.Function):
         """As diffusers: the gradient of the log-sum-exp is left out."""
         grad_query, grad_key, grad_value, *_ = ctx.backward_op(ctx, grad_out)
         return grad_query, grad_key, grad_value, *(None,) * 9
+
+
+def _attention_without_heads(
+    ctx: Any, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **__: Any
+) -> _AttentionResult:
+    """For a rank that got no heads: some attentions of torch end the process (2.11, on the CPU)."""
+    ctx.save_for_backward(query, key, value)
+    *_, return_lse = arguments
+    shape = query.shape[:3]
+    out = query.new_empty(*shape, value.shape[-1])
+    return (out, query.new_empty(shape, dtype=torch.float32)) if return_lse else out
+
+
+def _gradient_without_heads(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
+    return tuple(map(torch.zeros_like, ctx.saved_tensors))
 
 
 def install(*, allow_unknown_version: bool = False) -> Installation:

@@ -62,6 +62,7 @@ class Engine:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._is_closed = False
+        self._is_interrupted = False  # messages may stand in inboxes, unhandled
         self._foreground: dict[int, Waiter] = {}  # by thread
         self._waiters: list[Waiter] = []  # of threads that no longer wait
         self._background: Background | None = None
@@ -84,6 +85,7 @@ class Engine:
 
     def start(self, ask: Ask, *, background: bool) -> Flight:
         """Posts a call."""
+        self.check()  # before the lock, which a child may have been forked with
         ledger = self._ledger
         lane, others = ledger.lane(ask.ranks)
         digest, expected = self._digest(ask.question), self._digest(ask.expects)
@@ -107,6 +109,7 @@ class Engine:
 
     def fail_next(self, failure: int, text: bytes, ranks: tuple[int, int] | None) -> None:
         """Uses up the number of the next call, and tells the others that it fails."""
+        self.check()
         with self._lock:
             self.check()
             self._ledger.fail_next(failure, text, ranks)
@@ -234,8 +237,9 @@ class Engine:
                 with self._lock:
                     if job is not None:
                         ledger.copied(*job)
-                    for rank in ready:
+                    for rank in ledger.others if self._is_interrupted else ready:
                         ledger.read(rank)
+                    self._is_interrupted = False
                     job = self._take(token)
                 if job is None:
                     return
@@ -243,6 +247,7 @@ class Engine:
                 ready = waiter.ready(self._lines, ledger.lost, 0)
         except BaseException:
             with self._lock:
+                self._is_interrupted = True
                 for flight in list(ledger.flights.values()):
                     for rank, state in flight.parts.items():
                         if state is token:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -17,7 +17,6 @@ from ..errors import CollectiveError, CommunicationTimeoutError, PeerLostError
 from . import line
 
 if TYPE_CHECKING:
-    from .engine import Engine
     from .waiter import Waiter
 
 
@@ -89,12 +88,24 @@ ALL = -1
 Key = tuple[int, int]
 
 
+class Mover(Protocol):
+    """What moves a flight on: `engine.Engine`."""
+
+    rank: int
+
+    def wait(self, flight: Flight, timeout: float | None) -> None:
+        """Moves flights on until this one is over; raises its failure."""
+
+    def poll(self, flight: Flight) -> bool:
+        """Whether a flight is over."""
+
+
 class Flight:
     """One call in the air, or at its end."""
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Mover,
         ask: Ask,
         key: Key,
         others: Sequence[int],

@@ -101,7 +101,7 @@ def _listen(name: bytes, world_size: int) -> socket.socket:
         raise OSError("this system has no eventfd")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
-        listener.bind(b"\0fastvideo_comm-" + name.hex().encode())
+        listener.bind(_address(name))
         listener.listen(world_size + 8)  # strangers may stand in the queue too
     except BaseException:
         listener.close()
@@ -115,7 +115,7 @@ def _connect(name: bytes, timeout: float) -> socket.socket:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                link.connect(b"\0fastvideo_comm-" + name.hex().encode())
+                link.connect(_address(name))
                 break
             except BlockingIOError:  # the queue of the other is full
                 if time.monotonic() > deadline:
@@ -152,6 +152,11 @@ def _accept(
                 links[other] = link
             else:
                 link.close()
+
+
+def _address(name: bytes) -> bytes:
+    """An abstract address: it is in no file system, and goes with its last socket."""
+    return b"\0fastvideo_comm-" + name.hex().encode()
 
 
 def _check_user(link: socket.socket) -> None:

@@ -109,8 +109,13 @@ class Segment:
         for first, last in self._absent(start, stop):
             self._populate(first, last)
 
-    def give_back(self, start: int, stop: int) -> int:
-        """Returns the pages of the granules inside a range to the system. For the owner.
+    def give_back(self, start: int, stop: int, num_bytes: int) -> int:
+        """Returns pages of a range to the system, from its upper end. For the owner.
+
+        Args:
+            start: Where the range starts.
+            stop: Where it ends.
+            num_bytes: How much to return; whole granules inside the range are returned.
 
         Returns:
             How many bytes were returned.
@@ -118,16 +123,15 @@ class Segment:
         first, last = -(-start // GRANULE), stop // GRANULE
         if stop == self.num_bytes:
             last = len(self._present)
+        wanted = -(-num_bytes // GRANULE)
         returned = 0
-        while (first := self._present.find(1, first, last)) >= 0 and first < last:
-            end = self._present.find(0, first, last)
-            end = last if end < 0 else end
-            first_byte, last_byte = first * GRANULE, min(end * GRANULE, self.num_bytes)
-            self._present[first:end] = bytes(end - first)
+        while returned < wanted and (end := self._present.rfind(1, first, last) + 1):
+            last = max(self._present.rfind(0, first, end) + 1, first, end - wanted + returned)
+            first_byte, last_byte = last * GRANULE, min(end * GRANULE, self.num_bytes)
+            self._present[last:end] = bytes(end - last)
             self._map.madvise(mmap.MADV_REMOVE, first_byte, last_byte - first_byte)
-            returned += (end - first) * GRANULE
-            first = end
-        return returned
+            returned += end - last
+        return returned * GRANULE
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor in the segment; its storage is the whole segment."""

@@ -314,7 +314,8 @@ class Pool:
                 break
             segment = self.segments[address >> _OFFSET_BITS]
             start = address & ((1 << _OFFSET_BITS) - 1)
-            returned += segment.give_back(start, start + self._sizes[address])
+            stop = start + self._sizes[address]
+            returned += segment.give_back(start, stop, excess - returned)
         return returned
 
 

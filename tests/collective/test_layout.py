@@ -280,12 +280,12 @@ def test_each_direction_needs_one_copy_at_any_batch(batch, dims, contiguous):
 @pytest.mark.parametrize(
     ("share", "shape", "parts"),
     [
-        (Share(2), (2, 5, 6, 4), [2, 2, 2]),
-        (Share(1), (2, 6, 5, 4), [2, 2, 2]),
-        (Share(2, (1, 0, 5)), (2, 5, 6, 4), [1, 0, 5]),
-        (Share(1, (0, 0, 0)), (2, 0, 6, 4), [0, 0, 0]),
-        (Share(2, None, 3), (2, 5, 2, 4), [1, 1, 1, 1, 1, 1]),
-        (Share(2, None, 3), (2, 5, 1, 4), [1, 1, 1]),
+        (Split(2), (2, 5, 6, 4), [2, 2, 2]),
+        (Split(1), (2, 6, 5, 4), [2, 2, 2]),
+        (Split(2, (1, 0, 5)), (2, 5, 6, 4), [1, 0, 5]),
+        (Split(1, (0, 0, 0)), (2, 0, 6, 4), [0, 0, 0]),
+        (Split(2, None, 3), (2, 5, 2, 4), [1, 1, 1, 1, 1, 1]),
+        (Split(2, None, 3), (2, 5, 1, 4), [1, 1, 1]),
     ],
 )
 def test_a_share_says_what_each_rank_has_and_where_its_message_is(share, shape, parts):
@@ -304,7 +304,7 @@ def test_a_share_says_what_each_rank_has_and_where_its_message_is(share, shape, 
     if share.sizes is None:
         (view,) = messages
         assert view.data_ptr() == x.data_ptr()
-        messages = list(view.flatten(1, 2).unbind(1) if share.holders > 1 else view.unbind(1))
+        messages = list(view.flatten(1, 2).unbind(1) if share.replicas > 1 else view.unbind(1))
     for rank in range(world_size):
-        start = rank // share.holders if share.holders > 1 else sum(parts[:rank])
+        start = rank // share.replicas if share.replicas > 1 else sum(parts[:rank])
         assert torch.equal(messages[rank], x.narrow(share.dim, start, parts[rank]))

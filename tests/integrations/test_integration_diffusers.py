@@ -191,12 +191,15 @@ def test_ulysses_attention_gives_the_bits_of_diffusers(ranks: Ranks, size: int, 
 
 
 def uneven(communicator: DeviceCommunicatorBase, masked: str) -> list[float]:
-    """How far "anything" is from one process: queries, keys and heads that nobody can share."""
+    """How far "anything" is from one process, where the ranks cannot share evenly.
+
+    Queries, keys and 3 heads: on 4 ranks, one of them gets no head.
+    """
     dispatch = diffusers_package.attention_dispatch()
     rank = communicator.rank
     generator = torch.Generator().manual_seed(rank)
-    q = torch.randn(2, 5 - rank, 5, 8, generator=generator)
-    k, v = torch.randn(2, 2, 2 + 3 * rank, 5, 8, generator=generator)
+    q = torch.randn(2, 5 - rank, 3, 8, generator=generator)
+    k, v = torch.randn(2, 2, 2 + 3 * rank, 3, 8, generator=generator)
     parts = [part.shape[1] for part in (q, k)]
     mask = torch.rand(2, 1, 1, parts[1], generator=generator) < 0.8
     every = communicator.all_gather(mask, -1, gather_sizes="auto")

@@ -10,6 +10,7 @@ import types
 import warnings
 from typing import Any
 
+import fastvideo_package
 import peer_wheels
 import pytest
 import torch
@@ -27,6 +28,7 @@ _DEVICES = "fastvideo.distributed.device_communicators"
 
 
 def same_node(communicator: DeviceCommunicatorBase, port: int) -> list[int]:
+    fastvideo_package.prepare()
     with integration.install():
         state = make_groups(2)
         group = state.StatelessProcessGroup.create(
@@ -69,6 +71,7 @@ def joined(communicator: DeviceCommunicatorBase, binding: str, port: int) -> lis
     """What two communicators of FastVideo join with, on one group; the first rank made the id."""
     prefix = binding.removeprefix("py")
     devices = f"{_DEVICES}.{binding}"
+    fastvideo_package.prepare()
     with integration.install(), pytest.MonkeyPatch.context() as patch:
         state = make_groups(2)
         module = importlib.import_module(devices)
@@ -100,6 +103,7 @@ def test_fastvideos_own_bindings_join_over_a_stateless_group(ranks: Ranks, bindi
 
 def with_codecs(communicator: DeviceCommunicatorBase) -> None:
     """Groups that share a codec, and one that pickles."""
+    fastvideo_package.prepare()
     with integration.install():
         state = make_groups(2)
         wrapper = importlib.import_module(f"{_DEVICES}.pynccl_wrapper")

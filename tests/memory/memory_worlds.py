@@ -6,17 +6,21 @@ a job fails the test with the traceback of its rank.
 
 from __future__ import annotations
 
+import ctypes
+import dis
 import gc
 import multiprocessing
 import os
 import pickle
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -131,6 +135,8 @@ def _work(
 ) -> None:
     status = 1
     try:
+        # A rank does not outlive a test session that was killed.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         torch.set_num_threads(1)
         links = {}
         for (low, high), (first, second) in pairs.items():
@@ -193,6 +199,7 @@ def in_threads(world_size: int, job: Job, *, timeout: float = 60.0) -> list[Any]
                 memory.close()
         except BaseException:
             failures.append(f"rank {rank}: {traceback.format_exc()}")
+            barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -305,6 +312,51 @@ def num_descriptors() -> int:
     """The open descriptors of this process."""
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
+
+
+class Interruption:
+    """Raises KeyboardInterrupt at the n-th point of code in some files, where one can come.
+
+    Python looks for signals after calls, at the start of functions and where loops turn back.
+    """
+
+    def __init__(self, at: int, files: Collection[str]) -> None:
+        self.left, self.fired, self.files = at, False, files
+
+    def __enter__(self) -> Interruption:
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code.co_filename not in self.files:
+            return None
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        before = ""
+
+        def trace(frame: FrameType, event: str, argument: object) -> Any:
+            nonlocal before
+            if event == "opcode" and not self.fired:
+                if before.startswith(("CALL", "RESUME", "JUMP_BACKWARD", "JUMP_ABSOLUTE")):
+                    self.left -= 1
+                if self.left < 0:
+                    self.fired = True
+                    raise KeyboardInterrupt
+                before = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            return trace
+
+        return trace
+
+
+def settled(memory: HostMemory) -> int:
+    """The bytes in use, once garbage is collected and nothing is in the air."""
+    deadline = time.monotonic() + 20
+    while memory.bytes_in_use and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.001)
+    return memory.bytes_in_use
 
 
 def wait_all(flights: Sequence[Flight]) -> None:

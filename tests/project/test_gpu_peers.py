@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 if str(BENCH) not in sys.path:
     sys.path.append(str(BENCH))
 
