@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastvideo_comm.communicator import DeviceCommunicatorBase
 from fastvideo_comm.collective.layout import near_even_sizes
+from fastvideo_comm.communicator import DeviceCommunicatorBase
 
 from .installation import Installation, checked_version, uninstall_from
 from .sequence_exchange import Communicators, check_shared, install_functions
