@@ -108,6 +108,18 @@ def test_a_store_that_answers_nonsense_is_not_believed(origin):
     run_own(1, program, secret=SECRET)
 
 
+def test_a_value_under_the_key_of_another_is_an_authentication_error():
+    def program(group):
+        group.store.set("key", "value")
+        values = group.store._server._mailbox._values
+        values[b"another key"] = values[b"key"]
+        with pytest.raises(AuthenticationError, match=r"must carry the seal of value/0/-1/0"):
+            group.store.get("another key")
+        assert group.store.get("key") == b"value"
+
+    run_own(1, program, secret=SECRET)
+
+
 def test_values_of_two_ranks_and_numbers_of_add_are_told_apart():
     def program(group):
         other = 1 - group.rank
