@@ -123,7 +123,7 @@ def measure_on(group: dist.ProcessGroup, cases: list[Case], options: script.Opti
     def bind() -> dict[str, Bound]:
         bound = systems.ours(group, options.device)
         bound |= {name: peer.bind(group) for name, peer in present.items()}
-        return bound | systems.bounds(group)
+        return bound | systems.bounds(group, options.device)
 
     title = f"all_to_all P={group.size()}"
     with track(cases, title, shown=group.rank() == 0) as cases_in_turn:

@@ -19,7 +19,7 @@ OURS = "fastvideo_comm"
 SOCKETS = "fastvideo_comm, sockets"
 GPU_PEERS = ("fast-ulysses", "fast-ulysses into buffers", "flashinfer")
 PEERS = ("fastvideo", "yunchang", "deepspeed", "diffusers", "cache-dit", *GPU_PEERS)
-BOUNDS = ("floor", "bare exchange", "contiguous copy")
+BOUNDS = ("floor", "copy and exchange", "bare exchange", "contiguous copy")
 
 
 def table(rows: Iterable[Row]) -> str:

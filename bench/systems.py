@@ -1,15 +1,14 @@
 """The systems of a whole-call benchmark on one process group: this library, the peers, the bounds.
 
 `bare exchange` is `all_to_all_single` of a contiguous tensor into a fresh one, `contiguous copy`
-one copy of the same bytes into memory that was touched before, and `floor` both. None gives the
-right layout. They bound what goes through the group; ranks of one host that share memory, as this
-library's do on the CPU, go beneath. `fastvideo_comm, sockets` is this library without that, as
-between hosts.
+one copy of the same bytes into memory that was touched before, and `copy and exchange` both: none
+gives the right layout. `floor` is what nobody can go below: between ranks of one host on the CPU,
+which can write into each other's memory, one copy of the bytes; elsewhere copy and exchange.
+`fastvideo_comm, sockets` is this library by messages, as between hosts.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -20,15 +19,15 @@ from peers import Bound, FirstOfThree, one_call_each
 from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase
-from fastvideo_comm.collective.route import MEMORY_VARIABLE
 
 SOCKETS = "fastvideo_comm, sockets"
 OURS, FLOOR, EXCHANGE, COPY = "fastvideo_comm", "floor", "bare exchange", "contiguous copy"
-BOUNDS = (FLOOR, EXCHANGE, COPY)
+BOTH = "copy and exchange"
+BOUNDS = (FLOOR, BOTH, EXCHANGE, COPY)
 
 
 def ours(group: dist.ProcessGroup, device: torch.device) -> dict[str, Bound]:
-    """This library, on the CPU with shared memory and without."""
+    """This library, on the CPU by memory and by messages."""
     if isinstance(group, LocalGroup):  # one process, which plays all ranks
         return {OURS: _bound(sockets_only(group, device))}
     bound = {OURS: _bound(DeviceCommunicatorBase(group, device, group, "bench"))}
@@ -36,12 +35,8 @@ def ours(group: dist.ProcessGroup, device: torch.device) -> dict[str, Bound]:
 
 
 def sockets_only(group: dist.ProcessGroup, device: torch.device) -> DeviceCommunicatorBase:
-    """A communicator whose ranks share no memory, as between hosts."""
-    os.environ[MEMORY_VARIABLE] = "off"
-    try:
-        return DeviceCommunicatorBase(group, device, group, "bench")
-    finally:
-        del os.environ[MEMORY_VARIABLE]
+    """A communicator whose ranks send messages, as between hosts."""
+    return DeviceCommunicatorBase(group, device, group, "bench", memory="off")
 
 
 def _bound(communicator: DeviceCommunicatorBase) -> Bound:
@@ -54,8 +49,8 @@ def _bound(communicator: DeviceCommunicatorBase) -> Bound:
     return Bound(communicator.all_to_all_4D, attention)
 
 
-def bounds(group: dist.ProcessGroup) -> dict[str, Bound]:
-    """The three bounds; their backward is the same once more."""
+def bounds(group: dist.ProcessGroup, device: torch.device) -> dict[str, Bound]:
+    """The bounds; their backward is the same once more."""
     wires: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}
     num_copies = 0
 
@@ -77,8 +72,13 @@ def bounds(group: dist.ProcessGroup) -> dict[str, Bound]:
         dist.all_to_all_single(output, x, group=group)
         return output
 
+    def copy_and_exchange(x: Tensor) -> Tensor:
+        return exchange(copy(x))
+
+    by_memory = device.type == "cpu" and not isinstance(group, LocalGroup)
     return {
-        FLOOR: _moving(lambda x: exchange(copy(x)), group.size()),
+        FLOOR: _moving(copy_to_memory if by_memory else copy_and_exchange, group.size()),
+        BOTH: _moving(copy_and_exchange, group.size()),
         EXCHANGE: _moving(exchange, group.size()),
         COPY: _moving(copy_to_memory, group.size()),
     }

@@ -289,7 +289,7 @@ class DeviceCommunicatorBase:
                 inputs, dims[0], scatter_sizes, self.world_size, packed=packed
             )
             sizes = validation.sizes_of_each("gather_sizes", gather_sizes, len(inputs))
-            sizes_are_asked = gather_sizes is not None and "auto" in sizes
+            sizes_are_asked = "auto" in sizes
             if not sizes_are_asked:
                 gather = validation.gather_splits(
                     inputs, dims[1], sizes, self.rank, self.world_size
@@ -471,7 +471,6 @@ class DeviceCommunicatorBase:
             if self.world_size == 1:
                 return input_.detach()
             call.compare(input_, (dst, dim))
-            call.count(input_)
             output: Tensor | None = call.run_unrecorded("gather", input_, dst, dim)
             return output
 
@@ -491,7 +490,6 @@ class DeviceCommunicatorBase:
             dst = (self.rank + 1) % self.world_size if dst is None else dst
             validation.peer("dst", dst, self.rank, self.world_size, others_only=True)
             call.compare_pair("send", tensor.shape, tensor.dtype, dst)
-            call.count(tensor)
             call.run_unrecorded("send", tensor, dst)
 
     def recv(

@@ -24,6 +24,9 @@ from .collective.route import route
 from .kernels import contiguous_copy
 
 
+_functorch_is_active = torch._C._are_functorch_transforms_active
+
+
 def run(function: Any, group: AnyGroup, *arguments: Any) -> Any:
     """The output of a Function, which autograd records where somebody differentiates.
 
@@ -31,9 +34,7 @@ def run(function: Any, group: AnyGroup, *arguments: Any) -> Any:
     trace a Function of a variable number of tensors.
     """
     is_eager = isinstance(group, Group)  # a compiled graph holds no `Group`
-    is_recorded = is_eager and (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    )
+    is_recorded = is_eager and (forward_ad._current_level >= 0 or _functorch_is_active())
     if not is_recorded and torch.is_grad_enabled():
         for argument in arguments:
             if isinstance(argument, Tensor) and argument.requires_grad:

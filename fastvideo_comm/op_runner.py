@@ -70,7 +70,7 @@ class OpRunner:
 class OpCall:
     """One call of an op: a context that counts it and names it in what is wrong with it."""
 
-    __slots__ = ("_begin", "_is_compared", "_is_traced", "_runner", "_span", "op")
+    __slots__ = ("_begin", "_is_compared", "_is_traced", "_num_bytes", "_runner", "_span", "op")
 
     def __init__(self, op: str, runner: OpRunner) -> None:
         """Not entered yet."""
@@ -78,6 +78,7 @@ class OpCall:
         self._runner = runner
         self._is_compared = False
         self._is_traced = False
+        self._num_bytes = 0
 
     def __enter__(self) -> OpCall:
         """Begins to count, unless the call is traced: a graph must not depend on counters."""
@@ -100,7 +101,7 @@ class OpCall:
             seconds = perf_counter() - self._begin
             self._span.__exit__(kind, error, traceback)
             if error is None:
-                self._runner.stats.add_call(self.op, seconds)
+                self._runner.stats.add_call(self.op, seconds, self._num_bytes)
         if error is None:
             return
         self._runner.group.take_asked()
@@ -113,10 +114,11 @@ class OpCall:
                 raise known(f"{self._runner.group.where(self.op)}: {text}") from None
 
     def check(self, name: str, tensor: Tensor) -> None:
-        """A dense tensor on the device of a communicator that is open."""
+        """A dense tensor on the device of a communicator that is open; its bytes are counted."""
         self.check_open()
         validation.check_tensor(name, tensor)
         validation.check_device(name, tensor, self._runner.device)
+        self.count(tensor)
 
     def check_open(self) -> None:
         """The communicator was not destroyed."""
@@ -148,10 +150,10 @@ class OpCall:
             raise ValueError("gather_sizes must be given where a call is compiled, got 'auto'")
         return self._runner.sizes_of_all_ranks(sizes)
 
-    def count(self, *tensors: Tensor) -> None:
-        """Adds the bytes of a call to its op's statistics."""
+    def count(self, tensor: Tensor) -> None:
+        """Adds to the bytes of this call."""
         if not self._is_traced:
-            self._runner.stats.add_bytes(self.op, sum([tensor.nbytes for tensor in tensors]))
+            self._num_bytes += tensor.nbytes
 
     def run(self, function: Any, *arguments: Any, alone: Any) -> Any:
         """The output of an autograd Function of the group and `arguments`.
@@ -161,11 +163,9 @@ class OpCall:
             arguments: what it takes behind the group, tensors among them.
             alone: the output at world size 1.
         """
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
         group = self._runner.group
         if group.size() == 1:
             return alone
-        self.count(*tensors)
         taken = traced_form(group) if self._is_traced else group
         return functions.run(function, taken, *arguments)
 
@@ -179,7 +179,6 @@ class OpCall:
         if self._is_traced or group.size() == 1:
             outputs = self.run(functions.AllToAll, splits, *inputs, alone=inputs)
             return AsyncHandle.done(result(outputs))
-        self.count(*inputs)
         flight = functions.Flight(splits)
         token = functions.run(functions.StartAllToAll, group, flight, *inputs)
         return AsyncHandle(

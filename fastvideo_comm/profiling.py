@@ -49,35 +49,30 @@ class OpStats(NamedTuple):
     seconds: float
 
 
+_NO_CALLS = OpStats(0, 0, 0.0)
+
+
 class Stats:
     """The counters of one communicator. Not counted: backward, and calls in compiled code.
 
     Example:
         >>> stats = Stats()
-        >>> stats.add_bytes("all_gather", 1024)
-        >>> stats.add_call("all_gather", 0.5)
+        >>> stats.add_call("all_gather", seconds=0.5, num_bytes=1024)
         >>> stats.snapshot()["all_gather"]
         OpStats(calls=1, bytes=1024, seconds=0.5)
     """
 
     def __init__(self) -> None:
         """Starts at zero."""
-        self._calls: dict[str, int] = {}
-        self._bytes: dict[str, int] = {}
-        self._seconds: dict[str, float] = {}
-
-    def add_bytes(self, op: str, num_bytes: int) -> None:
-        """Counts the bytes of a call."""
-        self._bytes[op] = self._bytes.get(op, 0) + num_bytes
+        self._by_op: dict[str, OpStats] = {}
 
     def snapshot(self) -> dict[str, OpStats]:
         """The counters by op, in the order of the first calls."""
-        return {
-            op: OpStats(calls, self._bytes.get(op, 0), self._seconds[op])
-            for op, calls in self._calls.items()
-        }
+        return dict(self._by_op)
 
-    def add_call(self, op: str, seconds: float) -> None:
+    def add_call(self, op: str, seconds: float, num_bytes: int) -> None:
         """Counts a call that succeeded."""
-        self._calls[op] = self._calls.get(op, 0) + 1
-        self._seconds[op] = self._seconds.get(op, 0.0) + seconds
+        before = self._by_op.get(op, _NO_CALLS)
+        self._by_op[op] = OpStats(
+            before.calls + 1, before.bytes + num_bytes, before.seconds + seconds
+        )

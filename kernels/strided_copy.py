@@ -103,7 +103,9 @@ def copy_all_valid_(
         tensor([[0, 2],
                 [1, 3]])
     """
-    if _triton_runs(impl, [dst for dst, _ in pairs]):
+    if len(pairs) == 1:
+        copy_valid_(*pairs[0], impl=impl)
+    elif _triton_runs(impl, [dst for dst, _ in pairs]):
         _launch(pairs)
     else:
         for dst, src in pairs:
@@ -121,9 +123,10 @@ def _triton_runs(impl: str, dsts: Sequence[Tensor]) -> bool:
     if impl == "auto":
         impl = os.environ.get(IMPLEMENTATION_VARIABLE, "auto")
     if impl == "auto":
+        if not dsts or dsts[0].is_cpu:
+            return False
         return (
-            bool(dsts)
-            and dsts[0].device.type in _TRITON_DEVICES
+            dsts[0].device.type in _TRITON_DEVICES
             and _TRITON_IS_INSTALLED
             and sum(dst.nbytes for dst in dsts) >= SMALL_COPY_BYTES
         )

@@ -219,11 +219,8 @@ class Group:
 
     def all_to_all(self, transfers: Sequence[Transfer], *, async_op: bool) -> Works:
         """Starts the transfers: one grouped call on NCCL, side by side on gloo."""
-        if len(transfers) == 1 and not async_op:
-            options = self._waiting
-        else:
-            options = AllToAllOptions()
-            options.asyncOp = async_op or len(transfers) > 1
+        options = AllToAllOptions()
+        options.asyncOp = async_op or len(transfers) > 1
 
         def start(group: dist.ProcessGroup) -> Works:
             return [
@@ -247,6 +244,16 @@ class Group:
             return [group._end_coalescing(device)]
 
         return self._named("all_to_all", start_grouped)
+
+    def all_to_all_one(self, output: Tensor, input_: Tensor) -> None:
+        """One even transfer, waited for."""
+        output, input_ = moved(output), moved(input_)
+        try:
+            work = self.process_group.alltoall_base(output, input_, [], [], self._waiting)
+            if work is not None:
+                work.wait()
+        except RuntimeError as error:
+            raise self._failure("all_to_all", error) from error
 
     def wait(self, op: str, works: Works) -> None:
         """Waits for what a method of this class started."""
@@ -321,10 +328,13 @@ class Group:
         """Says which op on which rank it was that failed."""
         try:
             return call(self.process_group)
-        except ClosedError as error:
-            raise ClosedError(f"{self.where(op)}: {error}") from None
         except RuntimeError as error:
-            raise CollectiveError(f"{self.where(op)} failed: {error}") from error
+            raise self._failure(op, error) from error
+
+    def _failure(self, op: str, error: RuntimeError) -> Exception:
+        if isinstance(error, ClosedError):
+            return ClosedError(f"{self.where(op)}: {error}")
+        return CollectiveError(f"{self.where(op)} failed: {error}")
 
 
 class OperatorGroup(NamedTuple):

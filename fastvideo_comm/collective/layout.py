@@ -172,6 +172,14 @@ class Splits(NamedTuple):
     scatter: tuple[Split, ...]
     gather: tuple[Split, ...]
 
+    @property
+    def is_even(self) -> bool:
+        """Whether the ranks send and receive parts of one size, of which nobody has replicas."""
+        for split in (*self.scatter, *self.gather):
+            if split.sizes is not None or split.replicas > 1:
+                return False
+        return True
+
     def reverse(self) -> Splits:
         """The exchange that undoes this one; with replicated heads, its adjoint."""
         return Splits(self.gather, self.scatter)

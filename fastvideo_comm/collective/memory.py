@@ -93,9 +93,13 @@ def start_all_to_all(
     """Posts the outputs; copies at once, or where `async_op` while the caller computes."""
     memory, rank, size = _memory(group), group.rank(), group.size()
     pairs = list(zip(inputs, splits.scatter, splits.gather, strict=True))
+    is_even = splits.is_even  # then all ranks post the same
+    even_specs: list[Spec] = []
 
     def specs_of(owner: int) -> list[Spec]:
         """What a rank posts: its outputs, or the parts of those that are sums."""
+        if even_specs:
+            return even_specs
         specs: list[Spec] = []
         for input_, scatter, gather in pairs:
             shape = splits.output_shape(input_.shape, scatter, gather, owner, size)
@@ -125,11 +129,14 @@ def start_all_to_all(
             (splits,),
             uneven_dim=splits.gather[0].dim if uneven else None,
         )
-    posted = _allocate(group, "all_to_all_4D", specs_of(rank))
+    own_specs = specs_of(rank)
+    if is_even:
+        even_specs = own_specs
+    posted = _allocate(group, "all_to_all_4D", own_specs)
     flight = _start_call(group, facts, deliver, posted, async_op=async_op)
-    sums = [(part, index) for index, part in enumerate(splits.gather) if part.replicas > 1]
-    if not sums:
+    if is_even:
         return Work(group, "all_to_all_4D", flight, posted.tensors)
+    sums = [(part, index) for index, part in enumerate(splits.gather) if part.replicas > 1]
     outputs = list(posted.tensors)
     for split, index in sums:
         shape = splits.output_shape(inputs[index].shape, splits.scatter[index], split, rank, size)

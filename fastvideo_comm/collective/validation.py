@@ -164,6 +164,8 @@ def gather_splits(
     inputs: tuple[Tensor, ...], dim: int, of_each: Sequence[Any], rank: int, world_size: int
 ) -> tuple[Split, ...]:
     """How `dim` of each tensor comes together, from every rank's sizes of it."""
+    if of_each == [None]:
+        return (Split(dim),)
     return tuple(
         gather_split(input_, dim, sizes, rank, world_size)
         for input_, sizes in zip(inputs, of_each, strict=True)
@@ -172,6 +174,8 @@ def gather_splits(
 
 def sizes_of_each(name: str, sizes: Sizes, num_tensors: int) -> list[Any]:
     """One entry for each tensor: None, "auto", or every rank's size."""
+    if sizes is None:
+        return [None] * num_tensors
     if isinstance(sizes, str) and sizes != "auto":
         raise ValueError(f"{name} must be None, 'auto' or sizes, got {sizes!r}")
     if isinstance(sizes, Tensor):

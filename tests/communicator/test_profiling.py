@@ -64,8 +64,7 @@ def test_watching_costs_microseconds():
     stats = Stats()
 
     def call() -> None:
-        stats.add_bytes("op", 8)
-        stats.add_call("op", 0.1)
+        stats.add_call("op", 0.1, 8)
 
     def phase() -> None:
         with span("pack", "sp"):

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastvideo_comm.memory.host import Ask, Flight, HostMemory, Place, Posted
+from fastvideo_comm.memory.waiter import Waiter
 
 # Longer than any job takes on a busy machine, shorter than pytest's limit for a test.
 LIMIT_SECONDS = 100.0
@@ -351,11 +352,12 @@ class Interruption:
 
 
 def settled(memory: HostMemory) -> int:
-    """The bytes in use, once garbage is collected and nothing is in the air."""
+    """The bytes in use, once garbage is collected and what the others say has been read."""
+    engine, waiter = memory._engine, Waiter()
     deadline = time.monotonic() + 20
     while memory.bytes_in_use and time.monotonic() < deadline:
         gc.collect()
-        time.sleep(0.001)
+        engine._turn(waiter, waiter.ready(engine._lines, engine._ledger.lost, 0.001))
     return memory.bytes_in_use
 
 

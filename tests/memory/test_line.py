@@ -116,6 +116,8 @@ def test_what_was_sent_is_read_though_the_other_closed_with_messages_unread(pair
     there.send(line.pack_done(0, 1))
     here.send(line.pack_done(0, 2))
     here.close()
+    there.receive()
+    assert not there.is_lost
     assert [record.number for record, _, _ in heard(there)] == [2]
     assert there.is_lost
     there.send(line.pack_done(0, 3))

@@ -116,7 +116,9 @@ def test_every_peer_gives_the_reference_result(name, op, group):
 @pytest.mark.parametrize("op", ["forward", "back", "forward+grad", "attention", "attention+grad"])
 def test_the_bounds_have_the_shapes_and_the_gradient_of_an_exchange(op, group):
     for name in systems.BOUNDS:
-        expected, got = _expected_and_got(op, systems.bounds(group)[name], group)
+        expected, got = _expected_and_got(
+            op, systems.bounds(group, torch.device("cpu"))[name], group
+        )
         assert [list(x.shape) for x in got] == [list(x.shape) for x in expected]
 
 
@@ -152,7 +154,7 @@ def test_a_system_with_another_result_is_named_and_not_timed(threads):
     case = bench_all_to_all.Case("forward", Shape(1, 64, 4, 2, 8))
     rows = harness.Report()
     with local_group(2) as group:
-        bound = {"wrong": peers.Bound(wrong, None), **systems.bounds(group)}
+        bound = {"wrong": peers.Bound(wrong, None), **systems.bounds(group, torch.device("cpu"))}
         bench_all_to_all._measure(case, bound, group, BRIEF, rows)
     assert {row["system"] for row in rows.rows} == set(systems.BOUNDS)
     assert rows.problems == [f"wrong gives another result in {case.name}: not timed"]
