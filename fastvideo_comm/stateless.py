@@ -11,7 +11,6 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fastvideo_comm.errors import MessageExpiredError
@@ -23,6 +22,7 @@ from fastvideo_comm.object_channel.settings import (
     Codec,
     GroupSettings,
     check_rank,
+    to_seconds,
 )
 from fastvideo_comm.object_channel.store import ObjectStore
 from fastvideo_comm.object_channel.store_sockets import Heartbeat
@@ -64,9 +64,11 @@ class StatelessProcessGroup:
        cannot be sent is a TypeError on the sender that gives the path to it. `codec="pickle"` is
        refused without a secret.
     5. No stranger's message is accepted, where there is a `secret`: connections begin with a mutual
-       proof, and HMAC-SHA256 covers version, group, op, src, dst, number, length and body of every
-       message. What does not match is AuthenticationError and never decoded. Rank 0 listens on the
-       host's address only. Nothing is encrypted, and who reaches the port can get in the way.
+       proof, and a seal covers version, group, op, src, dst, number, length and body of every
+       message. What does not match is AuthenticationError and never decoded. With the package
+       `cryptography` no stranger can read a body (AES-256-GCM); sizes, times, ranks and names of
+       groups stay visible. Without that package nothing is encrypted (HMAC-SHA256). Rank 0 listens
+       on the host's address only. Who reaches the port can get in the way.
     6. Limits are said early. An object that encodes to more than `max_message_bytes` is a
        ValueError on the sender.
     7. Joining is checked. A wrong or taken rank, different world sizes, settings, secrets or
@@ -97,6 +99,8 @@ class StatelessProcessGroup:
         codec: An `ObjectCodec` with registered types, "msgpack" or "pickle".
         max_message_bytes: The largest encoded object.
         group: The group's name, in keys, seals and errors.
+        encryption: "auto", "required" or "off".
+        run_id: What the run is called; that of torchrun where it is None.
     """
 
     rank: int
@@ -115,19 +119,14 @@ class StatelessProcessGroup:
     codec: Codec | str = dataclasses.field(default="msgpack", kw_only=True, repr=False)
     max_message_bytes: int = dataclasses.field(default=DEFAULT_MAX_MESSAGE_BYTES, kw_only=True)
     group: str = dataclasses.field(default="default", kw_only=True)
+    encryption: str = dataclasses.field(default="auto", kw_only=True)
+    run_id: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check the arguments and reserve the group's name on the store."""
-        settings = GroupSettings.checked(
-            self.rank,
-            self.world_size,
-            self.timeout,
-            self.secret,
-            self.codec,
-            self.max_message_bytes,
-            self.group,
-        )
-        self.secret, self.codec = settings.secret, settings.codec
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.kw_only}
+        settings = GroupSettings.checked(self.rank, self.world_size, **options)
+        self.secret, self.codec, self.run_id = settings.secret, settings.codec, settings.run_id
         self._messenger = Messenger(self.store, settings, self.entries)
         self.send_dst_counter = dict.fromkeys(range(self.world_size), 0)
         self.recv_src_counter = dict.fromkeys(range(self.world_size), 0)
@@ -143,12 +142,15 @@ class StatelessProcessGroup:
         rank: int,
         world_size: int,
         data_expiration_seconds: int = 3600,
+        store_timeout: float | timedelta | None = None,
         *,
         timeout: float | timedelta = DEFAULT_TIMEOUT_SECONDS,
         secret: bytes | None = None,
         codec: Codec | str = "msgpack",
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         group: str = "default",
+        encryption: str = "auto",
+        run_id: str | None = None,
         heartbeat_interval: float = 1.0,
         heartbeat_limit: int = 3,
         listen_socket: socket.socket | None = None,
@@ -161,12 +163,17 @@ class StatelessProcessGroup:
             rank: Of this process, from 0.
             world_size: How many ranks join; the call returns when all have.
             data_expiration_seconds: How long an unread message is kept.
-            timeout: Of the join, and of every later call that is given none; seconds or timedelta.
-            secret: Shared by all ranks, best `secrets.token_bytes(32)`; the environment variable
-                `FASTVIDEO_COMM_SECRET` where it is None. Without one the group works unprotected.
+            store_timeout: Of the join and of the verbs of `store`; `timeout` where it is None.
+            timeout: Of every later call that is given none; seconds or timedelta.
+            secret: Shared by all ranks, from 16 bytes on, best `secrets.token_bytes(32)`; the
+                variable `FASTVIDEO_COMM_SECRET` where it is None. Without one, no protection.
             codec: An `ObjectCodec` with registered types, "msgpack" or "pickle".
             max_message_bytes: The largest encoded object; the same on every rank.
             group: The group's name; the same on every rank.
+            encryption: "auto" encrypts where there is a secret and the package cryptography is
+                installed, "required" also raises where it cannot, "off" authenticates only.
+            run_id: What this run is called, on every rank; torchrun's name where it is None. Ranks
+                of another run are refused.
             heartbeat_interval: Whole seconds between two probes of an idle connection.
             heartbeat_limit: How many unanswered probes mean that the other machine is gone.
             listen_socket: Rank 0 only: a listening socket to use instead of a new one.
@@ -178,22 +185,21 @@ class StatelessProcessGroup:
             JoinError: This rank is refused, or the port is in other use.
             JoinTimeoutError: Not every rank came within the timeout, of this rank or another.
         """
-        settings = GroupSettings.checked(
-            rank, world_size, timeout, secret, codec, max_message_bytes, group
-        )
+        options: dict[str, Any] = {
+            "timeout": timeout,
+            "secret": secret,
+            "codec": codec,
+            "max_message_bytes": max_message_bytes,
+            "group": group,
+            "encryption": encryption,
+            "run_id": run_id,
+        }
+        settings = GroupSettings.checked(rank, world_size, **options)
         heartbeat = Heartbeat.checked(heartbeat_interval, heartbeat_limit)
-        store = ObjectStore.join(host, port, settings, heartbeat, listen_socket)
-        created = cls(
-            rank,
-            world_size,
-            store,
-            data_expiration_seconds,
-            timeout=timeout,
-            secret=settings.secret,
-            codec=settings.codec,
-            max_message_bytes=max_message_bytes,
-            group=group,
-        )
+        seconds = to_seconds("store_timeout", timeout if store_timeout is None else store_timeout)
+        store = ObjectStore.join(host, port, settings, heartbeat, listen_socket, seconds)
+        options["codec"] = settings.codec
+        created = cls(rank, world_size, store, data_expiration_seconds, **options)
         created._owns_store = True
         return created
 
@@ -258,7 +264,7 @@ class StatelessProcessGroup:
             self._messenger.begin(call)
             call.number = self.recv_src_counter[src]
             address = Address(Op.SEND, src, self.rank, call.number)
-            return self._receive(address, self.recv_src_counter, call.deadline)
+            return self._messenger.receive(address, self.recv_src_counter, call.deadline)
 
     def broadcast_obj(
         self, obj: Any | None, src: int, *, timeout: float | timedelta | None = None
@@ -281,7 +287,9 @@ class StatelessProcessGroup:
                 self._messenger.begin(call)
                 call.number = self.broadcast_recv_src_counter[src]
                 address = Address(Op.BROADCAST, src, EVERYONE, call.number)
-                return self._receive(address, self.broadcast_recv_src_counter, call.deadline)
+                return self._messenger.receive(
+                    address, self.broadcast_recv_src_counter, call.deadline
+                )
         parts = self._messenger.encode(obj)
         with self._messenger.call("broadcast_obj", self._messenger.others, timeout) as call:
             self._messenger.begin(call)
@@ -358,8 +366,8 @@ class StatelessProcessGroup:
     def close(self, *, timeout: float | timedelta | None = None) -> None:
         """Leave the group; idempotent. Rank 0 returns when all have left, or at the timeout.
 
-        Messages that were sent stay readable for as long as rank 0 serves. A store given by the
-        caller is left open.
+        A call of another thread ends with ClosedError. Messages that were sent stay readable for
+        as long as rank 0 serves. A store given by the caller is left open, with its other calls.
 
         Args:
             timeout: Seconds or timedelta; the group's where it is None.
@@ -373,12 +381,7 @@ class StatelessProcessGroup:
         """Return the group, for `with`."""
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         """Close the group."""
         self.close()
 
@@ -390,12 +393,3 @@ class StatelessProcessGroup:
         elif address.op is Op.BROADCAST:
             self.broadcast_send_counter += 1
         self._messenger.send(address, parts, deadline)
-
-    def _receive(self, address: Address, counters: dict[int, int], deadline: float) -> Any:
-        try:
-            (body,) = self._messenger.transport.receive([address], deadline)
-        except MessageExpiredError:
-            counters[address.src] += 1
-            raise
-        counters[address.src] += 1
-        return self._messenger.codec.decode(body)

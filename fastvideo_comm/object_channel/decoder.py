@@ -45,7 +45,7 @@ from fastvideo_comm.object_channel.format import (
     TORCH_SIZE,
     TUPLE,
 )
-from fastvideo_comm.object_channel.hashing import HashingClock, cost_of_keys
+from fastvideo_comm.object_channel.hashing import HashingClock, cost_of_keys, has_keyed_hashes
 from fastvideo_comm.object_channel.type_registry import RegisteredType
 
 
@@ -124,14 +124,17 @@ class Decoder:
 
     def build_set(self, keys: list[Any]) -> set[Any]:
         """Return the set of these keys, in bounded time."""
-        self.spend(cost_of_keys(keys))
-        return self.clock.build_set(keys)
+        is_keyed = has_keyed_hashes(keys)
+        self.spend(cost_of_keys(len(keys), is_keyed))
+        return set(keys) if is_keyed else self.clock.build_set(keys)
 
     def build_dict(self, items: list[Any]) -> dict[Any, Any]:
         """Return the dict of these keys and values, in bounded time."""
-        keys = items[::2]
-        self.spend(cost_of_keys(keys))
-        return self.clock.build_dict(keys, items[1::2])
+        keys, values = items[::2], items[1::2]
+        is_keyed = has_keyed_hashes(keys)
+        self.spend(cost_of_keys(len(keys), is_keyed))
+        pairs = zip(keys, values, strict=True)
+        return dict(pairs) if is_keyed else self.clock.build_dict(pairs)
 
     def raise_bytes(self, data: object) -> memoryview:
         """Return bytes that stand in the document, or the attachment of that index."""

@@ -42,7 +42,7 @@ from fastvideo_comm.object_channel.format import (
     TORCH_SIZE,
     TUPLE,
 )
-from fastvideo_comm.object_channel.hashing import cost_of_keys
+from fastvideo_comm.object_channel.hashing import cost_of_keys, has_keyed_hashes
 from fastvideo_comm.object_channel.type_registry import RegisteredType
 
 PLAIN = frozenset({type(None), bool, int, float, str})
@@ -70,7 +70,9 @@ class Encoder:
 
     __slots__ = ("attachments", "cost", "plain", "registered")
 
-    def __init__(self, registered: dict[type, RegisteredType], plain: Set[type] = PLAIN) -> None:
+    def __init__(
+        self, registered: dict[type, RegisteredType], plain: frozenset[type] = PLAIN
+    ) -> None:
         """Start without attachments; `plain` are the types that msgpack packs as they are."""
         self.registered = registered
         self.plain = plain
@@ -126,7 +128,7 @@ class Encoder:
     def lower_set(self, code: int, obj: Set[Any], depth: int) -> Any:
         """Lower a set or frozenset."""
         keys = list(obj)
-        self.cost += cost_of_keys(keys)
+        self.cost += cost_of_keys(len(keys), has_keyed_hashes(keys))
         return self.array(code, self.lower_items(keys, depth))
 
     def lower_items(self, items: Sequence[Any], depth: int) -> Sequence[Any]:
@@ -142,7 +144,7 @@ class Encoder:
     def lower_dict(self, obj: dict[Any, Any], depth: int) -> Any:
         """Lower a dict: to its keys and values in turn."""
         lower, below, plain = self.lower, depth + 1, self.plain
-        self.cost += cost_of_keys(list(obj))
+        self.cost += cost_of_keys(len(obj), has_keyed_hashes(obj))
         flat: list[Any] = []
         try:
             for key, value in obj.items():

@@ -10,12 +10,12 @@ too: msgpack would build a map before anybody could look at its keys.
 
 Two rules keep a short message from costing much:
 
-- No array has more than `LONG` items; longer ones travel in pieces. msgpack reserves memory for the
-  announced length of each array that is still open, so a lie about lengths costs 1 MiB at most.
-- Everything that is built has a cost in bytes, below, and a message must be as long as the sum of its
-  costs less `FREE_COST`. The encoder pads a message that is shorter, which only happens to objects of
-  many thousand containers. The costs are chosen so that what is built takes at most 20 times the
-  memory of the message, and at most 30 ns for each of its bytes.
+- No array has more than `LONG` items; longer ones travel in pieces. msgpack reserves memory for
+  the announced length of each array that is still open, so a lie about lengths costs 1 MiB at most.
+- Everything that is built has a cost in bytes, below, and a message must be as long as the sum of
+  its costs less `FREE_COST`. The encoder pads a message that is shorter, which happens to objects
+  of many thousand items or containers. The costs are chosen so that what is built takes at most 20
+  times the memory of the message, and at most 30 ns for each of its bytes.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ IN_PIECES = 64
 CONTAINERS = frozenset({TUPLE, SET, FROZENSET, LIST, DICT, TORCH_SIZE, TEXT})
 NUM_CODES = 2 * IN_PIECES
 
-# Costs in bytes. A marked array costs MARKER_COSTS[its code] + ARRAY_COST + ITEM_COST for each item,
-# the marker included; the containers that hash add a cost for each key.
+# Costs in bytes. An array costs ARRAY_COST and ITEM_COST for each item, the marker included. A
+# marker costs MARKER_COSTS[its code] more, and sets and dicts add a cost for each key.
 FREE_COST = 64 * 1024
 ARRAY_COST = 64
 ITEM_COST = 8

@@ -9,7 +9,7 @@ timed, and a message whose keys take many times longer than ordinary ones is ref
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastvideo_comm.object_channel.format import KEY_COST, UNKEYED_KEY_COST
@@ -27,13 +27,13 @@ def has_keyed_hashes(keys: Iterable[Any]) -> bool:
     return _KEYED.issuperset(map(type, keys))
 
 
-def cost_of_keys(keys: Sequence[Any]) -> int:
-    """Return the cost of a set or dict of these keys, in bytes; see `format`."""
-    return len(keys) * (KEY_COST if has_keyed_hashes(keys) else UNKEYED_KEY_COST)
+def cost_of_keys(count: int, is_keyed: bool) -> int:
+    """Return the cost of a set or dict of so many keys, in bytes; see `format`."""
+    return count * (KEY_COST if is_keyed else UNKEYED_KEY_COST)
 
 
 class HashingClock:
-    """The time that one message may take for its unkeyed keys."""
+    """The time that one message may take for the keys whose hashes its sender can know."""
 
     __slots__ = ("_seconds_left",)
 
@@ -48,17 +48,12 @@ class HashingClock:
             ValueError: It takes too long, as the keys collide.
             TypeError: A key has no hash.
         """
-        if has_keyed_hashes(keys):
-            return set(keys)
         built: set[Any] = set()
         self._insert(built.add, keys)
         return built
 
-    def build_dict(self, keys: list[Any], values: list[Any]) -> dict[Any, Any]:
+    def build_dict(self, pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
         """Return the dict of these keys and values; raises what `build_set` does."""
-        pairs = zip(keys, values, strict=True)
-        if has_keyed_hashes(keys):
-            return dict(pairs)
         built: dict[Any, Any] = {}
         self._insert(lambda pair: built.__setitem__(*pair), pairs)
         return built

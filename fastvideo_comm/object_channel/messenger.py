@@ -6,7 +6,7 @@ from collections import deque
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from fastvideo_comm.errors import ClosedError
+from fastvideo_comm.errors import ClosedError, MessageExpiredError
 from fastvideo_comm.object_channel.call import GroupCall
 from fastvideo_comm.object_channel.message_seal import Address
 from fastvideo_comm.object_channel.outbox import Outbox
@@ -77,3 +77,16 @@ class Messenger:
         """Send an encoded object and note it in the outbox."""
         self.outbox.note(address)
         self.transport.send(address, parts, deadline)
+
+    def receive(self, address: Address, counters: dict[int, int], deadline: float) -> Any:
+        """Return the object of a message, and count on to the next one of its source.
+
+        An expired message and one that cannot be decoded are used up as well.
+        """
+        try:
+            (body,) = self.transport.receive([address], deadline)
+        except MessageExpiredError:
+            counters[address.src] += 1
+            raise
+        counters[address.src] += 1
+        return self.codec.decode(body)

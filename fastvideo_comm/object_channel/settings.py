@@ -7,17 +7,22 @@ import os
 import re
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import quote
 
 from fastvideo_comm.object_channel.codec import ObjectCodec
+from fastvideo_comm.object_channel.message_seal import MAX_RANKS, SealKind
 from fastvideo_comm.object_channel.pickle_codec import PickleCodec
 
 SECRET_VARIABLE = "FASTVIDEO_COMM_SECRET"
+RUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # set by torchrun
+MIN_SECRET_BYTES = 16
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 # What an object's description may take beside its data: a tensor of just the limit can be sent.
 DESCRIPTION_BYTES = 4096
 _LONGEST_SECONDS = 10 * 365 * 24 * 3600.0
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+_MAX_RUN_CHARACTERS = 200
 
 
 class Codec(Protocol):
@@ -43,6 +48,8 @@ class GroupSettings(NamedTuple):
         codec: The codec object.
         max_message_bytes: The largest encoded object.
         group: The group's name.
+        encryption: "auto", "required" or "off".
+        run_id: What the run is called; "" where it has no name.
     """
 
     rank: int
@@ -52,13 +59,21 @@ class GroupSettings(NamedTuple):
     codec: Codec
     max_message_bytes: int
     group: str
+    encryption: str
+    run_id: str
+
+    @property
+    def seal_kind(self) -> SealKind:
+        """How the messages are sealed."""
+        return SealKind.choose(self.encryption, has_secret=self.secret is not None)
 
     @property
     def words(self) -> str:
         """`key=value` for everything that must be equal on all ranks."""
         return (
             f"world_size={self.world_size} group={self.group} codec={self.codec.name} "
-            f"max_message_bytes={self.max_message_bytes}"
+            f"max_message_bytes={self.max_message_bytes} seal={self.seal_kind.value} "
+            f"run_id={quote(self.run_id, safe='')}"
         )
 
     @property
@@ -76,6 +91,8 @@ class GroupSettings(NamedTuple):
         codec: Codec | str,
         max_message_bytes: int,
         group: str,
+        encryption: str,
+        run_id: str | None,
     ) -> GroupSettings:
         """Check every argument.
 
@@ -85,6 +102,8 @@ class GroupSettings(NamedTuple):
         """
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
+        if world_size > MAX_RANKS:
+            raise ValueError(f"world_size must be at most {MAX_RANKS}, got {world_size}")
         check_rank("rank", rank, world_size)
         if max_message_bytes < 1:
             raise ValueError(f"max_message_bytes must be at least 1, got {max_message_bytes}")
@@ -92,8 +111,24 @@ class GroupSettings(NamedTuple):
             raise ValueError(f"group must be 1 to 100 of A-Z a-z 0-9 _ . -, got {group!r}")
         known_secret = _resolve_secret(secret)
         codec = _resolve_codec(codec, has_secret=known_secret is not None)
-        seconds = to_seconds("timeout", timeout)
-        return cls(rank, world_size, seconds, known_secret, codec, max_message_bytes, group)
+        SealKind.choose(encryption, has_secret=known_secret is not None)
+        if run_id is None:
+            run_id = os.environ.get(RUN_VARIABLE, "")
+        if len(run_id) > _MAX_RUN_CHARACTERS:
+            raise ValueError(
+                f"run_id must have at most {_MAX_RUN_CHARACTERS} characters, got {len(run_id)}"
+            )
+        return cls(
+            rank,
+            world_size,
+            to_seconds("timeout", timeout),
+            known_secret,
+            codec,
+            max_message_bytes,
+            group,
+            encryption,
+            run_id,
+        )
 
 
 def check_rank(name: str, rank: int, world_size: int) -> None:
@@ -111,12 +146,20 @@ def to_seconds(name: str, timeout: float | timedelta) -> float:
 
 
 def _resolve_secret(secret: bytes | None) -> bytes | None:
+    name = "secret"
     if secret is None:
-        return os.environ.get(SECRET_VARIABLE, "").encode() or None
+        name, secret = SECRET_VARIABLE, os.environ.get(SECRET_VARIABLE, "").encode()
+        if not secret:
+            return None
     if not isinstance(secret, bytes):
         raise TypeError(f"secret must be bytes, got {type(secret).__name__}")
     if not secret:
         raise ValueError("secret must not be empty, got b''")
+    if len(secret) < MIN_SECRET_BYTES:
+        raise ValueError(
+            f"{name} must have at least {MIN_SECRET_BYTES} bytes, got {len(secret)}: "
+            'make one by `python -c "import secrets; print(secrets.token_hex(32))"`'
+        )
     return secret
 
 

@@ -24,16 +24,15 @@ from fastvideo_comm.object_channel.message_seal import (
     Address,
     MessageSeal,
     Op,
+    SealKind,
 )
 from fastvideo_comm.object_channel.settings import DESCRIPTION_BYTES, GroupSettings
 from fastvideo_comm.object_channel.store_client import StoreClient
 from fastvideo_comm.object_channel.store_link import Kind
 from fastvideo_comm.object_channel.store_messages import (
-    OF_STORE,
     TOKEN_BYTES,
     JoinRequest,
     pack_number,
-    pack_origin,
     unpack_decimal,
     unpack_number,
     unpack_origin,
@@ -58,6 +57,7 @@ class StoreOptions(NamedTuple):
         max_message_bytes: The largest encoded message or value.
         heartbeat: Of the lifelines.
         timeout: Of the join, and of a verb that is given none; seconds.
+        encryption: Of values, and of the groups that do not say; "auto", "required" or "off".
     """
 
     world_size: int
@@ -66,15 +66,17 @@ class StoreOptions(NamedTuple):
     max_message_bytes: int
     heartbeat: Heartbeat
     timeout: float
+    encryption: str
 
 
 class ObjectStore:
     """A rank's handle on the store: values by key here, messages through a group.
 
     The verbs are those of `torch.distributed.Store`: `set`, `get`, `wait`, `add`, `check`,
-    `delete_key`, `num_keys`. A `set` is acknowledged. Values are sealed like messages where there
-    is a secret, each under its key and the number of its `set`; the sums of `add` travel in the
-    part of a frame that carries the tag of the connection.
+    `delete_key`, `num_keys`. A `set` is acknowledged. Where there is a secret, values are sealed
+    like messages, each under its key and a number of its own, and the store says in an answer whose
+    value of which number it is: nobody on the way can put an earlier value in the place of a later
+    one. The numbers of `add` travel in the answers themselves.
     """
 
     def __init__(
@@ -106,7 +108,6 @@ class ObjectStore:
         self.max_message_bytes = options.max_message_bytes
         self._timeout = options.timeout
         self._names: set[str] = set()
-        self._value_numbers = itertools.count()
         self._names_lock = threading.Lock()
         self._server: StoreServer | None = None
         deadline = time.monotonic() + options.timeout
@@ -143,7 +144,8 @@ class ObjectStore:
             raise
         self.host, self.port = host, port
         self._secret = options.secret
-        self._seal = MessageSeal(options.secret, "", self.client.session)
+        self._value_seal = self._make_seal("", options.encryption)
+        self._value_numbers = itertools.count()
         # Also where this object is dropped without `close`, and when the process ends.
         self._leave = process_exit.Finalize(self, self.client.leave, exitpriority=0)
 
@@ -155,8 +157,9 @@ class ObjectStore:
         settings: GroupSettings,
         heartbeat: Heartbeat,
         listen_socket: socket.socket | None,
+        seconds: float,
     ) -> ObjectStore:
-        """Join as a rank of a group that the store is made for.
+        """Join as a rank of a group that the store is made for, within these seconds.
 
         Raises:
             ValueError: No such port, `listen_socket` on another rank than 0, or see `__init__`.
@@ -173,14 +176,20 @@ class ObjectStore:
             settings.secret,
             settings.max_message_bytes,
             heartbeat,
-            settings.timeout,
+            seconds,
+            settings.encryption,
         )
-        with GroupCall("create", settings, (), settings.timeout):
+        with GroupCall("create", settings, (), seconds):
             return cls(host, port, rank, options, listen_socket)
 
-    def seal(self, group: str) -> MessageSeal:
-        """Return the seal of a group on this store."""
-        return MessageSeal(self._secret, group, self.client.session)
+    def seal(self, group: str, encryption: str) -> MessageSeal:
+        """Return the seal of a group on this store, for one thread at a time."""
+        return self._make_seal(group, encryption, keeps_buffer=True)
+
+    def _make_seal(self, group: str, encryption: str, *, keeps_buffer: bool = False) -> MessageSeal:
+        kind = SealKind.choose(encryption, has_secret=self._secret is not None)
+        session = self.client.session
+        return MessageSeal(self._secret, group, session, kind, keeps_buffer=keeps_buffer)
 
     def claim(self, name: str) -> None:
         """Reserve a group's name for this rank; JoinError if it is in use here."""
@@ -213,16 +222,18 @@ class ObjectStore:
             raise ValueError(
                 f"value must have at most {self.max_message_bytes} bytes, got {len(data)}"
             )
-        address = _value_address(self.rank, next(self._value_numbers))
-        sealed = self._seal_of(key).seal(address, [data])
-        self._call(Kind.SET, pack_origin(self.rank, address.number, _key(key)), sealed)
+        about = _key(key)
+        address = Address(Op.VALUE, self.rank, EVERYONE, next(self._value_numbers))
+        sealed = self._value_seal.seal(address, [data], about)
+        self._call(Kind.SET, pack_number(address.number, about), sealed)
 
     def get(self, key: str) -> bytes:
         """Return a value, waiting for it if need be."""
-        (src, number, decimal), body = self._call(Kind.GET, _key(key), parse=unpack_origin)
-        if src == OF_STORE:
-            return decimal
-        return bytes(self._seal_of(key).open(_value_address(src, number), body))
+        about = _key(key)
+        (src, number, total), sealed = self._call(Kind.GET, about, parse=unpack_origin)
+        if src == EVERYONE:  # of `add`
+            return total
+        return bytes(self._value_seal.open(Address(Op.VALUE, src, EVERYONE, number), sealed, about))
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Wait until all these keys have values."""
@@ -246,9 +257,6 @@ class ObjectStore:
     def num_keys(self) -> int:
         """Return how many values and unread messages the store holds, of all groups."""
         return self._call(Kind.COUNT, b"", parse=unpack_number)[0][0]
-
-    def _seal_of(self, key: str) -> MessageSeal:
-        return MessageSeal(self._secret, f"value {key}", self.client.session)
 
     def _call(
         self,
@@ -275,10 +283,6 @@ class ObjectStore:
             return self.client.read(
                 ident, lambda frame: (parse(frame.meta), memoryview(frame.body))
             )
-
-
-def _value_address(src: int, number: int) -> Address:
-    return Address(Op.VALUE, src, EVERYONE, number)
 
 
 def _key(key: str) -> bytes:

@@ -87,7 +87,7 @@ class StoreClient:
         self._error: CommunicationError | None = None
         self._is_cut = False  # a connection ended, and nobody said why
         self._was_there = False  # the store has answered
-        self._owes_goodbye = False
+        self._owes_goodbye = self._leaves_late = False
         self._pair = LinkPair(self._take_in)
         self.session = b""
         call_after_fork(self._abandon_in_child)
@@ -180,6 +180,8 @@ class StoreClient:
         """Give the connections back."""
         self._holder = None
         self._lock.release()
+        if self._leaves_late:
+            self.leave()
 
     def ask(self, kind: Kind, meta: bytes = b"", parts: Sequence[Buffer] = ()) -> int:
         """Begin a request and return its id for `wait`."""
@@ -266,7 +268,9 @@ class StoreClient:
         self._pair.wake()
         is_inside = self._holder == threading.get_ident()
         if not is_inside and not self._lock.acquire(timeout=seconds_left(deadline)):
+            self._leaves_late = True  # when that call ends, which decodes something large
             return
+        self._leaves_late = False
         try:
             if self._owes_goodbye and self._pair.is_open:
                 self._owes_goodbye = False
@@ -385,9 +389,9 @@ def _shake_hands(
     if store.has_secret != (secret is not None):
         ours, theirs = ("a", "no") if secret is not None else ("no", "a")
         raise AuthenticationError(f"this rank was given {ours} secret, the store {theirs} secret")
-    exchange, proof = hello + answer[:-PROOF_BYTES], answer[-PROOF_BYTES:]
-    # Before the check, so that the store can say why a rank with another secret is missing.
+    exchange = hello + answer
     sock.sendall(make_proof(secret, b"rank", exchange))
+    proof = receive_exactly(sock, PROOF_BYTES, deadline)
     if not is_proof(proof, secret, b"store", exchange):
         raise AuthenticationError("the store must hold the same secret as this rank")
-    return link_key(secret, exchange), answer[-PROOF_BYTES - SESSION_BYTES : -PROOF_BYTES]
+    return link_key(secret, exchange), answer[-SESSION_BYTES:]

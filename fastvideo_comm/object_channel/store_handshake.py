@@ -1,12 +1,15 @@
 """How a rank and the store prove to each other that they hold the secret, before anything else.
 
     rank -> store   HELLO   magic, protocol version, whether it has a secret, nonce
-    store -> rank   ANSWER  the same of the store, session, proof over both
+    store -> rank   ANSWER  the same of the store, session
     rank -> store   PROOF   proof over both
+    store -> rank   PROOF   proof over both; zeros where the rank's is wrong
 
 A proof is an HMAC under the secret over a label and the whole exchange, and so is the key of the
-connection; nobody can reuse one, because each side put a fresh nonce in. All three messages have
-fixed sizes: before the proof was checked, no length and no text from the other side is looked at.
+connection; nobody can reuse one, because each side put a fresh nonce in. The rank proves itself
+first: whoever reaches the port and holds no secret gets nothing that depends on it, and so nothing
+to try guesses on. All messages have fixed sizes: before the proof was checked, no length and no
+text from the other side is looked at.
 """
 
 from __future__ import annotations
@@ -18,14 +21,14 @@ from typing import NamedTuple
 
 from fastvideo_comm.object_channel.store_link import FrameError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = b"FVCOMM\r\n"
 SESSION_BYTES = 16
 _NONCE_BYTES = 32
 _GREETING = struct.Struct(f"<8sHB{_NONCE_BYTES}s")
 HELLO_BYTES = _GREETING.size
 PROOF_BYTES = 32
-ANSWER_BYTES = _GREETING.size + SESSION_BYTES + PROOF_BYTES
+ANSWER_BYTES = _GREETING.size + SESSION_BYTES
 
 
 class Greeting(NamedTuple):
@@ -49,7 +52,7 @@ def make_hello(secret: bytes | None) -> bytes:
 
 
 def make_proof(secret: bytes | None, label: bytes, exchange: bytes) -> bytes:
-    """Return the proof of one side over HELLO and ANSWER (without its proof)."""
+    """Return the proof of one side over HELLO and ANSWER."""
     if secret is None:
         return bytes(PROOF_BYTES)
     return hmac.digest(secret, b"fastvideo_comm " + label + b"\0" + exchange, "sha256")
@@ -115,19 +118,18 @@ class ServerHandshake:
         if not self._exchange:
             return self._answer(message)
         if not is_proof(message, self._secret, b"rank", self._exchange):
-            raise HandshakeError("it has another secret")
+            raise HandshakeError("it has another secret", bytes(PROOF_BYTES))
         self.key = link_key(self._secret, self._exchange)
         self.is_done = True
-        return b""
+        return make_proof(self._secret, b"store", self._exchange)
 
     def _answer(self, hello: bytes) -> bytes:
-        greeting = make_hello(self._secret) + self._session
-        answer = greeting + make_proof(self._secret, b"store", hello + greeting)
+        answer = make_hello(self._secret) + self._session
         rank = Greeting.parse(hello)
         if rank.version != PROTOCOL_VERSION:
             raise HandshakeError(f"it speaks protocol version {rank.version}", answer)
         if rank.has_secret != (self._secret is not None):
             has = "a secret" if rank.has_secret else "no secret"
             raise HandshakeError(f"it has {has}", answer)
-        self._exchange = hello + greeting
+        self._exchange = hello + answer
         return answer

@@ -12,13 +12,10 @@ from typing import Any, NamedTuple
 from fastvideo_comm.object_channel.message_seal import EVERYONE, Address
 from fastvideo_comm.object_channel.store_link import Buffer, FrameError, Kind
 from fastvideo_comm.object_channel.store_messages import (
-    OF_STORE,
     Channel,
     pack_number,
     pack_origin,
     pack_text,
-    unpack_decimal,
-    unpack_origin,
 )
 
 
@@ -69,11 +66,6 @@ class _Barrier:
         self.waiting: dict[int, Waiter] = {}  # those of them that have no answer
 
 
-class _Value(NamedTuple):
-    origin: bytes  # with the decimal number where ADD made it
-    body: Buffer
-
-
 class Mailbox:
     """The messages, barriers and values of all groups on one store."""
 
@@ -91,7 +83,7 @@ class Mailbox:
         self._left: set[int] = set()
         self._channels: defaultdict[Channel, _Channel] = defaultdict(_Channel)
         self._barriers: defaultdict[bytes, _Barrier] = defaultdict(_Barrier)
-        self._values: dict[bytes, _Value] = {}
+        self._values: dict[bytes, tuple[bytes, Buffer]] = {}  # its origin, and the value
         self._value_waiters: defaultdict[bytes, list[tuple[Kind, Waiter]]] = defaultdict(list)
 
     def count(self, waiter: Waiter) -> None:
@@ -202,41 +194,35 @@ class Mailbox:
         for barrier in self._barriers.values():
             self._release_impossible(barrier)
 
-    def set(self, waiter: Waiter, meta: bytes, body: Buffer) -> None:
-        """Set a value and answer those who wait for it.
-
-        Every `set` of a rank has its own number, which the body is sealed with. It goes to the
-        readers in the frame's meta, so that an earlier value in the place of this one is noticed.
-        """
-        src, number, key = unpack_origin(meta)
-        if src != waiter.rank:
-            raise FrameError(f"rank {waiter.rank} must set as itself, got {src}")
-        self._put(key, _Value(pack_origin(src, number), body))
+    def set(self, waiter: Waiter, number: int, key: bytes, body: Buffer) -> None:
+        """Set a value, this rank's of that number, and answer those who wait for it."""
+        if number < 0:
+            raise FrameError(f"the number of a value must be 0 or more, got {number}")
+        self._put(key, pack_origin(waiter.rank, number), body)
         self._answer(waiter, Kind.OK, b"", b"")
 
-    def _put(self, key: bytes, value: _Value) -> None:
-        self._values[key] = value
+    def _put(self, key: bytes, origin: bytes, body: Buffer) -> None:
+        self._values[key] = origin, body
         for kind, other in self._value_waiters.pop(key, ()):
-            self._hand_over(other, kind, value)
-
-    def _hand_over(self, waiter: Waiter, kind: Kind, value: _Value) -> None:
-        self._answer(waiter, Kind.OK, *(value if kind == Kind.GET else (b"", b"")))
+            self._answer(other, Kind.OK, origin, body if kind == Kind.GET else b"")
 
     def get(self, waiter: Waiter, key: bytes, kind: Kind) -> None:
         """Answer with a value (GET) or that it is there (WAIT), now or when it comes."""
         if key in self._values:
-            self._hand_over(waiter, kind, self._values[key])
+            origin, body = self._values[key]
+            self._answer(waiter, Kind.OK, origin, body if kind == Kind.GET else b"")
         else:
             self._value_waiters[key].append((kind, waiter))
 
     def add(self, waiter: Waiter, key: bytes, amount: int) -> None:
         """Add to the decimal number under the key, 0 where there is none."""
-        value = self._values.get(key, _Value(pack_origin(OF_STORE, 0, b"0"), b""))
-        src, _number, decimal = unpack_origin(value.origin)
-        total = unpack_decimal(decimal if src == OF_STORE else bytes(value.body)) + amount
-        decimal = str(total).encode()
-        self._put(key, _Value(pack_origin(OF_STORE, 0, decimal), b""))
-        self._answer(waiter, Kind.OK, decimal, b"")
+        try:
+            total = int(bytes(self._values.get(key, (b"", b"0"))[1])) + amount
+        except ValueError as error:
+            raise FrameError("the value must be a decimal number") from error
+        text = str(total).encode()
+        self._put(key, pack_origin(EVERYONE, 0, text), text)
+        self._answer(waiter, Kind.OK, text, b"")
 
     def delete(self, waiter: Waiter, key: bytes) -> None:
         """Remove a value; the answer says whether there was one."""

@@ -5,17 +5,14 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from fastvideo_comm.object_channel.message_seal import Address, Op
+from fastvideo_comm.object_channel.message_seal import EVERYONE, Address, Op
 from fastvideo_comm.object_channel.store_link import FrameError
 
 TOKEN_BYTES = 16
 _ADDRESS = struct.Struct("<BiiQ")
 _JOIN = struct.Struct(f"<?i{TOKEN_BYTES}s")
 _NUMBER = struct.Struct("<q")
-_ORIGIN = struct.Struct("<iQ")
-
-# As the origin of a value: the store made it itself, with ADD.
-OF_STORE = -1
+_ORIGIN = struct.Struct("<iq")
 
 # What fits into a frame's meta beside the ranks, whatever a rank has put into the text.
 _MAX_TEXT_BYTES = 4096
@@ -84,25 +81,19 @@ def unpack_number(meta: bytes) -> tuple[int, bytes]:
     return _NUMBER.unpack_from(meta)[0], meta[_NUMBER.size :]
 
 
-def pack_origin(rank: int, number: int, rest: bytes = b"") -> bytes:
-    """Return which `set` of which rank made a value, followed by other bytes."""
-    return _ORIGIN.pack(rank, number) + rest
+def pack_origin(src: int, number: int, total: bytes = b"") -> bytes:
+    """Return what the answer to GET says of a value: who set it, as its which one, or the total."""
+    return _ORIGIN.pack(src, number) + total
 
 
 def unpack_origin(meta: bytes) -> tuple[int, int, bytes]:
-    """Return rank, number and the bytes after them; FrameError for anything else."""
+    """Return rank, number and total; FrameError for anything else."""
     if len(meta) < _ORIGIN.size:
-        raise FrameError("an origin is too short")
-    rank, number = _ORIGIN.unpack_from(meta)
-    return rank, number, meta[_ORIGIN.size :]
-
-
-def unpack_decimal(meta: bytes) -> int:
-    """Return a number in decimal digits; FrameError for anything else."""
-    try:
-        return int(meta)
-    except ValueError as error:
-        raise FrameError("a number must have decimal digits") from error
+        raise FrameError("the origin of a value is too short")
+    src, number = _ORIGIN.unpack_from(meta)
+    if src < EVERYONE or number < 0:
+        raise FrameError("the origin of a value must be a rank and a number")
+    return src, number, meta[_ORIGIN.size :]
 
 
 def pack_text(ranks: list[int], text: str = "") -> bytes:
@@ -119,3 +110,11 @@ def unpack_text(meta: bytes) -> tuple[tuple[int, ...], str]:
         return ranks, meta[2 + 4 * count :].decode()
     except (struct.error, UnicodeDecodeError) as error:
         raise FrameError("a notice is malformed") from error
+
+
+def unpack_decimal(meta: bytes) -> int:
+    """Return a number in decimal digits; FrameError for anything else."""
+    try:
+        return int(meta)
+    except ValueError as error:
+        raise FrameError("a number must have decimal digits") from error

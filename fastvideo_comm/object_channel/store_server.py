@@ -110,7 +110,7 @@ class StoreServer:
             Kind.EXPIRE: lambda w, f: self._mailbox.expire(w, *unpack_address(f.meta)),
             Kind.BARRIER: lambda w, f: self._mailbox.barrier(w, *unpack_number(f.meta)),
             Kind.MISSING: lambda w, f: self._mailbox.missing(w, f.meta),
-            Kind.SET: lambda w, f: self._mailbox.set(w, f.meta, f.body),
+            Kind.SET: lambda w, f: self._mailbox.set(w, *unpack_number(f.meta), f.body),
             Kind.GET: lambda w, f: self._mailbox.get(w, f.meta, Kind.GET),
             Kind.WAIT: lambda w, f: self._mailbox.get(w, f.meta, Kind.WAIT),
             Kind.ADD: lambda w, f: self._mailbox.add(w, *unpack_number(f.meta)[::-1]),

@@ -49,7 +49,7 @@ class TorchTransport:
         self._group = settings.group
         self._rank = rank = settings.rank
         self._world_size = settings.world_size
-        self._seal = MessageSeal(settings.secret, settings.group)
+        self._seal = MessageSeal(settings.secret, settings.group, kind=settings.seal_kind)
         self._max_bytes = settings.max_message_bytes + DESCRIPTION_BYTES + self._seal.overhead
         self._inbox: dict[Address, Buffer] = {}
         self._lock = threading.Lock()

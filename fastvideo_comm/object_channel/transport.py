@@ -70,7 +70,7 @@ class StoreTransport:
             )
         store.claim(settings.group)
         self._client = store.client
-        self._seal = store.seal(settings.group)
+        self._seal = store.seal(settings.group, settings.encryption)
         self._group = settings.group.encode()
         self._first_unread: dict[tuple[Op, int], int] = {}
 

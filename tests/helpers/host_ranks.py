@@ -38,7 +38,7 @@ def listening(port: int) -> list[str]:
 def store(rank: int, folder: Path) -> dict[str, Any]:
     """Objects between the hosts; where the store listens."""
     with StatelessProcessGroup.create(
-        FIRST_HOST, PORT, rank, 2, timeout=30.0, secret=b"of the test"
+        FIRST_HOST, PORT, rank, 2, timeout=30.0, secret=b"the secret of this test"
     ) as group:
         everyone = group.all_gather_obj({"rank": rank, "x": torch.full((2,), float(rank))})
         addresses = listening(PORT)
@@ -49,7 +49,7 @@ def store(rank: int, folder: Path) -> dict[str, Any]:
 def objects_cut(rank: int, folder: Path) -> dict[str, Any]:
     """The link is cut before the ranks trade objects; what they sent may never arrive."""
     group = StatelessProcessGroup.create(
-        FIRST_HOST, PORT, rank, 2, timeout=30.0, secret=b"of the test"
+        FIRST_HOST, PORT, rank, 2, timeout=30.0, secret=b"the secret of this test"
     )
     group.barrier()
     wait_for_the_cut(rank, folder)

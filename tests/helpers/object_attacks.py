@@ -1,7 +1,13 @@
 """Encoded objects that no encoder makes: short ones that would cost much, and random ones."""
 
-import msgpack
+import time
 
+import msgpack
+import pytest
+from object_classes import new_codec
+
+from fastvideo_comm.errors import DecodeError
+from fastvideo_comm.object_channel.codec import ObjectCodec
 from fastvideo_comm.object_channel.format import (
     ARRAY,
     BIG_INT,
@@ -26,12 +32,19 @@ from fastvideo_comm.object_channel.format import (
 )
 
 pack = msgpack.packb
+MIB = 1 << 20
+SECONDS_PER_BYTE = 2 / (64 * MIB)
 NEXT = 2**61 - 1  # two ints that differ by this have one hash
 
 
 def message(document):
     """Return the encoded form of a document without attachments."""
     return HEAD.pack(len(document), 0) + document
+
+
+def padded(document, num_zeros):
+    """Return the message of a document with the padding of an encoder."""
+    return message(b"\x93\xc7\x00\x12" + document + pack(bytes(num_zeros)))
 
 
 def array(items):
@@ -111,3 +124,27 @@ def random_unit(random, depth=0):
     if code is None:
         return bytes([0x90 + len(items)]) + b"".join(items)
     return bytes([0x91 + len(items)]) + b"\xc7\x00" + bytes([code]) + b"".join(items)
+
+
+def refused(data, match="the message must hold an encoded object"):
+    with pytest.raises(DecodeError, match=match):
+        new_codec().decode(data)
+
+
+def attempt(data):
+    """Decode, whatever comes of it; return whether an object did."""
+    try:
+        ObjectCodec().decode(data)
+    except DecodeError:
+        return False
+    return True
+
+
+def cpu_seconds(data, best_of=1):
+    """Return the processor time of this thread, which a loaded machine stretches little."""
+    times = []
+    for _ in range(best_of):
+        start = time.thread_time()
+        attempt(data)
+        times.append(time.thread_time() - start)
+    return min(times)

@@ -8,6 +8,7 @@ import time
 
 from stateless_ranks import SECRET, own_groups
 
+from fastvideo_comm.object_channel.settings import GroupSettings
 from fastvideo_comm.object_channel.store_client import _shake_hands
 from fastvideo_comm.object_channel.store_handshake import HELLO_BYTES, MAGIC, make_hello
 from fastvideo_comm.object_channel.store_link import Kind, Link
@@ -92,11 +93,19 @@ def proven_link(port, secret):
     return Link(sock, 1 << 27, key, of_store=False)
 
 
-def ask_to_join(link, rank, token=bytes(16), *, is_lifeline=False, settings=None, world_size=2):
-    """Send a request to join on a connection that is proven."""
-    settings = settings or (
-        f"world_size={world_size} group=default codec=msgpack max_message_bytes=67108864"
+def words(world_size, secret):
+    """Return the settings that every rank repeats."""
+    settings = GroupSettings.checked(
+        0, world_size, 5.0, secret, "msgpack", 64 << 20, "default", "auto", None
     )
+    return settings.words
+
+
+def ask_to_join(
+    link, rank, token=bytes(16), *, is_lifeline=False, settings=None, world_size=2, secret=None
+):
+    """Send a request to join on a connection that is proven."""
+    settings = settings or words(world_size, secret)
     link.queue(Kind.JOIN, 1, pack_join(JoinRequest(is_lifeline, rank, token, settings)))
     link.flush()
 
@@ -112,7 +121,8 @@ def answer_on(link, seconds=5):
 def joined_link(port, secret, rank=1, world_size=2):
     """Join as a rank with bare hands; return both connections."""
     first = proven_link(port, secret)
-    ask_to_join(first, rank, world_size=world_size)
+    options = {"world_size": world_size, "secret": secret}
+    ask_to_join(first, rank, **options)
     second = proven_link(port, secret)
-    ask_to_join(second, rank, answer_on(first).meta, is_lifeline=True, world_size=world_size)
+    ask_to_join(second, rank, answer_on(first).meta, is_lifeline=True, **options)
     return [first, second]

@@ -194,6 +194,10 @@ class Text(str):
         ([np.float32(1)], "obj[0] must be of a supported or registered type, got float32"),
         ([torch.ones(2).to_sparse()], "obj[0] must be sendable: a tensor must be dense and on the"),
         ([torch.ones(2, device="meta")], "obj[0] must be sendable: a tensor must be dense and on"),
+        (
+            [torch.ones([1] * 65)],
+            "obj[0] must be sendable: a tensor must have at most 64 dims, got",
+        ),
         ([torch.nn.Parameter(torch.ones(1))], "obj[0] must be of a supported or registered type"),
         ([Access], "obj[0] must be of a supported or registered type, got EnumType"),
     ],

@@ -254,6 +254,7 @@ def test_pickle_needs_a_secret_and_works_with_one():
         ({"world_size": 0}, r"world_size must be at least 1, got 0"),
         ({"port": 70000}, r"port must be from 1 to 65535, got 70000"),
         ({"port": 0}, r"port must be from 1 to 65535, got 0"),
+        ({"world_size": 1 << 20}, r"world_size must be at most 1048575, got 1048576"),
         ({"timeout": 0}, r"timeout must be a positive number of seconds, got 0"),
         ({"timeout": float("inf")}, r"timeout must be a positive number of seconds, got inf"),
         ({"secret": b""}, r"secret must not be empty"),

@@ -95,6 +95,39 @@ def test_a_thread_that_waits_for_its_turn_is_told_of_the_close():
     run_own(1, program)
 
 
+class Slow:
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+
+def build_slowly(seconds):
+    time.sleep(seconds)
+    return Slow(seconds)
+
+
+def test_a_rank_that_is_building_an_object_leaves_when_it_is_built():
+    def program(group):
+        group.register_type(Slow, to_fields=lambda slow: slow.seconds, from_fields=build_slowly)
+        group.barrier()
+        if group.rank == 0:
+            group.send_obj(Slow(1.0), 1)
+            with pytest.raises(PeerLostError, match=r"rank\(s\) \[1\] left the group"):
+                group.recv_obj(1, timeout=10)
+            return
+        received = []
+        thread = threading.Thread(target=lambda: received.append(group.recv_obj(0)))
+        thread.start()
+        time.sleep(0.4)
+        start = time.monotonic()
+        group.close(timeout=0.1)
+        assert time.monotonic() - start < 0.5
+        assert not received
+        thread.join()
+        assert received[0].seconds == 1.0
+
+    run_own(2, program)
+
+
 def test_a_signal_handler_may_close_the_group_below_a_call():
     with rank_processes(2, close_in_a_handler) as ranks:
         ranks[1].expect("calling")
@@ -155,7 +188,7 @@ def join(rank):
 threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
 [t.start() for t in threads]; [t.join() for t in threads]
 threading.excepthook = lambda args: print(args.exc_type.__name__, flush=True)
-threading.Thread(target=groups[0].recv_obj, args=(1,), daemon=True).start()
+threading.Thread(target=groups[0].recv_obj, args=(0,), daemon=True).start()
 time.sleep(0.3)
 from multiprocessing import util
 groups[1].close()
@@ -172,7 +205,7 @@ def test_rank_0_with_a_daemon_thread_in_a_call_ends_at_once():
         [sys.executable, "-c", EXIT_IN_A_CALL], capture_output=True, text=True, timeout=120
     )
     assert result.stderr == ""
-    assert sorted(result.stdout.split()) == ["PeerLostError", "True"]
+    assert sorted(result.stdout.split()) == ["ClosedError", "True"]
 
 
 def test_rank_0_closes_at_once_after_a_loss_though_others_have_not_left():

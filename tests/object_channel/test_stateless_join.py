@@ -16,6 +16,7 @@ from fastvideo_comm.errors import JoinError, JoinTimeoutError
 from fastvideo_comm.object_channel.store_handshake import (
     MAGIC,
     PROOF_BYTES,
+    PROTOCOL_VERSION,
     SESSION_BYTES,
     make_hello,
 )
@@ -139,14 +140,20 @@ def test_nobody_listens_once_all_have_joined():
 
 
 def test_another_secret_is_an_authentication_error_and_named_to_those_who_wait():
-    outcomes = join_outcomes([{"rank": 0, "secret": b"one"}, {"rank": 1, "secret": b"two"}], 1.0)
+    outcomes = join_outcomes(
+        [
+            {"rank": 0, "secret": b"one secret of 16 bytes"},
+            {"rank": 1, "secret": b"two secret of 16 bytes"},
+        ],
+        1.0,
+    )
     assert isinstance(outcomes[0], TimeoutError)
     assert "another secret" in str(outcomes[0])
     assert type(outcomes[1]).__name__ == "AuthenticationError"
-    outcomes = join_outcomes([{"rank": 0, "secret": b"one"}, {"rank": 1}], 1.0)
+    outcomes = join_outcomes([{"rank": 0, "secret": b"one secret of 16 bytes"}, {"rank": 1}], 1.0)
     assert "it has no secret" in str(outcomes[0])
     assert "given no secret, the store a secret" in str(outcomes[1])
-    outcomes = join_outcomes([{"rank": 0}, {"rank": 1, "secret": b"one"}], 1.0)
+    outcomes = join_outcomes([{"rank": 0}, {"rank": 1, "secret": b"one secret of 16 bytes"}], 1.0)
     assert "it has a secret" in str(outcomes[0])
     assert "given a secret, the store no secret" in str(outcomes[1])
 
@@ -161,7 +168,9 @@ def test_a_rank_of_another_protocol_version_is_named_to_those_who_wait():
     with own_groups(2, timeout=1.0) as open_group:
         with socket.create_connection(("127.0.0.1", open_group.port)) as stranger:
             stranger.sendall(of_another_version(make_hello(None)))
-            with pytest.raises(JoinError, match="it speaks protocol version 2"):
+            with pytest.raises(
+                JoinError, match=f"it speaks protocol version {PROTOCOL_VERSION + 1}"
+            ):
                 open_group(0)
             # It is told the store's version, then the connection ends.
             assert stranger.recv(1000).startswith(MAGIC)
@@ -171,7 +180,8 @@ def test_a_rank_of_another_protocol_version_is_named_to_those_who_wait():
 def test_a_store_of_another_protocol_version_is_a_join_error():
     answer = of_another_version(make_hello(None)) + bytes(SESSION_BYTES + PROOF_BYTES)
     with answering(answer) as port:
-        with pytest.raises(JoinError, match="the store speaks protocol version 2, this rank 1"):
+        versions = f"{PROTOCOL_VERSION + 1}, this rank {PROTOCOL_VERSION}"
+        with pytest.raises(JoinError, match=f"the store speaks protocol version {versions}"):
             StatelessProcessGroup.create("127.0.0.1", port, 1, 2, timeout=2)
 
 

@@ -5,8 +5,17 @@ import random
 import pytest
 
 from fastvideo_comm.errors import AuthenticationError
+from fastvideo_comm.object_channel import message_seal
 from fastvideo_comm.object_channel.codec import ObjectCodec
-from fastvideo_comm.object_channel.message_seal import EVERYONE, TAG_BYTES, Address, MessageSeal, Op
+from fastvideo_comm.object_channel.message_seal import (
+    EVERYONE,
+    MAX_RANKS,
+    TAG_BYTES,
+    Address,
+    MessageSeal,
+    Op,
+    SealKind,
+)
 
 ADDRESS = Address(Op.SEND, 0, 1, 7)
 OBJECTS = [None, {"k": [1, 2.5, "x"]}, b"\0" * 40, (1, {2, 3}), "text" * 50]
@@ -25,9 +34,18 @@ def is_opened(seal, address, message):
     return True
 
 
-@pytest.fixture
-def seal():
-    return MessageSeal(b"secret", "group", b"session")
+SECRET = b"a secret of some length"
+KINDS = [SealKind.HMAC, SealKind.GMAC, SealKind.GCM]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(params=[b"session", b""], ids=["session", "no session"])
+def seal(kind, request):
+    return MessageSeal(SECRET, "group", request.param, kind)
 
 
 def test_a_sealed_message_is_opened_at_its_address(seal):
@@ -85,23 +103,112 @@ def test_a_replayed_reordered_or_misrouted_message_is_refused(seal, address):
         seal.open(address, message)
 
 
-def test_another_secret_group_session_or_part_order_is_refused(seal):
+def test_another_secret_group_session_kind_or_part_order_is_refused(kind):
+    seal = MessageSeal(SECRET, "group", b"session", kind)
     message = b"".join(seal.seal(ADDRESS, [b"ab", b"c"]))
     assert bytes(seal.open(ADDRESS, message)) == b"abc"
     for other in (
-        MessageSeal(b"secret2", "group", b"session"),
-        MessageSeal(b"secret", "group2", b"session"),
-        MessageSeal(b"secret", "group", b"session2"),
-        MessageSeal(b"secret", "groups", b"ession"),
+        MessageSeal(SECRET + b"2", "group", b"session", kind),
+        MessageSeal(SECRET, "group2", b"session", kind),
+        MessageSeal(SECRET, "group", b"session2", kind),
+        MessageSeal(SECRET, "groups", b"ession", kind),
+        *(MessageSeal(SECRET, "group", b"session", other) for other in KINDS if other != kind),
     ):
         assert not is_opened(other, ADDRESS, message)
+
+
+def test_every_kind_session_and_group_has_a_key_of_its_own():
+    seals = [
+        MessageSeal(SECRET, group, session, kind)
+        for group in ("group", "group2", "")
+        for session in (b"", b"session", b"session2")
+        for kind in KINDS
+    ]
+    assert len({seal._key for seal in seals}) == len(seals)
 
 
 def test_large_parts_are_covered_like_small_ones(seal):
     parts = [bytes(100_000), b"x" * 100_000]
     message = bytearray(b"".join(seal.seal(ADDRESS, parts)))
-    assert seal.open(ADDRESS, message) == b"".join(parts)
-    for place in (TAG_BYTES, 100_000, len(message) - 1):
-        message[place] ^= 1
-        assert not is_opened(seal, ADDRESS, message)
-        message[place] ^= 1
+    # A copy: a large encrypted message is decrypted in its place.
+    assert seal.open(ADDRESS, bytearray(message)) == b"".join(parts)
+    for place in (0, TAG_BYTES - 1, TAG_BYTES, 100_000, len(message) - 1):
+        flipped = bytearray(message)
+        flipped[place] ^= 1
+        assert not is_opened(seal, ADDRESS, flipped)
+
+
+def test_bodies_of_any_size_and_pieces_come_back(seal):
+    for sizes in ([], [0], [1], [65_535, 1], [65_536, 1], [3, 100_000, 0, 61], [200_000]):
+        parts = [bytes([index]) * size for index, size in enumerate(sizes, 1)]
+        message = b"".join(seal.seal(ADDRESS, [memoryview(part) for part in parts]))
+        assert len(message) == sum(sizes) + seal.overhead
+        assert seal.open(ADDRESS, message) == b"".join(parts)
+        assert seal.open(ADDRESS, bytearray(message)) == b"".join(parts)
+
+
+def test_what_the_receiver_knows_besides_the_address_is_covered(seal):
+    message = b"".join(seal.seal(ADDRESS, [b"body"], b"key"))
+    assert bytes(seal.open(ADDRESS, message, b"key")) == b"body"
+    for about in (b"", b"ke", b"key2", b"keyb"):
+        with pytest.raises(AuthenticationError, match="must carry the seal of send/0/1/7"):
+            seal.open(ADDRESS, message, about)
+
+
+@pytest.mark.parametrize("size", [1000, 100_000])
+@pytest.mark.parametrize("session", [b"session", b""])
+def test_an_encrypted_body_cannot_be_read(size, session):
+    body = b"plain text " * (size // 11)
+    readable = {
+        kind: b"plain" in b"".join(MessageSeal(SECRET, "g", session, kind).seal(ADDRESS, [body]))
+        for kind in KINDS
+    }
+    assert readable == {SealKind.HMAC: True, SealKind.GMAC: True, SealKind.GCM: False}
+
+
+def test_no_two_addresses_share_a_nonce():
+    ranks = [0, 1, 2, 255, 256, 65_535, 65_536, MAX_RANKS - 1]
+    numbers = [0, 1, 2**32, 2**52 - 1]
+    addresses = [
+        Address(op, src, dst, number)
+        for op in Op
+        for src in ranks
+        for dst in [*ranks, EVERYONE]
+        for number in numbers
+    ]
+    assert len({MessageSeal._nonce(address) for address in addresses}) == len(addresses)
+    assert {len(MessageSeal._nonce(address)) for address in addresses} == {12}
+
+
+def test_without_a_session_a_nonce_is_never_used_again():
+    seals = [MessageSeal(SECRET, "group", b"", SealKind.GCM) for _ in range(2)]
+    sealed = {b"".join(seal.seal(ADDRESS, [b"body"])) for seal in seals for _ in range(50)}
+    assert len(sealed) == 100
+    assert len({message[:12] for message in sealed}) == 100
+
+
+def test_only_a_seal_that_is_told_to_keeps_its_buffer():
+    first, second = b"1" * 100_000, b"2" * 100_000
+    for keeps_buffer in (False, True):
+        seal = MessageSeal(SECRET, "g", b"s", SealKind.GCM, keeps_buffer=keeps_buffer)
+        parts = seal.seal(ADDRESS, [first])
+        seal.seal(ADDRESS._replace(number=8), [second])
+        assert is_opened(seal, ADDRESS, b"".join(parts)) != keeps_buffer
+
+
+def test_the_kind_of_seal_is_chosen_by_what_is_asked_for_and_possible(monkeypatch):
+    def choose(encryption, has_secret=True):
+        return SealKind.choose(encryption, has_secret=has_secret)
+
+    assert [choose(word) for word in ("auto", "required", "off")] == [
+        SealKind.GCM, SealKind.GCM, SealKind.GMAC,
+    ]  # fmt: skip
+    assert choose("auto", False) is choose("off", False) is SealKind.NONE
+    with pytest.raises(ValueError, match="must not be 'required' without a secret"):
+        choose("required", False)
+    monkeypatch.setattr(message_seal, "has_cryptography", lambda: False)
+    assert choose("auto") is choose("off") is SealKind.HMAC
+    with pytest.raises(ValueError, match="'required' without the package cryptography"):
+        choose("required")
+    with pytest.raises(ValueError, match="encryption must be 'auto', 'required' or 'off', got 1"):
+        choose(1)

@@ -5,7 +5,8 @@ from stateless_proxy import Proxy
 from stateless_ranks import SECRET, run_own
 from stateless_strangers import forming_group
 
-from fastvideo_comm.errors import AuthenticationError
+from fastvideo_comm.errors import AuthenticationError, PeerLostError
+from fastvideo_comm.object_channel.store_messages import pack_origin
 from fastvideo_comm.stateless import StatelessProcessGroup
 
 
@@ -25,20 +26,21 @@ class Recorder:
         return data
 
 
-def through_a_recorder(program):
-    with forming_group(secret=SECRET) as forming:
+def through_a_recorder(program, encryption):
+    with forming_group(secret=SECRET, encryption=encryption) as forming:
         with Proxy(forming.port) as proxy:
             group = StatelessProcessGroup.create(
-                "127.0.0.1", proxy.port, 1, 2, timeout=20, secret=SECRET
+                "127.0.0.1", proxy.port, 1, 2, timeout=20, secret=SECRET, encryption=encryption
             )
             forming.finish()
-            recorder = Recorder(group.store.seal("any").overhead + len(b"pay 100"))
+            recorder = Recorder(group.store.seal("any", encryption).overhead + len(b"pay 100"))
             proxy.alter = recorder.alter
             program(recorder, group.store, forming.groups[0].store)
             group.close()
 
 
-def test_an_earlier_value_in_the_place_of_a_later_one_is_an_authentication_error():
+@pytest.mark.parametrize("encryption", ["auto", "off"])
+def test_an_earlier_value_in_the_place_of_a_later_one_is_an_authentication_error(encryption):
     def program(recorder, store, _other):
         store.set("order", b"pay 100")
         store.set("order", b"pay 999")
@@ -48,11 +50,18 @@ def test_an_earlier_value_in_the_place_of_a_later_one_is_an_authentication_error
             store.get("order")
         recorder.replaces_from_store = False
         assert store.get("order") == b"pay 999"
+        store.set("another order", b"pay 100")
+        recorder.replaces_from_store = True
+        with pytest.raises(AuthenticationError, match=r"must carry the seal of value/1/-1/2"):
+            store.get("another order")
 
-    through_a_recorder(program)
+    through_a_recorder(program, encryption)
 
 
-def test_an_earlier_value_that_is_put_in_on_the_way_to_the_store_is_found_by_its_readers():
+@pytest.mark.parametrize("encryption", ["auto", "off"])
+def test_an_earlier_value_that_is_put_in_on_the_way_to_the_store_is_found_by_its_readers(
+    encryption,
+):
     def program(recorder, store, other):
         store.set("order", b"pay 100")
         recorder.replaces_to_store = True
@@ -61,7 +70,7 @@ def test_an_earlier_value_that_is_put_in_on_the_way_to_the_store_is_found_by_its
         with pytest.raises(AuthenticationError, match=r"must carry the seal of value/1/-1/1"):
             other.get("order")
 
-    through_a_recorder(program)
+    through_a_recorder(program, encryption)
 
 
 @pytest.mark.parametrize("secret", [None, SECRET])
@@ -86,3 +95,47 @@ def test_a_sum_can_be_read_as_a_value(secret):
         assert group.store.get("sum") == b"9223372036854775808"
 
     run_own(1, program, secret=secret)
+
+
+@pytest.mark.parametrize("origin", [b"", b"short", pack_origin(-2, 0), pack_origin(0, -1)])
+def test_a_store_that_answers_nonsense_is_not_believed(origin):
+    def program(group):
+        group.store.set("key", "value")
+        group.store._server._mailbox._values[b"key"] = (origin, b"body")
+        with pytest.raises(PeerLostError, match="it broke the protocol: the origin of a value"):
+            group.store.get("key")
+
+    run_own(1, program, secret=SECRET)
+
+
+def test_a_value_under_the_key_of_another_is_an_authentication_error():
+    def program(group):
+        group.store.set("key", "value")
+        values = group.store._server._mailbox._values
+        values[b"another key"] = values[b"key"]
+        with pytest.raises(AuthenticationError, match=r"must carry the seal of value/0/-1/0"):
+            group.store.get("another key")
+        assert group.store.get("key") == b"value"
+
+    run_own(1, program, secret=SECRET)
+
+
+def test_values_of_two_ranks_and_numbers_of_add_are_told_apart():
+    def program(group):
+        other = 1 - group.rank
+        for number in range(3):
+            group.store.set(f"{group.rank}/{number}", f"{group.rank} {number}")
+        group.store.add("sum", group.rank + 1)
+        group.barrier()
+        assert group.store.get("sum") == b"3"
+        assert [group.store.get(f"{other}/{n}") for n in range(3)] == [
+            f"{other} {n}".encode() for n in range(3)
+        ]
+        group.barrier()
+        group.store.set("shared", f"of {group.rank}")
+        group.barrier()
+        return group.store.get("shared")
+
+    values = run_own(2, program, secret=SECRET)
+    assert values[0] == values[1]
+    assert values[0] in (b"of 0", b"of 1")
