@@ -24,10 +24,11 @@ from .group import Group, Transfer
 from .layout import Split, Splits, message_view
 from .message import Message, SummedMessage, pack, unpack
 
-# Up to so many bytes of the whole tensor, over all ranks and batch entries, for each rank, all
-# batch entries travel in one exchange: one more copy costs less than one more exchange. In
-# bench/NOTES.md, "Small batches".
-TOGETHER_BYTES = 1 << 17
+# Up to so many bytes of the whole tensor for each rank, all batch entries travel in one exchange:
+# one more copy costs less there than one more exchange for each entry. Between two gloo ranks, with
+# batches of 2 and 4, both take the same time at 1 to 2 MiB a rank; below, one exchange takes 0.5 to
+# 0.9 of the time. The measurement is in bench/NOTES.md, "Small batches".
+TOGETHER_BYTES = 1 << 20
 
 
 class Work:

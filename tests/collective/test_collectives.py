@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from large_tensors import entry_by_entry
 from ranks import Ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -269,8 +270,7 @@ class WrittenBytes(TorchDispatchMode):
 
 def passes(communicator: DeviceCommunicatorBase, batch: int) -> None:
     """The table of local passes: bytes written around an exchange, in units of the tensor."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(messages, "TOGETHER_BYTES", 0)  # as for tensors that are large
+    with entry_by_entry():
         count_passes(communicator, batch)
 
 

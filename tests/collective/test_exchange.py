@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from large_tensors import entry_by_entry
 from ranks import Ranks
 from test_autograd import one_function
 from test_collectives import (
@@ -22,7 +23,6 @@ from test_collectives import (
 )
 
 from fastvideo_comm import DeviceCommunicatorBase
-from fastvideo_comm.collective import messages
 from fastvideo_comm.handle import AsyncHandle
 from fastvideo_comm.utils import near_even_sizes
 
@@ -94,8 +94,7 @@ def test_any_sizes_of_any_tensors_are_the_global_tensor_sliced_the_other_way(
 
 
 def packed(communicator: DeviceCommunicatorBase, batch: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(messages, "TOGETHER_BYTES", 0)  # as for tensors that are large
+    with entry_by_entry():
         exchange_packed(communicator, batch)
 
 
@@ -314,6 +313,11 @@ def test_slice_and_its_gather_are_twice_differentiable_as_one_tensor(ranks: Rank
 
 
 def warm(communicator: DeviceCommunicatorBase) -> None:
+    with entry_by_entry():
+        _warm(communicator)
+
+
+def _warm(communicator: DeviceCommunicatorBase) -> None:
     fresh = DeviceCommunicatorBase(communicator.cpu_group, unique_name="fresh", memory="off")
     ranks = fresh.world_size
     shape = (2, 70, 2 * ranks, 128)  # past the size that is allocated afresh

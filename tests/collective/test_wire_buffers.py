@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from large_tensors import entry_by_entry
 from ranks import Ranks
 from test_collectives import same, values
 
@@ -21,6 +22,11 @@ from fastvideo_comm.collective.validation import all_to_all_4D
 
 
 def reuse(communicator: DeviceCommunicatorBase, batch: int) -> None:
+    with entry_by_entry():
+        _reuse(communicator, batch)
+
+
+def _reuse(communicator: DeviceCommunicatorBase, batch: int) -> None:
     other = DeviceCommunicatorBase(communicator.cpu_group, unique_name="other", memory="off")
     buffers = communicator._runner.group.buffers
     buffers.clear()
@@ -77,6 +83,11 @@ def test_a_failed_exchange_says_so_and_its_buffer_is_not_reused(ranks: Ranks, ba
 
 
 def kept(communicator: DeviceCommunicatorBase) -> None:
+    with entry_by_entry():
+        _kept(communicator)
+
+
+def _kept(communicator: DeviceCommunicatorBase) -> None:
     """A small tensor beside a large one: the buffers are of the larger size."""
     ranks, rank = communicator.world_size, communicator.rank
     other = DeviceCommunicatorBase(communicator.cpu_group, memory="off")

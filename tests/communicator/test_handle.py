@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from large_tensors import entry_by_entry
 from ranks import Ranks
 from test_collectives import same, values
 
@@ -14,6 +15,11 @@ from fastvideo_comm import DeviceCommunicatorBase
 
 
 def several_in_flight(communicator: DeviceCommunicatorBase) -> None:
+    with entry_by_entry():
+        _several_in_flight(communicator)
+
+
+def _several_in_flight(communicator: DeviceCommunicatorBase) -> None:
     ranks, rank = communicator.world_size, communicator.rank
     buffers = communicator._runner.group.buffers
     wholes = [values([2, 60 * ranks, ranks, 128], torch.float32, seed) for seed in range(5)]
@@ -59,6 +65,11 @@ def test_a_handle_that_is_dropped_is_reported_and_the_group_goes_on(ranks: Ranks
 
 
 def order_of_backward(communicator: DeviceCommunicatorBase) -> None:
+    with entry_by_entry():
+        _order_of_backward(communicator)
+
+
+def _order_of_backward(communicator: DeviceCommunicatorBase) -> None:
     """The gradient is on its way while the nodes between call and wait run backward."""
     events: list[str] = []
     channel = communicator._runner.group
