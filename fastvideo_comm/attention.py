@@ -23,6 +23,8 @@ Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 Joint: TypeAlias = tuple[Tensor, Tensor, Tensor]
 RankSizes: TypeAlias = "Sequence[int] | Literal['auto'] | None"
 
+_OP = "ulysses_attention"
+
 
 @overload
 def ulysses_attention(
@@ -117,14 +119,11 @@ def ulysses_attention(
             not fit, another device, or an attention that returns another shape.
         TypeError: not tensors, or an attention that cannot be called.
     """
-    try:
+    with communicator._runner.call(_OP):
         _check_video(query, key, value)
         if joint is not None:
             _check_joint(joint, query, key, value)
         _check_settings(attention, pipeline, gather_sizes)
-    except (TypeError, ValueError) as error:
-        # Not str(error), which torch 2.11 cannot trace.
-        raise type(error)(f"{_place(communicator)}: {error.args[0]}") from None
     rows = gather_sizes
     if isinstance(rows, str):  # asked once, for both ways
         own = torch.tensor([query.shape[1]], device=communicator.device)
@@ -205,9 +204,10 @@ class _Layer:
             return value[:, :, :0] * (1 + query.sum() + key[:, :, :0].sum())
         attended = self.attention(query, key, value)
         if attended.dim() != 4 or attended.shape[:3] != query.shape[:3]:
+            where = self.communicator._runner.group.where(_OP)
             raise ValueError(
-                f"{_place(self.communicator)}: attention must return [B, S, h, E] for query of "
-                f"shape {list(query.shape)}, got shape {list(attended.shape)}"
+                f"{where}: attention must return [B, S, h, E] for query of shape "
+                f"{list(query.shape)}, got shape {list(attended.shape)}"
             )
         return attended
 
@@ -302,10 +302,3 @@ def _check_settings(attention: Attention | None, pipeline: int, gather_sizes: Ra
             raise ValueError(f"gather_sizes must be None, 'auto' or sizes, got {gather_sizes!r}")
         if torch.compiler.is_compiling():
             raise ValueError("gather_sizes must be given where a call is compiled, got 'auto'")
-
-
-def _place(communicator: DeviceCommunicatorBase) -> str:
-    """The op and the rank, for errors."""
-    where = f"rank {communicator.rank} of {communicator.world_size}"
-    group = f" in group {communicator.unique_name!r}" if communicator.unique_name else ""
-    return f"ulysses_attention on {where}{group}"
