@@ -10,9 +10,9 @@ it in the middle of an allocation of the same thread. The next allocation takes 
 deque.
 
 How a block is found: free blocks stand in bins by size, 32 bins for each power of two, and an
-integer has one bit for each bin that is not empty. A request is rounded up to the least size of a
-bin, so any block of that bin or a higher one is large enough. The block that was freed last is
-taken first, because its pages are likely in the cache, and its low end is used. A block that goes
+integer has one bit for each bin that is not empty. A few blocks of the bin of a request's own size
+are looked at. Otherwise the request is rounded up to the least size of a bin, so any block of that
+bin or a higher one is large enough. The block that was freed last is taken first, because its pages are likely in the cache, and its low end is used. A block that goes
 into a bin is merged with free neighbours, which are found by where they start and where they end.
 The last freed block of each of a few sizes stays out of the bins, for the next request of just its
 size.
@@ -23,6 +23,7 @@ changed. The blocks in use are the only truth: the next allocation then rebuilds
 
 from __future__ import annotations
 
+import itertools
 import resource
 import threading
 import time
@@ -42,6 +43,8 @@ SEGMENT_BYTES = 256 << 20
 PERIOD_SECONDS = 60.0
 # Freed blocks that are not yet in a bin, one of each size.
 _MAX_KEPT = 8
+# Blocks of one bin that are looked at, one by one.
+_LOOKS = 4
 # The address of a block is the number of its segment, then the offset in it.
 _OFFSET_BITS = 48
 
@@ -209,24 +212,34 @@ class Pool:
         kept = self._kept.pop(num_bytes, None)
         if kept is not None:
             return kept
+        address = self._find(num_bytes)
+        if address is None and self._kept:
+            self._put_kept()
+            address = self._find(num_bytes)
+        if address is None:
+            address = self._grow(num_bytes)
+        free_bytes = self._remove(address)
+        if free_bytes > num_bytes:
+            self._insert(address + num_bytes, free_bytes - num_bytes)
+        return address
+
+    def _find(self, num_bytes: int) -> int | None:
+        """The free block to use, or None."""
         units = num_bytes // ALIGNMENT
+        # Some blocks of this bin are large enough, and those that were freed last likely are.
+        near = self._bins.get(_size_class(units))
+        for address in itertools.islice(reversed(near), _LOOKS) if near else ():
+            if self._sizes[address] >= num_bytes:
+                return address
         if units >= 64:
             step = units.bit_length() - 6
             units = -(-units >> step) << step
         size_class = _size_class(units)
         found = self._filled >> size_class
-        if not found and self._kept:
-            self._put_kept()
-            found = self._filled >> size_class
         if not found:
-            self._grow(units * ALIGNMENT)
-            found = self._filled >> size_class
+            return None
         size_class += (found & -found).bit_length() - 1
-        address = next(reversed(self._bins[size_class]))
-        free_bytes = self._remove(address)
-        if free_bytes > num_bytes:
-            self._insert(address + num_bytes, free_bytes - num_bytes)
-        return address
+        return next(reversed(self._bins[size_class]))
 
     def _put_kept(self) -> None:
         while self._kept:
@@ -288,8 +301,8 @@ class Pool:
                 self._insert(address, end - address)
         self._torn = False
 
-    def _grow(self, num_bytes: int) -> None:
-        """Adds a segment with room for so many bytes."""
+    def _grow(self, num_bytes: int) -> int:
+        """Adds a segment with room for so many bytes; where its free block starts."""
         total = sum(segment.num_bytes for segment in self.segments)
         large = max(self._segment_bytes, total, 1 << (num_bytes - 1).bit_length())
         try:
@@ -301,7 +314,9 @@ class Pool:
             except OSError as error:
                 raise _no_memory(small, error) from None
         self.segments.append(segment)
-        self._insert((len(self.segments) - 1) << _OFFSET_BITS, segment.num_bytes)
+        address = (len(self.segments) - 1) << _OFFSET_BITS
+        self._insert(address, segment.num_bytes)
+        return address
 
     def _trim(self, keep_bytes: int) -> int:
         excess = self.backed_bytes - keep_bytes

@@ -6,7 +6,7 @@ import contextlib
 import os
 import select
 import threading
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -38,9 +38,9 @@ class Waiter:
         """Ends the sleep of the thread, or its next one."""
         os.eventfd_write(self._event, 1)
 
-    def ready(self, lines: Mapping[int, Line], lost: Container[int], seconds: float) -> list[int]:
+    def ready(self, lines: Mapping[int, Line], lost: Collection[int], seconds: float) -> list[int]:
         """The ranks whose lines have something, as soon as one has; none after so many seconds."""
-        if len(lost) != self._num_lost:  # type: ignore[arg-type]
+        if len(lost) != self._num_lost:
             self._register(lines, lost)
         events = self._poll.poll(min(seconds, _SLEEP_SECONDS) * 1000)
         if not events:
@@ -51,7 +51,7 @@ class Waiter:
             self._drain()
         return ready
 
-    def look(self, lines: Mapping[int, Line], lost: Container[int], times: int) -> list[int]:
+    def look(self, lines: Mapping[int, Line], lost: Collection[int], times: int) -> list[int]:
         """`ready` without sleeping, so many times; other processes may run in between."""
         poll = self._poll.poll
         for _ in range(times):
@@ -65,7 +65,7 @@ class Waiter:
         self._alone.poll(_SLEEP_SECONDS * 1000)
         self._drain()
 
-    def _register(self, lines: Mapping[int, Line], lost: Container[int]) -> None:
+    def _register(self, lines: Mapping[int, Line], lost: Collection[int]) -> None:
         for descriptor in self._ranks:
             self._poll.unregister(descriptor)
         self._ranks = {
@@ -75,7 +75,7 @@ class Waiter:
         }
         for descriptor in self._ranks:
             self._poll.register(descriptor, select.POLLIN)
-        self._num_lost = len(lost)  # type: ignore[arg-type]
+        self._num_lost = len(lost)
 
     def _drain(self) -> None:
         with contextlib.suppress(BlockingIOError):

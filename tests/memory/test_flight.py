@@ -11,6 +11,7 @@ import pytest
 import torch
 from memory_worlds import ask_all, ask_pair, exchange, in_processes, in_threads, outputs, value
 
+from fastvideo_comm.memory import host, memfd
 from fastvideo_comm.memory.host import Ask, HostMemory, Place
 
 
@@ -252,6 +253,7 @@ def test_a_part_may_require_a_gradient_and_leaves_no_graph():
 
         def deliver(target: int, place: Place) -> None:
             memory.tensors_at(target, place, specs)[0][memory.rank].copy_(x * 2)
+            assert not memory.tensors_at(target, place, specs)[0].requires_grad
 
         for background in (False, True):
             posted = memory.allocate(specs)
@@ -261,6 +263,39 @@ def test_a_part_may_require_a_gradient_and_leaves_no_graph():
                 memory.start(ask, background=background).wait()
             assert not posted.tensors[0].requires_grad
             assert posted.tensors[0].tolist() == [[2.0] * 4] * memory.world_size
+
+    in_processes(2, job)
+
+
+def test_two_threads_may_be_the_first_to_copy_into_a_segment(monkeypatch):
+    def slow(*arguments: int) -> memfd.Segment:
+        time.sleep(0.3)
+        return memfd.Segment(*arguments)
+
+    def job(memory: HostMemory) -> None:
+        specs = [((4,), torch.int64)]
+        posted = memory.allocate(specs)
+        monkeypatch.setattr(host, "Segment", slow)
+        failures = []
+
+        def deliver(target: int, place: Place) -> None:
+            def write(index: int) -> None:
+                try:
+                    memory.tensors_at(target, place, specs)[0][index] = index
+                except Exception as error:
+                    failures.append(error)
+
+            threads = [threading.Thread(target=write, args=(index,)) for index in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        other = [1 - memory.rank]
+        ask = Ask("w", b"w", b"w", deliver, bytes, posted=posted, sources=other, targets=other)
+        memory.start(ask).wait()
+        assert failures == []
+        assert posted.tensors[0].tolist() == [0, 1, 2, 3]
 
     in_processes(2, job)
 

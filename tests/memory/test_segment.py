@@ -198,10 +198,12 @@ def test_an_autograd_graph_holds_its_block(pool):
 
 
 def test_the_block_that_was_freed_last_is_handed_out_first(pool):
-    runs = [pool.allocate([5000]) for _ in range(6)]
-    wanted = runs[3].offset
-    runs[1] = runs[3] = None  # type: ignore[call-overload]
-    assert pool.allocate([5000]).offset == wanted
+    runs = [pool.allocate([5000]) for _ in range(8)]
+    wanted = [runs[index].offset for index in (5, 1, 3)]
+    for index in (3, 1, 5):
+        runs[index] = None  # type: ignore[call-overload]
+    held = [pool.allocate([5000]) for _ in range(3)]
+    assert [run.offset for run in held] == wanted
 
 
 def test_a_step_that_allocates_the_same_again_gets_the_same_pages(pool):
@@ -327,12 +329,14 @@ def blocks_of_file(pool: Pool) -> int:
 def test_a_program_that_uses_the_same_memory_in_each_period_keeps_it():
     now = [0.0]
     pool = Pool(new_segment, reserve_bytes=0, clock=lambda: now[0])
-    backed = None
-    for _ in range(6):
-        held = [pool.allocate([7 * GRANULE]) for _ in range(3)]
+    for step in range(6):
+        held = [tensors(pool.allocate([7 * GRANULE]))[0] for _ in range(3)]
+        # Pages that had been given back would be fresh ones, full of zeros.
+        assert step == 0 or all((tensor == 7).all() for tensor in held)
+        for tensor in held:
+            tensor.fill_(7)
+        del tensor
         held.clear()
-        backed = backed or pool.backed_bytes
-        assert pool.backed_bytes == backed
         now[0] += 45
     pool.close()
 
