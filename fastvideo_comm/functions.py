@@ -23,7 +23,6 @@ from .collective.messages import Work
 from .collective.route import route
 from .kernels import contiguous_copy
 
-
 _functorch_is_active = torch._C._are_functorch_transforms_active
 
 
