@@ -353,7 +353,7 @@ def test_64_mib_take_at_most_20_times_their_bytes_and_2_seconds(unit):
         capture_output=True,
         text=True,
         timeout=150,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1] / "helpers",
     )
     assert result.stderr == ""
     memory, seconds = map(float, result.stdout.split())
