@@ -26,12 +26,14 @@ from ..diagnosis.board import group_timeout
 from ..diagnosis.record import Facts, Record, facts_of
 from ..errors import ClosedError, CollectiveError, place, where
 from ..memory.host import HostMemory
+from ..profiling import MemoryStats
 from ..reduce_ops import ReduceOp
 from .buffers import WireBuffers
 from .wire import moved, moved_counts, reduced
 
 T = TypeVar("T")
 MemoryMode: TypeAlias = Literal["auto", "on", "off"]
+MEMORY_MODES: tuple[MemoryMode, ...] = ("auto", "on", "off")
 Works: TypeAlias = "list[dist.Work | None]"
 
 
@@ -56,7 +58,7 @@ class Group:
         name: str = "",
         diagnosis: Diagnosis | None = None,
         *,
-        memory: MemoryMode = "off",
+        memory: MemoryMode | None = None,
     ) -> None:
         """Wraps a process group.
 
@@ -65,14 +67,16 @@ class Group:
             name: what errors call it.
             diagnosis: compares what the ranks are about to do; None: nobody does.
             memory: whether ranks of one host write into each other's memory: "auto" where all can,
-                "on" is an error where one cannot, "off" not at all.
+                "on" is an error on all ranks where one cannot, "off" not at all. The ranks may
+                differ in it. None: not at all, and the same on all ranks.
         """
         self.name = name
         self.buffers = WireBuffers()
         self.diagnosis = diagnosis
         self.memory: HostMemory | None = None
-        self.refusal = "memory is off" if memory == "off" else ""
+        self.refusal = "it is for communicators on the CPU" if memory is None else ""
         self._memory_mode = memory
+        self._insists_on_memory = False  # some rank does
         self._asked: Facts | None = None
         self._process_group: dist.ProcessGroup | None = process_group
         self._rank = process_group.rank()
@@ -97,6 +101,7 @@ class Group:
         if self.memory is not None:
             self.memory.close()
             self.memory = None
+            self.refusal = "the communicator was destroyed"
         self._process_group = None
 
     def rank(self) -> int:
@@ -141,19 +146,31 @@ class Group:
         """Whether the ranks write into each other's memory; the first call of all ranks decides."""
         if self.memory is not None:
             return True
-        if self.refusal or self._size == 1:
+        if self._memory_mode is None or self._size == 1:
             return False
-        self.memory, self.refusal = HostMemory.connect(
-            self._rank,
-            self._size,
-            self._everyone,
-            timeout=group_timeout(self.process_group),
-            name=self.name,
-            enabled=self._memory_mode != "off",
-        )
-        if self._memory_mode == "on" and self.memory is None:
+        if not self.refusal:
+            # A rank that does not want memory must say so: it is not known to the others.
+            own = MEMORY_MODES.index(self._memory_mode)
+            modes = [MEMORY_MODES[index] for (index,) in self._everyone(bytes([own]))]
+            self._insists_on_memory = "on" in modes
+            self.memory, self.refusal = HostMemory.connect(
+                self._rank,
+                self._size,
+                self._everyone,
+                timeout=group_timeout(self.process_group),
+                name=self.name,
+                enabled=self._memory_mode != "off",
+            )
+        if self.refusal and self._insists_on_memory:
             raise CollectiveError(f"{self.where('connecting memory')} failed: {self.refusal}")
         return self.memory is not None
+
+    def memory_stats(self) -> MemoryStats:
+        """What this rank's outputs take, or why memory is not used."""
+        memory = self.memory
+        if memory is None:
+            return MemoryStats(0, 0, 0, self.refusal)
+        return MemoryStats(memory.bytes_in_use, memory.high_water_bytes, memory.num_segments, "")
 
     def _everyone(self, payload: bytes) -> list[bytes]:
         """What every rank gave; all payloads are of one length."""
