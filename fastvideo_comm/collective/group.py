@@ -201,7 +201,7 @@ class Group:
         if sends:
             self._asked = asked
             return None
-        return asked if self.diagnosis is not None and self.diagnosis.counted() else None
+        return asked if self._compares_what_sends_nothing() else None
 
     def before_backward(
         self, op: str, gradients: Tensor | Sequence[Tensor], arguments: Sequence[Any], **named: Any
@@ -222,11 +222,18 @@ class Group:
     def failed(self, op: str, error: Exception) -> None:
         """Tells the others that this rank's arguments were bad. See `Diagnosis.failed`."""
         if self.memory is not None:
-            if op not in ("send", "recv"):
+            # The others make no call for it, so that this rank must not count one.
+            is_alone = op == "slice" and not self._compares_what_sends_nothing()
+            if op not in ("send", "recv") and not is_alone:
                 record = Record(op, error=f"{type(error).__name__}: {error}")
                 self.memory.fail_next(record.encode())
         elif self.diagnosis is not None:
             self.diagnosis.failed(op, error)
+
+    def _compares_what_sends_nothing(self) -> bool:
+        """Whether the op that begins now and sends nothing is compared; counts it."""
+        diagnosis = self.diagnosis
+        return diagnosis is not None and diagnosis.validate != "off" and diagnosis.counted()
 
     def take_asked(self) -> Facts | None:
         """What `before` was told of the call that begins now."""
