@@ -77,7 +77,9 @@ class Group:
         self.refusal = "it is for communicators on the CPU" if memory is None else ""
         self._memory_mode = memory
         self._insists_on_memory = False  # some rank does
+        self.last_call: int | None = None  # the number of the last call by memory
         self._asked: Facts | None = None
+        self._asked_of: int | None = None
         self._process_group: dist.ProcessGroup | None = process_group
         self._rank = process_group.rank()
         self._size = process_group.size()
@@ -204,10 +206,22 @@ class Group:
         return asked if self._compares_what_sends_nothing() else None
 
     def before_backward(
-        self, op: str, gradients: Tensor | Sequence[Tensor], arguments: Sequence[Any], **named: Any
+        self,
+        op: str,
+        gradients: Tensor | Sequence[Tensor],
+        arguments: Sequence[Any],
+        *,
+        of_call: int | None,
+        **named: Any,
     ) -> None:
-        """As `before`, for the collective by which the backward of `op` begins."""
+        """As `before`, for the collective by which the backward of `op` begins.
+
+        `of_call` is the number of the forward's call: of two backwards that ask for the same, the
+        ranks might begin with different ones, and their gradients would be exchanged for each
+        other.
+        """
         if self.memory is not None:
+            self._asked_of = of_call
             self._asked = facts_of(f"{op} backward", gradients, arguments, **named)
         elif self.diagnosis is not None:
             self.diagnosis.before_backward(op, gradients, arguments, **named)
@@ -239,6 +253,11 @@ class Group:
         """What `before` was told of the call that begins now."""
         asked, self._asked = self._asked, None
         return asked
+
+    def take_asked_of(self) -> int | None:
+        """The number of the call whose backward begins now."""
+        call, self._asked_of = self._asked_of, None
+        return call
 
     def all_to_all(self, transfers: Sequence[Transfer], *, async_op: bool) -> Works:
         """Starts the transfers: one grouped call on NCCL, side by side on gloo."""
