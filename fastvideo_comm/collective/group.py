@@ -150,7 +150,7 @@ class Group:
             return True
         if self._memory_mode is None or self._size == 1:
             return False
-        if not self.refusal:
+        if self._may_connect():
             # A rank that does not want memory must say so: it is not known to the others.
             own = MEMORY_MODES.index(self._memory_mode)
             modes = [MEMORY_MODES[index] for (index,) in self._everyone(bytes([own]))]
@@ -166,6 +166,10 @@ class Group:
         if self.refusal and self._insists_on_memory:
             raise CollectiveError(f"{self.where('connecting memory')} failed: {self.refusal}")
         return self.memory is not None
+
+    def _may_connect(self) -> bool:
+        """Whether the ranks have not decided yet."""
+        return self._memory_mode is not None and self._size > 1 and not self.refusal
 
     def memory_stats(self) -> MemoryStats:
         """What this rank's outputs take, or why memory is not used."""
@@ -195,13 +199,15 @@ class Group:
         Returns:
             What is to be compared now, in a call of its own: that of an op that `sends` nothing.
         """
-        if self.memory is None:
-            if self.diagnosis is not None:
-                self.diagnosis.before(op, tensors, arguments, **named)
+        if self.memory is None and self.diagnosis is not None:
+            self.diagnosis.before(op, tensors, arguments, **named)
+        if self.memory is None and not self._may_connect():
             return None
         asked = facts_of(op, tensors, arguments, has_strides=True, **named)
         if sends:
-            self._asked = asked
+            self._asked = asked  # in the first call too, which connects memory
+            return None
+        if self.memory is None:
             return None
         return asked if self._compares_what_sends_nothing() else None
 
