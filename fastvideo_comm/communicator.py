@@ -22,7 +22,7 @@ from .collective.validation import Sizes
 from .diagnosis import Diagnosis, Validate
 from .handle import AsyncHandle
 from .op_runner import OpRunner
-from .profiling import OpStats
+from .profiling import MemoryStats, OpStats
 from .reduce_ops import ReduceOp as AnyReduceOp
 
 if TYPE_CHECKING:
@@ -577,6 +577,15 @@ class DeviceCommunicatorBase:
     def stats(self) -> dict[str, OpStats]:
         """What each op has cost so far: calls, bytes and seconds. See `profiling.OpStats`."""
         return self._runner.stats.snapshot()
+
+    def memory_stats(self) -> MemoryStats:
+        """What this rank's shared memory takes, or why it is not used. See `MemoryStats`.
+
+        Example:
+            >>> communicator.memory_stats().refusal  # doctest: +SKIP
+            'rank 3: it is switched off there'
+        """
+        return self._runner.group.memory_stats()
 
     def destroy(self) -> None:
         """Lets go of the buffers and of the groups; may be called again.

@@ -77,10 +77,11 @@ class AllToAll(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.group, ctx.splits = inputs[:2]
+        ctx.call = last_call(ctx.group)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        before_backward_of_exchange(ctx.group, grad_outputs, ctx.splits)
+        before_backward_of_exchange(ctx.group, grad_outputs, ctx.splits, of_call=ctx.call)
         return None, None, *run(AllToAll, ctx.group, ctx.splits.reverse(), *grad_outputs)
 
     @staticmethod
@@ -102,6 +103,7 @@ class StartAllToAll(torch.autograd.Function):
     def forward(group: Group, flight: Flight, *inputs: Tensor) -> Tensor:
         way, routed = route(group)
         flight.work = way.start_all_to_all(routed, inputs, flight.splits, async_op=True)
+        flight.call = last_call(group)
         return torch.empty(0, device=inputs[0].device)
 
     @staticmethod
@@ -135,7 +137,9 @@ class FinishAllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, Tensor]:
         splits = ctx.flight.splits
-        before_backward_of_exchange(ctx.group, grad_outputs, splits, async_op=True)
+        before_backward_of_exchange(
+            ctx.group, grad_outputs, splits, of_call=ctx.flight.call, async_op=True
+        )
         ctx.flight.returning = Flight(splits.reverse())
         return None, None, run(StartAllToAll, ctx.group, ctx.flight.returning, *grad_outputs)
 
@@ -153,6 +157,7 @@ class Flight:
     def __init__(self, splits: Splits) -> None:
         """Not sent yet."""
         self.splits = splits
+        self.call: int | None = None
         self.work: Work | None = None
         self.returning: Flight | None = None
         self.tangents: Flight | None = None
@@ -185,12 +190,15 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.group, _, ctx.split = inputs
+        ctx.call = last_call(ctx.group)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None]:
         split = ctx.split
         before_backward(
-            ctx.group, "all_gather", grad_output, (split.dim,), gather_sizes=split.sizes
+            *(ctx.group, "all_gather", grad_output, (split.dim,)),
+            of_call=ctx.call,
+            gather_sizes=split.sizes,
         )
         return None, run(ReduceScatter, ctx.group, grad_output, split), None
 
@@ -216,10 +224,11 @@ class ReduceScatter(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.group, _, ctx.split = inputs
+        ctx.call = last_call(ctx.group)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None]:
-        before_backward_of_part(ctx.group, "reduce_scatter", grad_output, ctx.split)
+        before_backward_of_part(ctx.group, "reduce_scatter", grad_output, ctx.split, ctx.call)
         return None, run(AllGather, ctx.group, grad_output, ctx.split), None
 
     @staticmethod
@@ -244,10 +253,11 @@ class Slice(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.group, _, ctx.split, ctx.scale_grad = inputs
+        ctx.call = last_call(ctx.group)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None, None]:
-        before_backward_of_part(ctx.group, "slice", grad_output, ctx.split)
+        before_backward_of_part(ctx.group, "slice", grad_output, ctx.split, ctx.call)
         grad_input = run(Unslice, ctx.group, grad_output, ctx.split)
         if ctx.scale_grad:
             grad_input = grad_input / ctx.group.size()
@@ -311,6 +321,7 @@ class AllReduce(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.group, input_, ctx.op, ctx.is_replicated = inputs
+        ctx.call = last_call(ctx.group)
         saved = {"min": (input_, output), "max": (input_, output), "product": (input_,)}
         ctx.save_for_backward(*saved.get(ctx.op, ()))
         ctx.save_for_forward(*saved.get(ctx.op, ()))
@@ -320,7 +331,9 @@ class AllReduce(torch.autograd.Function):
         sends = not ctx.is_replicated or ctx.op in ("min", "max", "product")
         if sends:
             named = {"grad": "identity"} if ctx.is_replicated else {}
-            before_backward(ctx.group, "all_reduce", grad_output, (ctx.op,), **named)
+            before_backward(
+                ctx.group, "all_reduce", grad_output, (ctx.op,), of_call=ctx.call, **named
+            )
         if not ctx.is_replicated:
             op = "avg" if ctx.op == "avg" else "sum"
             grad_output = run(AllReduce, ctx.group, grad_output, op, False)
@@ -360,38 +373,53 @@ def _product_of_others(group: AnyGroup, input_: Tensor) -> Tensor:
     return torch.cat((gathered[:rank], gathered[rank + 1 :])).prod(0)
 
 
+def last_call(group: AnyGroup) -> int | None:
+    """The number of the last call by memory, which a backward names; None where there is none."""
+    return group.last_call if isinstance(group, Group) else None
+
+
 def before_backward(
     group: AnyGroup,
     op: str,
     gradients: Tensor | Sequence[Tensor],
     arguments: Sequence[Any],
+    *,
+    of_call: int | None,
     **named: Any,
 ) -> None:
     """The ranks of a communicator compare what the backward of `op` is about to send."""
     if isinstance(group, Group):
-        group.before_backward(op, gradients, arguments, **named)
+        group.before_backward(op, gradients, arguments, of_call=of_call, **named)
 
 
-def before_backward_of_part(group: AnyGroup, op: str, gradient: Tensor, split: Split) -> None:
+def before_backward_of_part(
+    group: AnyGroup, op: str, gradient: Tensor, split: Split, of_call: int | None
+) -> None:
     """`before_backward` where every rank brings the gradient of its part."""
     uneven_dim = None if split.sizes is None else split.dim
     before_backward(
-        group, op, gradient, (split.dim,), uneven_dim=uneven_dim, scatter_sizes=split.sizes
+        *(group, op, gradient, (split.dim,)),
+        of_call=of_call,
+        uneven_dim=uneven_dim,
+        scatter_sizes=split.sizes,
     )
 
 
 def before_backward_of_exchange(
-    group: AnyGroup, gradients: Sequence[Tensor], splits: Splits, *, async_op: bool | None = None
+    group: AnyGroup,
+    gradients: Sequence[Tensor],
+    splits: Splits,
+    *,
+    of_call: int | None,
+    async_op: bool | None = None,
 ) -> None:
     """`before_backward` for the way back of an exchange."""
     sizes = [split.sizes for split in splits.scatter]
     uneven = any(each is not None for each in sizes)
     dims = (splits.scatter[0].dim, splits.gather[0].dim)
     before_backward(
-        group,
-        "all_to_all_4D",
-        gradients,
-        dims,
+        *(group, "all_to_all_4D", gradients, dims),
+        of_call=of_call,
         uneven_dim=dims[0] if uneven else None,
         scatter_sizes=sizes if uneven else None,
         async_op=async_op,

@@ -49,6 +49,22 @@ class OpStats(NamedTuple):
     seconds: float
 
 
+class MemoryStats(NamedTuple):
+    """The memory by which the ranks of a host exchange, on this rank.
+
+    Attributes:
+        bytes_in_use: what this rank's outputs take that somebody holds.
+        high_water_bytes: the largest that `bytes_in_use` ever was.
+        segments: how many segments this rank has made.
+        refusal: why the ranks use messages; empty where they use memory, and before the first call.
+    """
+
+    bytes_in_use: int
+    high_water_bytes: int
+    segments: int
+    refusal: str
+
+
 _NO_CALLS = OpStats(0, 0, 0.0)
 
 

@@ -26,12 +26,14 @@ from ..diagnosis.board import group_timeout
 from ..diagnosis.record import Facts, Record, facts_of
 from ..errors import ClosedError, CollectiveError, place, where
 from ..memory.host import HostMemory
+from ..profiling import MemoryStats
 from ..reduce_ops import ReduceOp
 from .buffers import WireBuffers
 from .wire import moved, moved_counts, reduced
 
 T = TypeVar("T")
 MemoryMode: TypeAlias = Literal["auto", "on", "off"]
+MEMORY_MODES: tuple[MemoryMode, ...] = ("auto", "on", "off")
 Works: TypeAlias = "list[dist.Work | None]"
 
 
@@ -56,7 +58,7 @@ class Group:
         name: str = "",
         diagnosis: Diagnosis | None = None,
         *,
-        memory: MemoryMode = "off",
+        memory: MemoryMode | None = None,
     ) -> None:
         """Wraps a process group.
 
@@ -65,16 +67,20 @@ class Group:
             name: what errors call it.
             diagnosis: compares what the ranks are about to do; None: nobody does.
             memory: whether ranks of one host write into each other's memory: "auto" where all can,
-                "on" is an error where one cannot, "off" not at all.
+                "on" is an error on all ranks where one cannot, "off" not at all. The ranks may
+                differ in it. None: not at all, and the same on all ranks.
         """
         self.name = name
         self.buffers = WireBuffers()
         self.diagnosis = diagnosis
         self.memory: HostMemory | None = None
-        self.refusal = "memory is off" if memory == "off" else ""
+        self.refusal = "it is for communicators on the CPU" if memory is None else ""
         self._memory_mode = memory
         self.operator_name = ""  # by which compiled code finds this, once memory is connected
+        self._insists_on_memory = False  # some rank does
+        self.last_call: int | None = None  # the number of the last call by memory
         self._asked: Facts | None = None
+        self._asked_of: int | None = None
         self._process_group: dist.ProcessGroup | None = process_group
         self._rank = process_group.rank()
         self._size = process_group.size()
@@ -98,6 +104,7 @@ class Group:
         if self.memory is not None:
             self.memory.close()
             self.memory = None
+            self.refusal = "the communicator was destroyed"
         self._process_group = None
 
     def rank(self) -> int:
@@ -142,19 +149,35 @@ class Group:
         """Whether the ranks write into each other's memory; the first call of all ranks decides."""
         if self.memory is not None:
             return True
-        if self.refusal or self._size == 1:
+        if self._memory_mode is None or self._size == 1:
             return False
-        self.memory, self.refusal = HostMemory.connect(
-            self._rank,
-            self._size,
-            self._everyone,
-            timeout=group_timeout(self.process_group),
-            name=self.name,
-            enabled=self._memory_mode != "off",
-        )
-        if self._memory_mode == "on" and self.memory is None:
+        if self._may_connect():
+            # A rank that does not want memory must say so: it is not known to the others.
+            own = MEMORY_MODES.index(self._memory_mode)
+            modes = [MEMORY_MODES[index] for (index,) in self._everyone(bytes([own]))]
+            self._insists_on_memory = "on" in modes
+            self.memory, self.refusal = HostMemory.connect(
+                self._rank,
+                self._size,
+                self._everyone,
+                timeout=group_timeout(self.process_group),
+                name=self.name,
+                enabled=self._memory_mode != "off",
+            )
+        if self.refusal and self._insists_on_memory:
             raise CollectiveError(f"{self.where('connecting memory')} failed: {self.refusal}")
         return self.memory is not None
+
+    def _may_connect(self) -> bool:
+        """Whether the ranks have not decided yet."""
+        return self._memory_mode is not None and self._size > 1 and not self.refusal
+
+    def memory_stats(self) -> MemoryStats:
+        """What this rank's outputs take, or why memory is not used."""
+        memory = self.memory
+        if memory is None:
+            return MemoryStats(0, 0, 0, self.refusal)
+        return MemoryStats(memory.bytes_in_use, memory.high_water_bytes, memory.num_segments, "")
 
     def _everyone(self, payload: bytes) -> list[bytes]:
         """What every rank gave; all payloads are of one length."""
@@ -177,21 +200,35 @@ class Group:
         Returns:
             What is to be compared now, in a call of its own: that of an op that `sends` nothing.
         """
-        if self.memory is None:
-            if self.diagnosis is not None:
-                self.diagnosis.before(op, tensors, arguments, **named)
+        if self.memory is None and self.diagnosis is not None:
+            self.diagnosis.before(op, tensors, arguments, **named)
+        if self.memory is None and not self._may_connect():
             return None
         asked = facts_of(op, tensors, arguments, has_strides=True, **named)
         if sends:
-            self._asked = asked
+            self._asked = asked  # in the first call too, which connects memory
             return None
-        return asked if self.diagnosis is not None and self.diagnosis.counted() else None
+        if self.memory is None:
+            return None
+        return asked if self._compares_what_sends_nothing() else None
 
     def before_backward(
-        self, op: str, gradients: Tensor | Sequence[Tensor], arguments: Sequence[Any], **named: Any
+        self,
+        op: str,
+        gradients: Tensor | Sequence[Tensor],
+        arguments: Sequence[Any],
+        *,
+        of_call: int | None,
+        **named: Any,
     ) -> None:
-        """As `before`, for the collective by which the backward of `op` begins."""
+        """As `before`, for the collective by which the backward of `op` begins.
+
+        `of_call` is the number of the forward's call: of two backwards that ask for the same, the
+        ranks might begin with different ones, and their gradients would be exchanged for each
+        other.
+        """
         if self.memory is not None:
+            self._asked_of = of_call
             self._asked = facts_of(f"{op} backward", gradients, arguments, **named)
         elif self.diagnosis is not None:
             self.diagnosis.before_backward(op, gradients, arguments, **named)
@@ -206,16 +243,28 @@ class Group:
     def failed(self, op: str, error: Exception) -> None:
         """Tells the others that this rank's arguments were bad. See `Diagnosis.failed`."""
         if self.memory is not None:
-            if op not in ("send", "recv"):
+            # The others make no call for it, so that this rank must not count one.
+            is_alone = op == "slice" and not self._compares_what_sends_nothing()
+            if op not in ("send", "recv") and not is_alone:
                 record = Record(op, error=f"{type(error).__name__}: {error}")
                 self.memory.fail_next(record.encode())
         elif self.diagnosis is not None:
             self.diagnosis.failed(op, error)
 
+    def _compares_what_sends_nothing(self) -> bool:
+        """Whether the op that begins now and sends nothing is compared; counts it."""
+        diagnosis = self.diagnosis
+        return diagnosis is not None and diagnosis.validate != "off" and diagnosis.counted()
+
     def take_asked(self) -> Facts | None:
         """What `before` was told of the call that begins now."""
         asked, self._asked = self._asked, None
         return asked
+
+    def take_asked_of(self) -> int | None:
+        """The number of the call whose backward begins now."""
+        call, self._asked_of = self._asked_of, None
+        return call
 
     def all_to_all(self, transfers: Sequence[Transfer], *, async_op: bool) -> Works:
         """Starts the transfers: one grouped call on NCCL, side by side on gloo."""

@@ -10,6 +10,7 @@ Sums are made in rank order, by the rank that needs them: they are the same in e
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -284,19 +285,33 @@ def _start_call(
     async_op: bool = False,
 ) -> Flight:
     """A call of all ranks. What the op's caller asked for is compared, where it is known."""
-    asked = group.take_asked() or facts
+    asked, asked_of = group.take_asked() or facts, group.take_asked_of()
+    question = question_of(asked, strict=group.is_strict)
+    if asked_of is not None:
+        question += b" of call %d" % asked_of
     everyone = range(group.size())
+
+    def detail() -> bytes:
+        record = record_of(asked)
+        if asked_of is not None:
+            words = [record.arguments] if record.arguments else []
+            arguments = ", ".join([*words, f"of call {asked_of}"])
+            record = dataclasses.replace(record, arguments=arguments)
+        return record.encode()
+
     ask = Ask(
         asked[0],
-        question := question_of(asked, strict=group.is_strict),
+        question,
         question,
         deliver,
-        lambda: record_of(asked).encode(),
+        detail,
         posted=posted,
         sources=everyone if posted.tensors else (),
         targets=everyone if targets is None else targets,
     )
-    return _memory(group).start(ask, background=async_op)
+    flight = _memory(group).start(ask, background=async_op)
+    group.last_call = flight.key[1]
+    return flight
 
 
 def _pair(
@@ -352,7 +367,7 @@ def _wait(group: Group, op: str, flight: Flight) -> None:
     try:
         flight.wait()
     except Mismatch as mismatch:
-        records = {rank: Record.decode(text) for rank, text in mismatch.details.items()}
+        records = {rank: Record.decode(text) for rank, text in sorted(mismatch.details.items())}
         lines = table(records, strict=group.is_strict)
         raise MismatchError(
             f"{group.where(op)}: the ranks must ask for the same thing in call "

@@ -10,28 +10,34 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from . import memory, messages, operator, traced
-from .group import AnyGroup, Group, MemoryMode, OperatorGroup
+from .group import MEMORY_MODES, AnyGroup, Group, MemoryMode, OperatorGroup
 
 MEMORY_VARIABLE = "FASTVIDEO_COMM_MEMORY"
-_MODES: tuple[MemoryMode, ...] = ("auto", "on", "off")
 
 
 def memory_mode(
     given: MemoryMode | None, group: dist.ProcessGroup, device: torch.device
-) -> MemoryMode:
-    """Whether a communicator uses memory, before the other ranks are asked.
+) -> MemoryMode | None:
+    """Whether a communicator uses memory, before the other ranks are asked; None: none is asked.
 
     Raises:
-        ValueError: `given`, or the environment variable, is another word.
+        ValueError: `given`, or the environment variable, is another word; or `given` is "on" where
+            memory cannot be used.
     """
     mode = os.environ.get(MEMORY_VARIABLE, "auto") if given is None else given
-    for known in _MODES:
+    for known in MEMORY_MODES:
         if mode == known:
             # torch's "fake" backend has no other ranks.
-            fits = device.type == "cpu" and dist.get_backend(group) != "fake"
-            return known if fits else "off"
+            if device.type == "cpu" and dist.get_backend(group) != "fake":
+                return known
+            if given == "on":
+                raise ValueError(
+                    "memory must be 'auto' or 'off' for ranks that are not on the CPU, got 'on' "
+                    f"for {device} and backend {dist.get_backend(group)}"
+                )
+            return None
     raise ValueError(
-        f"memory (or {MEMORY_VARIABLE}) must be one of {', '.join(_MODES)}, got {mode!r}"
+        f"memory (or {MEMORY_VARIABLE}) must be one of {', '.join(MEMORY_MODES)}, got {mode!r}"
     )
 
 
