@@ -93,7 +93,7 @@ def answers(processes: list[subprocess.Popen[str]], seconds: float) -> list[Any]
     return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
 
 
-def test_a_store_listens_on_the_address_that_it_was_given_and_no_other(hosts, tmp_path):
+def test_a_store_listens_on_the_address_that_it_was_given_until_all_have_joined(hosts, tmp_path):
     program = host_ranks.__file__
     first, second = answers(
         [host.start(program, "store", str(rank), str(tmp_path)) for rank, host in enumerate(hosts)],
@@ -103,6 +103,7 @@ def test_a_store_listens_on_the_address_that_it_was_given_and_no_other(hosts, tm
     little_endian = "".join(f"{int(part):02X}" for part in reversed(ADDRESSES[0].split(".")))
     assert first["listening"] == [little_endian]
     assert second["listening"] == []
+    assert first["afterwards"] == second["afterwards"] == []
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,14 +37,28 @@ def listening(port: int) -> list[str]:
 
 
 def store(rank: int, folder: Path) -> dict[str, Any]:
-    """Objects between the hosts; where the store listens."""
+    """Objects between the hosts; where the store listens while the group forms, and afterwards."""
+    seen: set[str] = set()
+    has_joined = threading.Event()
+
+    def watch() -> None:
+        while not has_joined.wait(0.02):
+            seen.update(listening(PORT))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    if rank == 1:
+        time.sleep(1.0)  # the group forms for so long at least
     with StatelessProcessGroup.create(
         FIRST_HOST, PORT, rank, 2, timeout=30.0, secret=b"the secret of this test"
     ) as group:
+        has_joined.set()
+        watcher.join()
         everyone = group.all_gather_obj({"rank": rank, "x": torch.full((2,), float(rank))})
-        addresses = listening(PORT)
+        afterwards = listening(PORT)
         group.barrier()
-    return {"sum": sum(entry["x"].sum().item() for entry in everyone), "listening": addresses}
+    total = sum(entry["x"].sum().item() for entry in everyone)
+    return {"sum": total, "listening": sorted(seen), "afterwards": afterwards}
 
 
 def objects_cut(rank: int, folder: Path) -> dict[str, Any]:
