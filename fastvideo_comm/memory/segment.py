@@ -12,10 +12,10 @@ deque.
 How a block is found: free blocks stand in bins by size, 32 bins for each power of two, and an
 integer has one bit for each bin that is not empty. A few blocks of the bin of a request's own size
 are looked at. Otherwise the request is rounded up to the least size of a bin, so any block of that
-bin or a higher one is large enough. The block that was freed last is taken first, because its pages are likely in the cache, and its low end is used. A block that goes
-into a bin is merged with free neighbours, which are found by where they start and where they end.
-The last freed block of each of a few sizes stays out of the bins, for the next request of just its
-size.
+bin or a higher one is large enough. The block that was freed last is taken first, because its pages
+are likely in the cache, and its low end is used. A block that goes into a bin is merged with free
+neighbours, which are found by where they start and where they end. The last freed block of each of
+a few sizes stays out of the bins, for the next request of just its size.
 
 An exception in the middle of an allocation (KeyboardInterrupt, no memory) may leave the bins half
 changed. The blocks in use are the only truth: the next allocation then rebuilds the bins from them.
