@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import random
 import signal
 import threading
 import time
@@ -23,138 +22,9 @@ from fastvideo_comm.errors import (
     PeerLostError,
 )
 from fastvideo_comm.memory import engine, flight, host, ledger, line
-from fastvideo_comm.memory.host import Flight, HostMemory, Mismatch
-from fastvideo_comm.memory.waiter import Waiter
+from fastvideo_comm.memory.host import HostMemory
 
 MODULES = {module.__file__ for module in (engine, flight, host, ledger, line)}
-
-
-# Ranks that do not ask for the same
-
-
-@pytest.mark.parametrize("run", [in_processes, in_threads])
-@pytest.mark.parametrize("at", [0, 999])
-def test_a_mismatch_is_found_by_all_with_what_each_asked_and_the_next_call_works(run, at):
-    def job(memory: HostMemory) -> float:
-        for call in range(at):
-            exchange(memory, call)
-        question = b"other" if memory.rank == 1 else b"same"
-        held = exchange(memory, at)
-        begin = time.monotonic()
-        ask = ask_all(memory, question=question)
-        with pytest.raises(Mismatch, match=r"ranks \[0, 1, 2\] did not ask") as caught:
-            memory.start(ask, background=memory.rank == 2).wait()
-        seconds = time.monotonic() - begin
-        assert caught.value.details == {
-            rank: b"rank %d asked %b" % (rank, b"other" if rank == 1 else b"same")
-            for rank in range(3)
-        }
-        assert torch.equal(held, worlds.expected_all(memory, at))
-        for call in range(3):
-            exchange(memory, call)
-        del ask, held, caught
-        assert worlds.settled(memory) == 0
-        return seconds
-
-    assert max(run(3, job)) < 2
-
-
-def test_posts_of_one_size_that_ask_for_different_things_do_not_match():
-    def job(memory: HostMemory) -> None:
-        strided = memory.rank == 1  # the same bytes, in other places
-        with pytest.raises(Mismatch):
-            memory.start(ask_all(memory, size=2, strided=strided)).wait()
-
-    in_processes(2, job)
-
-
-def test_a_mismatch_of_a_pair_is_found_by_both():
-    def job(memory: HostMemory) -> None:
-        if memory.rank < 2:
-            size = 3 + memory.rank
-            with pytest.raises(Mismatch):
-                memory.start(ask_pair(memory, 0, 1, size=size)).wait()
-            memory.start(ask_pair(memory, 1, 0)).wait()
-        exchange(memory)
-
-    in_processes(3, job)
-
-
-def test_details_of_any_length_arrive_whole():
-    def job(memory: HostMemory) -> None:
-        ask = ask_all(memory, question=b"%d" % memory.rank)
-        ask.detail = lambda: bytes([memory.rank]) * 300_000
-        with pytest.raises(Mismatch) as caught:
-            memory.start(ask).wait()
-        assert caught.value.details == {rank: bytes([rank]) * 300_000 for rank in range(2)}
-        exchange(memory)
-
-    in_processes(2, job)
-
-
-def test_a_detail_that_cannot_be_made_is_an_error_in_its_place():
-    def job(memory: HostMemory) -> None:
-        ask = ask_all(memory, question=b"%d" % memory.rank)
-
-        def detail() -> bytes:
-            raise RuntimeError("no words")
-
-        ask.detail = detail
-        with pytest.raises(Mismatch) as caught:
-            memory.start(ask).wait()
-        assert caught.value.details[1 - memory.rank] == b"RuntimeError('no words')"
-
-    in_processes(2, job)
-
-
-def test_a_mismatch_does_not_wait_for_a_rank_that_computes():
-    def job(memory: HostMemory) -> float:
-        if memory.rank == 2:
-            time.sleep(4)
-        begin = time.monotonic()
-        with pytest.raises(Mismatch) as caught:
-            memory.start(ask_all(memory, question=b"%d" % memory.rank)).wait()
-        seconds = time.monotonic() - begin
-        assert set(caught.value.details) >= {0, 1}
-        return seconds
-
-    assert max(in_processes(3, job)) < 3.5  # 1.5 s for the details, and a busy machine
-
-
-@pytest.mark.parametrize("late", [0, 1])
-def test_bad_arguments_of_one_rank_are_heard_by_all(late):
-    def job(memory: HostMemory) -> None:
-        exchange(memory)
-        if memory.rank == late:
-            time.sleep(0.3)
-        if memory.rank == 1:
-            begin = time.monotonic()
-            memory.fail_next(b"x must be 4-D")
-            assert time.monotonic() - begin < 1
-        else:
-            with pytest.raises(Mismatch) as caught:
-                memory.start(ask_all(memory)).wait()
-            assert caught.value.details[1] == b"x must be 4-D"
-            assert caught.value.details[memory.rank].startswith(b"rank")
-        exchange(memory, 2)
-        if memory.rank < 2:
-            if memory.rank == 1:
-                memory.fail_next(b"of a pair", (1, 0), failure="memory")
-            else:
-                with pytest.raises(CollectiveError, match="rank 1 gave the call up: of a pair"):
-                    memory.start(ask_pair(memory, 0, 1)).wait()
-        exchange(memory, 3)
-        assert worlds.settled(memory) == 0
-
-    in_processes(3, job)
-
-
-def test_a_reason_that_does_not_exist_is_an_error():
-    def job(memory: HostMemory) -> None:
-        with pytest.raises(ValueError, match="failure must be one of"):
-            memory.fail_next(b"", failure="mood")
-
-    in_processes(1, job)
 
 
 # Copies that fail
@@ -450,133 +320,6 @@ def test_closing_waits_for_a_copy_before_it_says_goodbye():
     in_processes(2, job)
 
 
-# Interrupts
-
-
-def interrupted(memory: HostMemory, at: int, background: bool) -> tuple[bool, str]:
-    """One call, interrupted at a point; made again where it had not begun."""
-    numbers = memory._engine._ledger.next_numbers
-    before = numbers[-1]
-    ask = ask_all(memory, at)
-    with worlds.Interruption(at, MODULES) as interruption:
-        try:
-            memory.start(ask, background=background).wait()
-            how = "completed"
-        except KeyboardInterrupt:
-            how = "interrupted"
-    if numbers[-1] == before:
-        exchange(memory, at)
-        how = "completed"
-    if how == "completed" and numbers[-1] == before + 1 and not interruption.fired:
-        assert torch.equal(outputs(ask), worlds.expected_all(memory, at))
-    return interruption.fired, how
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_an_interrupt_at_any_point_is_heard_by_the_other_and_harms_nothing(background):
-    def job(memory: HostMemory) -> int:
-        ways, reasons = set(), []
-        at = 0
-        while True:
-            if memory.rank == 1:
-                fired, how = interrupted(memory, at, background)
-                ways.add(how)
-            else:
-                ask = ask_all(memory, at)
-                try:
-                    memory.start(ask).wait()
-                    assert torch.equal(outputs(ask), worlds.expected_all(memory, at))
-                except CollectiveError as error:
-                    reasons.append(str(error))
-                fired = True
-                del ask
-            at += 1
-            # Both go on together: rank 1 says whether it was the last.
-            stop = ask_pair(memory, 1, 0, at, size=1)
-            memory.start(stop).wait()
-            goes_on = ask_pair(memory, 1, 0, int(fired), size=1)
-            memory.start(goes_on).wait()
-            if memory.rank == 0:
-                fired = bool(outputs(goes_on).item() - 100)
-            if not fired:
-                break
-        exchange(memory, 3)
-        del stop, goes_on
-        assert worlds.settled(memory) == 0
-        assert set(reasons) <= {"rank 1 gave the call up: KeyboardInterrupt"}
-        if memory.rank == 0:
-            assert len(reasons) > at // 5  # the other interrupts came before it or after it
-        else:
-            assert ways == {"completed", "interrupted"}
-            assert at > (20 if background else 100)
-        return at
-
-    first, second = in_processes(2, job, timeout=20)
-    assert first == second
-
-
-def test_what_was_received_before_an_interrupt_is_not_forgotten():
-    """Rank 1 is interrupted while it handles the last message that it will ever get."""
-
-    def job(memory: HostMemory) -> None:
-        asks = [ask_pair(memory, 0, 1, call) for call in range(2)]
-        first, second = (memory.start(ask) for ask in asks)
-        if memory.rank == 0:
-            second.wait()
-            time.sleep(1.5)
-            return
-        ledger = memory._engine._ledger
-        hear = ledger._hear
-
-        def interrupt(rank: int, end: line.Line, heard: line.Heard) -> None:
-            if heard.record.kind == line.DONE and heard.record.number == 1:
-                ledger._hear = hear
-                raise KeyboardInterrupt
-            hear(rank, end, heard)
-
-        ledger._hear = interrupt
-        waiter = Waiter()
-        with contextlib.suppress(KeyboardInterrupt):
-            first.wait()
-        while ledger._hear is not hear:  # the message came later than that of the first call
-            with contextlib.suppress(KeyboardInterrupt):
-                memory._engine._turn(waiter, waiter.ready(ledger.lines, (), 0.01))
-        begin = time.monotonic()
-        second.wait(10)
-        assert time.monotonic() - begin < 1
-        assert outputs(asks[1]).tolist() == [worlds.value(1, 0, 1)] * 3
-
-    in_processes(2, job)
-
-
-def test_interrupts_by_signal_at_random_times():
-    def handler(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    def job(memory: HostMemory) -> None:
-        generator = random.Random(memory.rank)
-        signal.signal(signal.SIGALRM, handler)
-        numbers = memory._engine._ledger.next_numbers
-        for call in range(200):
-            wanted = call + 1
-            ask = None
-            while numbers[-1] < wanted:
-                try:
-                    if generator.random() < 0.5:
-                        signal.setitimer(signal.ITIMER_REAL, generator.uniform(5e-5, 2e-3))
-                    ask = ask_all(memory, call)
-                    memory.start(ask).wait()
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-                    assert torch.equal(outputs(ask), worlds.expected_all(memory, call))
-                except (KeyboardInterrupt, CollectiveError):
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-        exchange(memory, 999)
-        del ask
-        assert worlds.settled(memory) == 0
-
-    in_processes(2, job, timeout=20)
-
-
 # Forks
 
 
@@ -623,16 +366,5 @@ def test_a_rank_that_dies_is_seen_though_its_forked_child_lives():
         with pytest.raises(PeerLostError, match="rank 1 has died"):
             memory.start(ask_all(memory)).wait()
         assert time.monotonic() - begin < 4
-
-    in_processes(2, job)
-
-
-def test_a_flight_that_failed_raises_the_same_error_at_every_wait():
-    def job(memory: HostMemory) -> None:
-        running: Flight = memory.start(ask_all(memory, question=b"%d" % memory.rank))
-        for _ in range(2):
-            with pytest.raises(Mismatch):
-                running.wait()
-        assert running.is_completed()
 
     in_processes(2, job)
