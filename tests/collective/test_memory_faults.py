@@ -110,8 +110,12 @@ def stopped(communicator: DeviceCommunicatorBase) -> tuple[str, float]:
     if communicator.rank == CULPRIT:
         ops.copy_all_valid_ = in_the_copy(lambda: os.kill(os.getpid(), signal.SIGSTOP))
     begin = time.monotonic()
-    with pytest.raises(CommunicationTimeoutError) as error:
+    text = ""
+    try:
         exchange(communicator, 1)
+        assert communicator.rank == CULPRIT, "it may have had its parts before it was stopped"
+    except CommunicationTimeoutError as error:
+        text = str(error)
     seconds = time.monotonic() - begin
     if communicator.rank == 0:
         time.sleep(0.3)  # all others have raised too
@@ -121,14 +125,14 @@ def stopped(communicator: DeviceCommunicatorBase) -> tuple[str, float]:
     for call, tensor in enumerate(kept, 2):
         assert torch.equal(tensor, exchanged(communicator, call))
     assert torch.equal(held, exchanged(communicator, 0))
-    return str(error.value), seconds
+    return text, seconds
 
 
 def test_a_stopped_rank_is_named_within_the_timeout_and_may_go_on():
     for rank, (text, seconds) in enumerate(mortal_ranks.run(3, stopped, timeout=2.0)):
-        assert f"all_to_all_4D on rank {rank} of 3 in group 'mortal'" in text
         assert seconds < 3.5
         if rank != CULPRIT:
+            assert f"all_to_all_4D on rank {rank} of 3 in group 'mortal'" in text
             assert "rank 1 came and did not finish" in text
 
 
