@@ -246,7 +246,7 @@ def recv(
     group: Group, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device
 ) -> Tensor:
     """A tensor of `size` from rank `src`."""
-    posted = _allocate(group, "recv", [(size, dtype)])
+    posted = _allocate(group, "recv", [(size, dtype)], (group.rank(), src))
     _pair(group, "recv", size, dtype, src, _deliver_nothing, posted)
     return posted.tensors[0].to(device)
 
@@ -352,13 +352,15 @@ def _memory(group: Group) -> HostMemory:
     return group.memory
 
 
-def _allocate(group: Group, op: str, specs: list[Spec]) -> Posted:
-    """Outputs; where there is no memory for them the others hear it."""
+def _allocate(
+    group: Group, op: str, specs: list[Spec], ranks: tuple[int, int] | None = None
+) -> Posted:
+    """Outputs; where there is no memory for them the others hear it, or the other of a pair."""
     memory = _memory(group)
     try:
         return memory.allocate(specs)
     except MemoryError as error:
-        memory.fail_next(str(error).encode(), failure="memory")
+        memory.fail_next(str(error).encode(), ranks, failure="memory")
         raise MemoryError(f"{group.where(op)}: {error}") from None
 
 
@@ -368,7 +370,11 @@ def _wait(group: Group, op: str, flight: Flight) -> None:
         flight.wait()
     except Mismatch as mismatch:
         records = {rank: Record.decode(text) for rank, text in sorted(mismatch.details.items())}
-        lines = table(records, strict=group.is_strict)
+        # None where all that was heard agrees: the rank that does not has left without a word.
+        lines = table(records, strict=group.is_strict) or str(records[group.rank()])
+        silent = [str(rank) for rank in sorted(flight.others) if rank not in records]
+        if silent:
+            lines += f"\nand no word in time from rank {', '.join(silent)}"
         raise MismatchError(
             f"{group.where(op)}: the ranks must ask for the same thing in call "
             f"{flight.key[1]}, got\n{lines}"

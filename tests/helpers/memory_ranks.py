@@ -56,6 +56,7 @@ def num_descriptors() -> int:
 
 def num_mappings() -> int:
     """How many segments of shared memory this process has mapped."""
+    gc.collect()
     return Path("/proc/self/maps").read_text().count("/memfd:fastvideo_comm")
 
 

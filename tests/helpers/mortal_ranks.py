@@ -72,20 +72,26 @@ def run(
                 processes.append(process)
                 connections.append(ours)
             deadline = time.monotonic() + seconds
-            answers = []
+            answers: list[Any] = []
+            failures: list[str] = []
             for rank, connection in enumerate(connections):
+                answers.append(GONE)
                 if rank in gone:
-                    answers.append(GONE)
                     continue
-                if not connection.poll(max(0.0, deadline - time.monotonic())):
-                    raise RankError(f"rank {rank} did not answer within {seconds:g} s")
+                # After a failure the others may wait for the rank that failed, though not for long.
+                left = 5.0 if failures else max(0.0, deadline - time.monotonic())
+                if not connection.poll(left):
+                    failures.append(f"rank {rank} has not answered")
+                    continue
                 try:
-                    failed, answer = pickle.loads(connection.recv_bytes())
+                    failed, answers[rank] = pickle.loads(connection.recv_bytes())
                 except EOFError:
-                    raise RankError(f"the process of rank {rank} died") from None
+                    failures.append(f"the process of rank {rank} died")
+                    continue
                 if failed:
-                    raise RankError(f"rank {rank}: {answer}")
-                answers.append(answer)
+                    failures.append(f"rank {rank}: {answers[rank]}")
+            if failures:
+                raise RankError("\n".join(failures))
             return answers
         finally:
             for process in processes:
