@@ -407,6 +407,72 @@ class DeviceCommunicatorBase:
             )
             return output
 
+    def reduce_scatter(
+        self, input_: Tensor, dim: int = -1, *, scatter_sizes: Sizes = None
+    ) -> Tensor:
+        """This rank's part of the sum over ranks: what `all_reduce` and then `slice` give.
+
+        Example (inside a rank; P = 2 ranks):
+            >>> x = torch.ones(3, 4)  # doctest: +SKIP
+            >>> communicator.reduce_scatter(x)  # [A, P*c] -> [A, c]  # doctest: +SKIP
+            tensor([[2., 2.],
+                    [2., 2.],
+                    [2., 2.]])
+
+        The gradient is an all_gather: dx = concat over ranks of g_r, the same on every rank.
+
+        Args:
+            input_: `[A, P*c, ..]`, the same shape on every rank; any strides.
+            dim: the dim that is dealt out to the ranks; P divides its size, or `scatter_sizes` says
+                what each rank gets.
+            scatter_sizes: every rank's part of `dim`, the same list on all ranks. "auto": as even
+                as can be (`near_even_sizes`).
+
+        Returns:
+            `[A, c, ..]`, or `[A, scatter_sizes[rank], ..]`, contiguous.
+
+        Raises:
+            ValueError: a size that P does not divide or that the given sizes do not fit, `dim` out
+                of range, another device.
+            TypeError: not a dense tensor, or a dtype that the backends cannot add.
+        """
+        with self._runner.call("reduce_scatter") as call:
+            call.check("input_", input_)
+            split = validation.reduce_scatter(input_, dim, scatter_sizes, self.world_size)
+            call.compare(input_, (dim,), scatter_sizes=scatter_sizes)
+            output: Tensor = call.run(functions.ReduceScatter, input_, split, alone=input_)
+            return output
+
+    def broadcast(self, input_: Tensor, src: int = 0) -> Tensor:
+        """Rank `src`'s tensor, as a new tensor on every rank.
+
+        Example (inside a rank):
+            >>> x = torch.full((2,), float(communicator.rank))  # doctest: +SKIP
+            >>> communicator.broadcast(x, src=1)  # doctest: +SKIP
+            tensor([1., 1.])
+
+        The gradient is the sum over ranks, on `src`: dx_src = sum over ranks r of g_r, and dx_r = 0
+        elsewhere.
+
+        Args:
+            input_: `[*]`, the same shape and dtype on every rank; any dtype and strides. Only the
+                values of rank `src` are read.
+            src: the rank in the group that sends.
+
+        Returns:
+            `[*]`, contiguous, the same values on every rank.
+
+        Raises:
+            ValueError: `src` is out of range, or a tensor on another device.
+            TypeError: not a dense tensor, or `src` is not an int.
+        """
+        with self._runner.call("broadcast") as call:
+            call.check("input_", input_)
+            validation.peer("src", src, self.rank, self.world_size, others_only=False)
+            call.compare(input_, (src,))
+            output: Tensor = call.run(functions.Broadcast, input_, src, alone=input_)
+            return output
+
     def slice(
         self,
         input_: Tensor,
@@ -521,6 +587,28 @@ class DeviceCommunicatorBase:
             received: Tensor = call.run_unrecorded("recv", size, dtype, src, self.device)
             call.count(received)
             return received
+
+    def barrier(self) -> None:
+        """Waits until every rank of the group has called it, at most the group's timeout.
+
+        Example (inside a rank):
+            >>> if communicator.rank == 0:  # doctest: +SKIP
+            ...     torch.save(model.state_dict(), path)
+            >>> communicator.barrier()  # now every rank can read it  # doctest: +SKIP
+
+        It moves nothing and carries no gradient. Where the group's backend is a GPU's, the host
+        also waits for the work of this rank that is before it on the current stream.
+
+        Raises:
+            ValueError: the call is compiled; a graph has no place for it.
+            CollectiveError: a rank died or did not come in time.
+        """
+        with self._runner.call("barrier") as call:
+            call.check_open()
+            call.check_not_compiled()
+            call.compare((), ())
+            if self.world_size > 1:
+                call.run_unrecorded("barrier", self.device)
 
     def warmup(
         self,

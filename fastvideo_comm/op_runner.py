@@ -23,6 +23,7 @@ from .collective.route import route, route_of_pair
 from .errors import ClosedError, CommunicationError
 from .handle import AsyncHandle
 from .profiling import Stats, span
+from .recording import run
 
 
 class OpRunner:
@@ -118,6 +119,13 @@ class OpCall:
         validation.check_tensor(name, tensor)
         validation.check_device(name, tensor, self._runner.device)
 
+    def check_not_compiled(self) -> None:
+        """For ops that a compiler would move, or leave out: they have no result in the graph."""
+        if self._is_traced:
+            raise ValueError(
+                f"{self.op} must be called outside compiled code, got a call that is compiled"
+            )
+
     def check_open(self) -> None:
         """The communicator was not destroyed."""
         if not self._runner.is_open:
@@ -168,7 +176,7 @@ class OpCall:
         self.count(*tensors)
         # A compiled graph holds the process group.
         taken = group.process_group if self._is_traced else group
-        return functions.run(function, taken, *arguments)
+        return run(function, taken, *arguments)
 
     def start(self, splits: Splits, inputs: Sequence[Tensor], *, packed: bool) -> AsyncHandle[Any]:
         """An exchange that the caller waits for later; its handle gives a tuple if `packed`."""
@@ -182,11 +190,11 @@ class OpCall:
             return AsyncHandle.done(result(outputs))
         self.count(*inputs)
         flight = functions.Flight(splits)
-        token = functions.run(functions.StartAllToAll, group, flight, *inputs)
+        token = run(functions.StartAllToAll, group, flight, *inputs)
         return AsyncHandle(
             self.op,
             group.place,
-            lambda: result(functions.run(functions.FinishAllToAll, group, flight, token)),
+            lambda: result(run(functions.FinishAllToAll, group, flight, token)),
             flight.is_completed,
         )
 

@@ -205,6 +205,37 @@ def _reduced(parts: list[Tensor], op: str) -> Tensor:
     return total.div_(len(parts)) if op == "avg" else total
 
 
+def broadcast(group: Group, input_: Tensor, src: int) -> Tensor:
+    """Rank `src`'s tensor, as a new tensor on every rank."""
+    memory = _memory(group)
+    specs: list[Spec] = [(input_.shape, input_.dtype)]
+
+    def deliver(target: int, place: Place) -> None:
+        copy_valid_(memory.tensors_at(target, place, specs)[0], input_)
+
+    facts = facts_of("broadcast", input_, (src,))
+    targets = range(group.size()) if group.rank() == src else []
+    return _run(group, facts, specs, deliver, targets, sources=[src])[0]
+
+
+def reduce(group: Group, input_: Tensor, dst: int) -> Tensor:
+    """The sum over ranks on rank `dst`, zeros elsewhere."""
+    memory, rank = _memory(group), group.rank()
+    specs: list[Spec] = [(input_.shape, input_.dtype)] * group.size()
+
+    def deliver(target: int, place: Place) -> None:
+        copy_valid_(memory.tensors_at(target, place, specs)[rank], input_)
+
+    facts = facts_of("reduce", input_, (dst,))
+    parts = _run(group, facts, specs if rank == dst else [], deliver, targets=[dst])
+    return _reduced(parts, "sum") if parts else input_.new_zeros(input_.shape)
+
+
+def barrier(group: Group, _: torch.device) -> None:
+    """Returns when every rank has come here."""
+    check(group, facts_of("barrier", (), ()))
+
+
 def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
     """As `all_gather`, on rank `dst` only; None elsewhere."""
     memory, rank, length = _memory(group), group.rank(), input_.shape[dim]
@@ -256,10 +287,11 @@ def _run(
     specs: list[Spec],
     deliver: Callable[[int, Place], None],
     targets: Sequence[int] | None = None,
+    sources: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Posts outputs of `specs`, delivers to `targets` (None: all), and waits."""
+    """Posts outputs of `specs`, delivers to `targets`, and waits for `sources`; None: all ranks."""
     posted = _allocate(group, facts[0], specs)
-    flight = _start_call(group, facts, deliver, posted, targets)
+    flight = _start_call(group, facts, deliver, posted, targets, sources)
     with span("exchange", group.name):
         _wait(group, facts[0], flight)
     return posted.tensors
@@ -271,12 +303,15 @@ def _start_call(
     deliver: Callable[[int, Place], None],
     posted: Posted,
     targets: Sequence[int] | None = None,
+    sources: Sequence[int] | None = None,
     *,
     async_op: bool = False,
 ) -> Flight:
     """A call of all ranks. What the op's caller asked for is compared, where it is known."""
     asked = group.take_asked() or facts
     everyone = range(group.size())
+    if sources is None:
+        sources = everyone if posted.tensors else ()
     ask = Ask(
         asked[0],
         question := question_of(asked, strict=group.is_strict),
@@ -284,7 +319,7 @@ def _start_call(
         deliver,
         lambda: record_of(asked).encode(),
         posted=posted,
-        sources=everyone if posted.tensors else (),
+        sources=sources,
         targets=everyone if targets is None else targets,
     )
     return _memory(group).start(ask, background=async_op)

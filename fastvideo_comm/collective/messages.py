@@ -179,6 +179,34 @@ def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
     return output
 
 
+def broadcast(group: Group, input_: Tensor, src: int) -> Tensor:
+    """Rank `src`'s tensor, as a new tensor on every rank."""
+    output = input_.new_empty(input_.shape)
+    if group.rank() == src:
+        with span("pack", group.name):
+            copy_valid_(output, input_)
+    if output.numel():
+        with span("exchange", group.name):
+            group.broadcast(output, src)
+    return output
+
+
+def reduce(group: Group, input_: Tensor, dst: int) -> Tensor:
+    """The sum over ranks on rank `dst`, zeros elsewhere."""
+    with span("pack", group.name):
+        output = copy_valid_(input_.new_empty(input_.shape), input_)
+    if output.numel():
+        with span("exchange", group.name):
+            group.reduce(output, dst)
+    return output if group.rank() == dst else output.zero_()
+
+
+def barrier(group: Group, device: torch.device) -> None:
+    """Returns when every rank has come here."""
+    with span("exchange", group.name):
+        group.barrier(device)
+
+
 def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
     """As `all_gather`, on rank `dst` only; None elsewhere."""
     shape = list(input_.shape)

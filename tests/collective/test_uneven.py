@@ -115,12 +115,7 @@ OPS: dict[str, Callable[[DeviceCommunicatorBase, torch.Tensor], torch.Tensor]] =
     "all_gather": lambda c, x: c.all_gather(x[:, : SIZES[c.rank]] ** 2, 1, gather_sizes=SIZES),
     "all_gather first": lambda c, x: c.all_gather(x[0, : SIZES[c.rank]], 0, gather_sizes="auto"),
     "reduce_scatter": lambda c, x: padded(
-        functions.run(
-            functions.ReduceScatter,
-            c.cpu_group,
-            torch.cat((x, x.sin()), 1)[:, :5],
-            Split(1, SIZES),
-        )
+        c.reduce_scatter(torch.cat((x, x.sin()), 1)[:, :5], 1, scatter_sizes=SIZES)
     ),
 }
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd, functions
 from fastvideo_comm.collective.group import Group
-from fastvideo_comm.collective.layout import Split
+from fastvideo_comm.recording import run
 
 GROUPS = st.sampled_from((2, 3, 4, (1, 3), (0, 2, 3)))
 
@@ -65,9 +65,9 @@ OPS: dict[str, Callable[[DeviceCommunicatorBase, torch.Tensor], torch.Tensor]] =
     "all_gather first": lambda c, x: c.all_gather(x, 0),
     "all_gather middle": lambda c, x: c.all_gather(x, 2),
     "all_gather last": lambda c, x: c.all_gather(x),
-    "reduce_scatter": lambda c, x: functions.run(
-        functions.ReduceScatter, c._runner.group, x, Split(1)
-    ),
+    "reduce_scatter": lambda c, x: c.reduce_scatter(x, 1),
+    "broadcast": lambda c, x: c.broadcast(x, 1),
+    "reduce": lambda c, x: run(functions.Reduce, c._runner.group, x, 1),
     "all_reduce sum": lambda c, x: c.all_reduce(x),
     "all_reduce avg": lambda c, x: c.all_reduce(x, dist.ReduceOp.AVG),
     "all_reduce product": lambda c, x: c.all_reduce(x, dist.ReduceOp.PRODUCT),

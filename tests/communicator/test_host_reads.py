@@ -44,7 +44,7 @@ class SilentGroup(dist.ProcessGroup):
         pass
 
     alltoall_base = _allgather_base = _reduce_scatter_base = _silence
-    allreduce = gather = send = recv = _silence
+    allreduce = broadcast = reduce = gather = send = recv = _silence
 
 
 class OnDevice(TorchDispatchMode):
