@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import functions, warm_up
+from . import functions, gradient_buckets, warm_up
 from .collective import validation
 from .collective.group import Group, MemoryMode
 from .collective.layout import Splits
@@ -473,6 +473,54 @@ class DeviceCommunicatorBase:
             output: Tensor = call.run(functions.Broadcast, input_, src, alone=input_)
             return output
 
+    def reduce_gradients(
+        self, parameters: Tensor | Iterable[Tensor], *, average: bool = False
+    ) -> None:
+        """Sums the gradients of parameters that every rank holds over the ranks, in place.
+
+        For each parameter, `grad` = sum over ranks of `grad`, or that sum divided by P. Call it
+        once, between the last `backward` of a step and clipping or the optimizer.
+
+        Example (inside a rank):
+            >>> loss.backward()  # of this rank's tokens  # doctest: +SKIP
+            >>> communicator.reduce_gradients(model.parameters())  # doctest: +SKIP
+            >>> optimizer.step()  # the same on every rank  # doctest: +SKIP
+
+        The ranks compare in one small collective what they have. A parameter whose `grad` is None
+        on all ranks keeps None. Where it is None on some ranks only, the loss of those ranks does
+        not depend on the parameter: their gradient counts as zeros, and they get the sum like the
+        others. Gradients of one dtype travel together in buckets; by messages, one bucket is packed
+        while the one before it travels. After an error some gradients may be summed and others
+        not.
+
+        Args:
+            parameters: the same ones in the same order on every rank, of any shapes; one that is
+                given twice is reduced once. Not those of FSDP and DDP, which reduce their
+                gradients themselves.
+            average: divides the sums by P.
+
+        Raises:
+            ValueError: no parameters (an iterator that is used up has none), a tensor on another
+                device, a gradient whose elements share memory, or a call that is compiled.
+            TypeError: a gradient that is sparse, a DTensor, or a dtype that the backends cannot
+                add; the error names index and shape of the parameter.
+            MismatchError: the ranks gave different parameters.
+        """
+        with self._runner.call("reduce_gradients") as call:
+            call.check_open()
+            call.check_not_compiled()
+            checked = gradient_buckets.checked_parameters(parameters, self.device)
+            call.compare((), (), average=average or None)
+            if self.world_size == 1:
+                return
+            gradients = call.gradients_of(checked)
+            call.count(*gradients)
+            size = gradient_buckets.BUCKET_BYTES
+            call.run_unrecorded("add_buckets", gradient_buckets.buckets(gradients, size))
+            if average and gradients:
+                with torch.no_grad():
+                    torch._foreach_div_(gradients, float(self.world_size))
+
     def slice(
         self,
         input_: Tensor,
@@ -653,6 +701,8 @@ class DeviceCommunicatorBase:
             functools.partial(own.all_gather, self),
             functools.partial(own.slice, self),
             functools.partial(own.all_reduce, self),
+            functools.partial(own.reduce_scatter, self),
+            functools.partial(own.broadcast, self),
             self.device,
         )
         if self.device.type != "cpu":

@@ -21,6 +21,7 @@ from .collective.group import Group
 from .collective.layout import Split, Splits
 from .collective.route import route, route_of_pair
 from .errors import ClosedError, CommunicationError
+from .gradient_buckets import agreed_gradients
 from .handle import AsyncHandle
 from .profiling import Stats, span
 from .recording import run
@@ -50,15 +51,15 @@ class OpRunner:
         self._cpu_group = None
         self.group.close()
 
-    def sizes_of_all_ranks(self, sizes: list[int]) -> list[list[int]]:
-        """For each of this rank's sizes, what it is on every rank: one small all_gather.
+    def numbers_of_all_ranks(self, numbers: list[int]) -> list[list[int]]:
+        """For each of this rank's numbers, what it is on every rank: one small all_gather.
 
         Never remembered: a rank whose size did not change would not know that another's did.
         """
         if self._cpu_group is None:
             raise ClosedError("the communicator was destroyed")
         same = self._cpu_group is self.group.process_group
-        own = torch.tensor([sizes], device=self.device if same else "cpu")
+        own = torch.tensor([numbers], device=self.device if same else "cpu")
         way, group = route(self.group if same else self._cpu_group)
         every: list[list[int]] = way.all_gather(group, own, Split(0)).T.tolist()
         return every
@@ -154,7 +155,13 @@ class OpCall:
         """For each of this rank's sizes, what it is on every rank. Not in compiled code."""
         if self._is_traced:
             raise ValueError("gather_sizes must be given where a call is compiled, got 'auto'")
-        return self._runner.sizes_of_all_ranks(sizes)
+        return self._runner.numbers_of_all_ranks(sizes)
+
+    def gradients_of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's gradients of the parameters that have one on some rank."""
+        runner = self._runner
+        where = runner.group.where(self.op)
+        return agreed_gradients(parameters, runner.numbers_of_all_ranks, where)
 
     def count(self, *tensors: Tensor) -> None:
         """Adds the bytes of a call to its op's statistics."""

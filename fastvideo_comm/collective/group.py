@@ -289,6 +289,14 @@ class Group:
         if average_here:
             tensor.div_(self._size)
 
+    def start_sum(self, tensor: Tensor) -> Works:
+        """Starts to add `tensor` up over ranks, in place."""
+        options = AllreduceOptions()
+        options.asyncOp = True
+        return self._named(
+            "all_reduce", lambda group: [group.allreduce([reduced(tensor)], options)]
+        )
+
     def broadcast(self, tensor: Tensor, src: int) -> None:
         """Rank `src`'s `tensor` into that of every rank."""
         options = BroadcastOptions()

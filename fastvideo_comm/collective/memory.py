@@ -197,6 +197,17 @@ def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
     return all_gather(group, part, split).view(input_.shape)
 
 
+def add_buckets(group: Group, buckets: Sequence[Sequence[Tensor]]) -> None:
+    """Sums over ranks, written in place."""
+    for tensors in buckets:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        total = all_reduce(group, flat, "sum")
+        parts = total.split([tensor.numel() for tensor in tensors])
+        copy_all_valid_(
+            [(to, part.view(to.shape)) for to, part in zip(tensors, parts, strict=True)]
+        )
+
+
 def _reduced(parts: list[Tensor], op: str) -> Tensor:
     """The reduction of what the ranks have brought, in rank order, in the memory of the first."""
     total = parts[0]
