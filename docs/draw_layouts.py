@@ -107,6 +107,23 @@ DRAWINGS = (
         lambda _: 2 * torch.arange(6).reshape(2, 3) + 10,
         sums=True,
     ),
+    Drawing(
+        "reduce_scatter",
+        "reduce_scatter(x, 0): this rank's part of the sum over ranks",
+        ("P*c", "c"),
+        ("", ""),
+        lambda rank: torch.arange(12).reshape(4, 3) + 10 * rank,
+        lambda rank: (2 * torch.arange(12).reshape(4, 3) + 10).chunk(RANKS, 0)[rank],
+        sums=True,
+    ),
+    Drawing(
+        "broadcast",
+        "broadcast(x, src=0): the tensor of one rank, on every rank",
+        ("", ""),
+        ("", ""),
+        lambda rank: torch.arange(6).reshape(2, 3) + 10 * rank,
+        lambda _: torch.arange(6).reshape(2, 3),
+    ),
 )
 
 

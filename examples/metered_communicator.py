@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
@@ -70,6 +70,16 @@ class MeteredCommunicator(DeviceCommunicatorBase):
         output = self._timed(lambda: reduce(input_, op), num_bytes)
         self._time_backward(output, num_bytes)
         return output
+
+    def reduce_gradients(
+        self, parameters: Tensor | Iterable[Tensor], *, average: bool = False
+    ) -> None:
+        """Sends as `all_reduce` does, of all gradients together."""
+        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        num_bytes = sum(each.grad.nbytes for each in given if each.grad is not None)
+        reduce = super().reduce_gradients
+        share = 2 * (self.world_size - 1) / self.world_size
+        self._timed(lambda: reduce(given, average=average), round(share * num_bytes))
 
     def _timed(self, call: Callable[[], T], num_bytes: int = 0) -> T:
         self._start()

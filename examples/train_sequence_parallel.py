@@ -46,7 +46,6 @@ from metered_communicator import MeteredCommunicator
 from report import Comparison, Run, print_table, save_figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from video_transformer import Config, Exchanges, VideoTransformer, patchify, unpatchify
 
 BATCH = 3  # noise levels that the clip is seen at in each step
@@ -82,14 +81,9 @@ def backward(
     # Differentiated is the sum over ranks of what each calls backward on, and every rank holds the
     # same loss: each calls it on the P-th part, or the gradient would come out P times too large.
     (loss / communicator.world_size).backward()
-    reduce_gradients(communicator, model)
+    # Each rank has the gradient that came through its own tokens and heads.
+    communicator.reduce_gradients(model.parameters())
     return loss.detach()
-
-
-def reduce_gradients(communicator: MeteredCommunicator, model: VideoTransformer) -> None:
-    """Sums over ranks: each has the gradient that came through its own tokens and heads."""
-    gradients = [parameter.grad for parameter in model.parameters()]
-    vector_to_parameters(communicator.all_reduce(parameters_to_vector(gradients)), gradients)
 
 
 def train(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import functions, warm_up
+from . import functions, gradient_buckets, warm_up
 from .collective import validation
 from .collective.group import Group, MemoryMode
 from .collective.layout import Splits
@@ -413,6 +413,120 @@ class DeviceCommunicatorBase:
             )
             return output
 
+    def reduce_scatter(
+        self, input_: Tensor, dim: int = -1, *, scatter_sizes: Sizes = None
+    ) -> Tensor:
+        """This rank's part of the sum over ranks: what `all_reduce` and then `slice` give.
+
+        Example (inside a rank; P = 2 ranks):
+            >>> x = torch.ones(3, 4)  # doctest: +SKIP
+            >>> communicator.reduce_scatter(x)  # [A, P*c] -> [A, c]  # doctest: +SKIP
+            tensor([[2., 2.],
+                    [2., 2.],
+                    [2., 2.]])
+
+        The gradient is an all_gather: dx = concat over ranks of g_r, the same on every rank.
+
+        Args:
+            input_: `[A, P*c, ..]`, the same shape on every rank; any strides.
+            dim: the dim that is dealt out to the ranks; P divides its size, or `scatter_sizes` says
+                what each rank gets.
+            scatter_sizes: every rank's part of `dim`, the same list on all ranks. "auto": as even
+                as can be (`near_even_sizes`).
+
+        Returns:
+            `[A, c, ..]`, or `[A, scatter_sizes[rank], ..]`, contiguous.
+
+        Raises:
+            ValueError: a size that P does not divide or that the given sizes do not fit, `dim` out
+                of range, another device.
+            TypeError: not a dense tensor, or a dtype that the backends cannot add.
+        """
+        with self._runner.call("reduce_scatter") as call:
+            call.check("input_", input_)
+            split = validation.reduce_scatter(input_, dim, scatter_sizes, self.world_size)
+            call.compare(input_, (dim,), scatter_sizes=scatter_sizes)
+            output: Tensor = call.run(functions.ReduceScatter, input_, split, alone=input_)
+            return output
+
+    def broadcast(self, input_: Tensor, src: int = 0) -> Tensor:
+        """Rank `src`'s tensor, as a new tensor on every rank.
+
+        Example (inside a rank):
+            >>> x = torch.full((2,), float(communicator.rank))  # doctest: +SKIP
+            >>> communicator.broadcast(x, src=1)  # doctest: +SKIP
+            tensor([1., 1.])
+
+        The gradient is the sum over ranks, on `src`: dx_src = sum over ranks r of g_r, and dx_r = 0
+        elsewhere.
+
+        Args:
+            input_: `[*]`, the same shape and dtype on every rank; any dtype and strides. Only the
+                values of rank `src` are read.
+            src: the rank in the group that sends.
+
+        Returns:
+            `[*]`, contiguous, the same values on every rank.
+
+        Raises:
+            ValueError: `src` is out of range, or a tensor on another device.
+            TypeError: not a dense tensor, or `src` is not an int.
+        """
+        with self._runner.call("broadcast") as call:
+            call.check("input_", input_)
+            validation.peer("src", src, self.rank, self.world_size, others_only=False)
+            call.compare(input_, (src,))
+            output: Tensor = call.run(functions.Broadcast, input_, src, alone=input_)
+            return output
+
+    def reduce_gradients(
+        self, parameters: Tensor | Iterable[Tensor], *, average: bool = False
+    ) -> None:
+        """Sums the gradients of parameters that every rank holds over the ranks, in place.
+
+        For each parameter, `grad` = sum over ranks of `grad`, or that sum divided by P. Call it
+        once, between the last `backward` of a step and clipping or the optimizer.
+
+        Example (inside a rank):
+            >>> loss.backward()  # of this rank's tokens  # doctest: +SKIP
+            >>> communicator.reduce_gradients(model.parameters())  # doctest: +SKIP
+            >>> optimizer.step()  # the same on every rank  # doctest: +SKIP
+
+        The ranks compare in one small collective what they have. A parameter whose `grad` is None
+        on all ranks keeps None. Where it is None on some ranks only, the loss of those ranks does
+        not depend on the parameter: their gradient counts as zeros, and they get the sum like the
+        others. Gradients of one dtype travel together in buckets; by messages, one bucket is packed
+        while the one before it travels. After an error some gradients may be summed and others
+        not.
+
+        Args:
+            parameters: the same ones in the same order on every rank, of any shapes; one that is
+                given twice is reduced once. Not those of FSDP and DDP, which reduce their
+                gradients themselves.
+            average: divides the sums by P.
+
+        Raises:
+            ValueError: no parameters (an iterator that is used up has none), a tensor on another
+                device, a gradient whose elements share memory, or a call that is compiled.
+            TypeError: a gradient that is sparse, a DTensor, or a dtype that the backends cannot
+                add; the error names index and shape of the parameter.
+            MismatchError: the ranks gave different parameters.
+        """
+        with self._runner.call("reduce_gradients") as call:
+            call.check_open()
+            call.check_not_compiled()
+            checked = gradient_buckets.checked_parameters(parameters, self.device)
+            call.compare((), (), average=average or None)
+            if self.world_size == 1:
+                return
+            gradients = call.gradients_of(checked)
+            call.count(*gradients)
+            size = gradient_buckets.BUCKET_BYTES
+            call.run_unrecorded("add_buckets", gradient_buckets.buckets(gradients, size))
+            if average and gradients:
+                with torch.no_grad():
+                    torch._foreach_div_(gradients, float(self.world_size))
+
     def slice(
         self,
         input_: Tensor,
@@ -526,6 +640,28 @@ class DeviceCommunicatorBase:
             call.count(received)
             return received
 
+    def barrier(self) -> None:
+        """Waits until every rank of the group has called it, at most the group's timeout.
+
+        Example (inside a rank):
+            >>> if communicator.rank == 0:  # doctest: +SKIP
+            ...     torch.save(model.state_dict(), path)
+            >>> communicator.barrier()  # now every rank can read it  # doctest: +SKIP
+
+        It moves nothing and carries no gradient. Where the group's backend is a GPU's, the host
+        also waits for the work of this rank that is before it on the current stream.
+
+        Raises:
+            ValueError: the call is compiled; a graph has no place for it.
+            CollectiveError: a rank died or did not come in time.
+        """
+        with self._runner.call("barrier") as call:
+            call.check_open()
+            call.check_not_compiled()
+            call.compare((), ())
+            if self.world_size > 1:
+                call.run_unrecorded("barrier", self.device)
+
     def warmup(
         self,
         shapes: Iterable[Sequence[int] | Sequence[Sequence[int]]],
@@ -569,6 +705,8 @@ class DeviceCommunicatorBase:
             functools.partial(own.all_gather, self),
             functools.partial(own.slice, self),
             functools.partial(own.all_reduce, self),
+            functools.partial(own.reduce_scatter, self),
+            functools.partial(own.broadcast, self),
             self.device,
         )
         if self.device.type != "cpu":

@@ -10,54 +10,24 @@ backward is a collective too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .collective.group import AnyGroup, Group
 from .collective.layout import Split, Splits
 from .collective.messages import Work
 from .collective.route import route
 from .kernels import contiguous_copy
-
-_functorch_is_active = torch._C._are_functorch_transforms_active
-
-
-def run(function: Any, group: AnyGroup, *arguments: Any) -> Any:
-    """The output of a Function, which autograd records where somebody differentiates.
-
-    Its bookkeeping is a third of a tiny call. And without a gradient to record, torch 2.13 cannot
-    trace a Function of a variable number of tensors.
-    """
-    is_eager = isinstance(group, Group)  # a compiled graph holds no `Group`
-    is_recorded = is_eager and (forward_ad._current_level >= 0 or _functorch_is_active())
-    if not is_recorded and torch.is_grad_enabled():
-        for argument in arguments:
-            if isinstance(argument, Tensor) and argument.requires_grad:
-                is_recorded = True
-    if is_recorded:
-        return (function.eager if is_eager else function).apply(group, *arguments)
-    return function.forward(group, *arguments)
-
-
-def op(function: Any) -> Any:
-    """Gives a Function its form for eager code, `eager`: forward mode, and a refusal of vmap.
-
-    A form of its own, because torch.compile traces no Function that has a `jvp` or a `vmap`.
-    """
-    methods = {"jvp": staticmethod(function.tangent), "vmap": staticmethod(_refuse_vmap)}
-    function.eager = type(function)(function.__name__, (function,), methods)
-    return function
-
-
-def _refuse_vmap(*_: Any) -> Any:
-    raise RuntimeError(
-        "an op of a communicator must not be called under torch.vmap, which would exchange what "
-        "the other ranks do not expect: give it a tensor with one dim more"
-    )
+from .recording import (
+    before_backward,
+    before_backward_of_exchange,
+    before_backward_of_part,
+    last_call,
+    op,
+    run,
+)
 
 
 @op
@@ -238,6 +208,64 @@ class ReduceScatter(torch.autograd.Function):
 
 
 @op
+class Broadcast(torch.autograd.Function):
+    """One rank's tensor, on every rank.
+
+    y_r = x_src        dx_src = sum_q g_q, dx_r = 0 elsewhere        (reduce to src)
+    """
+
+    @staticmethod
+    def forward(group: AnyGroup, input_: Tensor, src: int) -> Tensor:
+        way, routed = route(group)
+        output: Tensor = way.broadcast(routed, input_, src)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group, _, ctx.src = inputs
+        ctx.call = last_call(ctx.group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None]:
+        before_backward(ctx.group, "broadcast", grad_output, (ctx.src,), of_call=ctx.call)
+        return None, run(Reduce, ctx.group, grad_output, ctx.src), None
+
+    @staticmethod
+    def tangent(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
+        output: Tensor = run(Broadcast, ctx.group, tangent, ctx.src)
+        return output
+
+
+@op
+class Reduce(torch.autograd.Function):
+    """The sum over ranks, on one rank.
+
+    y_dst = sum_q x_q, y_r = 0 elsewhere        dx_r = g_dst        (broadcast from dst)
+    """
+
+    @staticmethod
+    def forward(group: AnyGroup, input_: Tensor, dst: int) -> Tensor:
+        way, routed = route(group)
+        output: Tensor = way.reduce(routed, input_, dst)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group, _, ctx.dst = inputs
+        ctx.call = last_call(ctx.group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, None]:
+        before_backward(ctx.group, "reduce", grad_output, (ctx.dst,), of_call=ctx.call)
+        return None, run(Broadcast, ctx.group, grad_output, ctx.dst), None
+
+    @staticmethod
+    def tangent(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
+        output: Tensor = run(Reduce, ctx.group, tangent, ctx.dst)
+        return output
+
+
+@op
 class Slice(torch.autograd.Function):
     """This rank's part of a tensor that all ranks hold.
 
@@ -371,56 +399,3 @@ def _product_of_others(group: AnyGroup, input_: Tensor) -> Tensor:
     gathered = run(AllGather, group, input_[None], Split(0))
     rank = group.rank()
     return torch.cat((gathered[:rank], gathered[rank + 1 :])).prod(0)
-
-
-def last_call(group: AnyGroup) -> int | None:
-    """The number of the last call by memory, which a backward names; None where there is none."""
-    return group.last_call if isinstance(group, Group) else None
-
-
-def before_backward(
-    group: AnyGroup,
-    op: str,
-    gradients: Tensor | Sequence[Tensor],
-    arguments: Sequence[Any],
-    *,
-    of_call: int | None,
-    **named: Any,
-) -> None:
-    """The ranks of a communicator compare what the backward of `op` is about to send."""
-    if isinstance(group, Group):
-        group.before_backward(op, gradients, arguments, of_call=of_call, **named)
-
-
-def before_backward_of_part(
-    group: AnyGroup, op: str, gradient: Tensor, split: Split, of_call: int | None
-) -> None:
-    """`before_backward` where every rank brings the gradient of its part."""
-    uneven_dim = None if split.sizes is None else split.dim
-    before_backward(
-        *(group, op, gradient, (split.dim,)),
-        of_call=of_call,
-        uneven_dim=uneven_dim,
-        scatter_sizes=split.sizes,
-    )
-
-
-def before_backward_of_exchange(
-    group: AnyGroup,
-    gradients: Sequence[Tensor],
-    splits: Splits,
-    *,
-    of_call: int | None,
-    async_op: bool | None = None,
-) -> None:
-    """`before_backward` for the way back of an exchange."""
-    sizes = [split.sizes for split in splits.scatter]
-    uneven = any(each is not None for each in sizes)
-    dims = (splits.scatter[0].dim, splits.gather[0].dim)
-    before_backward(
-        *(group, "all_to_all_4D", gradients, dims),
-        of_call=of_call,
-        uneven_dim=dims[0] if uneven else None,
-        scatter_sizes=sizes if uneven else None,
-        async_op=async_op,
-    )

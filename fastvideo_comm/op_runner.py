@@ -21,8 +21,10 @@ from .collective.group import Group
 from .collective.layout import Split, Splits
 from .collective.route import route, route_of_pair, traced_form
 from .errors import ClosedError, CommunicationError
+from .gradient_buckets import agreed_gradients
 from .handle import AsyncHandle
 from .profiling import Stats, span
+from .recording import run
 
 
 class OpRunner:
@@ -49,15 +51,15 @@ class OpRunner:
         self._cpu_group = None
         self.group.close()
 
-    def sizes_of_all_ranks(self, sizes: list[int]) -> list[list[int]]:
-        """For each of this rank's sizes, what it is on every rank: one small all_gather.
+    def numbers_of_all_ranks(self, numbers: list[int]) -> list[list[int]]:
+        """For each of this rank's numbers, what it is on every rank: one small all_gather.
 
         Never remembered: a rank whose size did not change would not know that another's did.
         """
         if self._cpu_group is None:
             raise ClosedError("the communicator was destroyed")
         same = self._cpu_group is self.group.process_group
-        own = torch.tensor([sizes], device=self.device if same else "cpu")
+        own = torch.tensor([numbers], device=self.device if same else "cpu")
         way, group = route(self.group if same else self._cpu_group)
         every: list[list[int]] = way.all_gather(group, own, Split(0)).T.tolist()
         return every
@@ -120,6 +122,13 @@ class OpCall:
         validation.check_device(name, tensor, self._runner.device)
         self.count(tensor)
 
+    def check_not_compiled(self) -> None:
+        """For ops that a compiler would move, or leave out: they have no result in the graph."""
+        if self._is_traced:
+            raise ValueError(
+                f"{self.op} must be called outside compiled code, got a call that is compiled"
+            )
+
     def check_open(self) -> None:
         """The communicator was not destroyed."""
         if not self._runner.is_open:
@@ -148,7 +157,13 @@ class OpCall:
         """For each of this rank's sizes, what it is on every rank. Not in compiled code."""
         if self._is_traced:
             raise ValueError("gather_sizes must be given where a call is compiled, got 'auto'")
-        return self._runner.sizes_of_all_ranks(sizes)
+        return self._runner.numbers_of_all_ranks(sizes)
+
+    def gradients_of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's gradients of the parameters that have one on some rank."""
+        runner = self._runner
+        where = runner.group.where(self.op)
+        return agreed_gradients(parameters, runner.numbers_of_all_ranks, where)
 
     def count(self, tensor: Tensor) -> None:
         """Adds to the bytes of this call."""
@@ -167,7 +182,7 @@ class OpCall:
         if group.size() == 1:
             return alone
         taken = traced_form(group) if self._is_traced else group
-        return functions.run(function, taken, *arguments)
+        return run(function, taken, *arguments)
 
     def start(self, splits: Splits, inputs: Sequence[Tensor], *, packed: bool) -> AsyncHandle[Any]:
         """An exchange that the caller waits for later; its handle gives a tuple if `packed`."""
@@ -180,11 +195,11 @@ class OpCall:
             outputs = self.run(functions.AllToAll, splits, *inputs, alone=inputs)
             return AsyncHandle.done(result(outputs))
         flight = functions.Flight(splits)
-        token = functions.run(functions.StartAllToAll, group, flight, *inputs)
+        token = run(functions.StartAllToAll, group, flight, *inputs)
         return AsyncHandle(
             self.op,
             group.place,
-            lambda: result(functions.run(functions.FinishAllToAll, group, flight, token)),
+            lambda: result(run(functions.FinishAllToAll, group, flight, token)),
             flight.is_completed,
         )
 

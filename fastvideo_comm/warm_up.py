@@ -95,9 +95,13 @@ def other_collectives(
     all_gather: Callable[..., Tensor],
     slice_: Callable[..., Tensor],
     all_reduce: Callable[..., Tensor],
+    reduce_scatter: Callable[..., Tensor],
+    broadcast: Callable[..., Tensor],
     device: torch.device,
 ) -> None:
-    """`all_gather` and `slice` of a dim with others before it, and `all_reduce`."""
+    """`all_gather`, `slice` and `reduce_scatter` of a dim with others before it; the two others."""
     x = torch.zeros(2, NUM_ELEMENTS, device=device, requires_grad=True)
     y = slice_(all_gather(x), -1)
-    (y.sum() + all_reduce(x.narrow(-1, 0, 1)).sum()).backward()
+    z = reduce_scatter(all_gather(x), -1)
+    one = x.narrow(-1, 0, 1)
+    (y.sum() + z.sum() + all_reduce(one).sum() + broadcast(one).sum()).backward()

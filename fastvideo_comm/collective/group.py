@@ -17,7 +17,10 @@ from torch._C._distributed_c10d import (
     AllgatherOptions,
     AllreduceOptions,
     AllToAllOptions,
+    BarrierOptions,
+    BroadcastOptions,
     GatherOptions,
+    ReduceOptions,
     ReduceScatterOptions,
 )
 
@@ -342,6 +345,33 @@ class Group:
         self._finish("all_reduce", lambda group: [group.allreduce([reduced(tensor)], options)])
         if average_here:
             tensor.div_(self._size)
+
+    def start_sum(self, tensor: Tensor) -> Works:
+        """Starts to add `tensor` up over ranks, in place."""
+        options = AllreduceOptions()
+        options.asyncOp = True
+        return self._named(
+            "all_reduce", lambda group: [group.allreduce([reduced(tensor)], options)]
+        )
+
+    def broadcast(self, tensor: Tensor, src: int) -> None:
+        """Rank `src`'s `tensor` into that of every rank."""
+        options = BroadcastOptions()
+        options.rootRank = src
+        self._finish("broadcast", lambda group: [group.broadcast([moved(tensor)], options)])
+
+    def reduce(self, tensor: Tensor, dst: int) -> None:
+        """The sum over ranks into `tensor` on rank `dst`; elsewhere it is undefined afterwards."""
+        options = ReduceOptions()
+        options.rootRank = dst
+        self._finish("reduce", lambda group: [group.reduce([reduced(tensor)], options)])
+
+    def barrier(self, device: torch.device) -> None:
+        """Returns when every rank has come here; the host waits."""
+        options = BarrierOptions()
+        if device.type != "cpu":  # or NCCL guesses a device from the rank
+            options.device = device
+        self._finish("barrier", lambda group: [group.barrier(options)])
 
     def gather(self, outputs: Sequence[Tensor], input_: Tensor, dst: int) -> None:
         """Every rank's `input_` into `outputs` on rank `dst`; elsewhere `outputs` is empty."""

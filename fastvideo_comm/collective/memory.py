@@ -207,12 +207,54 @@ def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
     return all_gather(group, part, split).view(input_.shape)
 
 
+def add_buckets(group: Group, buckets: Sequence[Sequence[Tensor]]) -> None:
+    """Sums over ranks, written in place."""
+    for tensors in buckets:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        total = all_reduce(group, flat, "sum")
+        parts = total.split([tensor.numel() for tensor in tensors])
+        copy_all_valid_(
+            [(to, part.view(to.shape)) for to, part in zip(tensors, parts, strict=True)]
+        )
+
+
 def _reduced(parts: list[Tensor], op: str) -> Tensor:
     """The reduction of what the ranks have brought, in rank order, in the memory of the first."""
     total = parts[0]
     for part in parts[1:]:
         _REDUCTIONS[op](total, part, out=total)
     return total.div_(len(parts)) if op == "avg" else total
+
+
+def broadcast(group: Group, input_: Tensor, src: int) -> Tensor:
+    """Rank `src`'s tensor, as a new tensor on every rank."""
+    memory = _memory(group)
+    specs: list[Spec] = [(input_.shape, input_.dtype)]
+
+    def deliver(target: int, place: Place) -> None:
+        copy_valid_(memory.tensors_at(target, place, specs)[0], input_)
+
+    facts = facts_of("broadcast", input_, (src,))
+    targets = range(group.size()) if group.rank() == src else []
+    return _run(group, facts, specs, deliver, targets, sources=[src])[0]
+
+
+def reduce(group: Group, input_: Tensor, dst: int) -> Tensor:
+    """The sum over ranks on rank `dst`, zeros elsewhere."""
+    memory, rank = _memory(group), group.rank()
+    specs: list[Spec] = [(input_.shape, input_.dtype)] * group.size()
+
+    def deliver(target: int, place: Place) -> None:
+        copy_valid_(memory.tensors_at(target, place, specs)[rank], input_)
+
+    facts = facts_of("reduce", input_, (dst,))
+    parts = _run(group, facts, specs if rank == dst else [], deliver, targets=[dst])
+    return _reduced(parts, "sum") if parts else input_.new_zeros(input_.shape)
+
+
+def barrier(group: Group, _: torch.device) -> None:
+    """Returns when every rank has come here."""
+    check(group, facts_of("barrier", (), ()))
 
 
 def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
@@ -266,10 +308,11 @@ def _run(
     specs: list[Spec],
     deliver: Callable[[int, Place], None],
     targets: Sequence[int] | None = None,
+    sources: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Posts outputs of `specs`, delivers to `targets` (None: all), and waits."""
+    """Posts outputs of `specs`, delivers to `targets`, and waits for `sources`; None: all ranks."""
     posted = _allocate(group, facts[0], specs)
-    flight = _start_call(group, facts, deliver, posted, targets)
+    flight = _start_call(group, facts, deliver, posted, targets, sources)
     with span("exchange", group.name):
         _wait(group, facts[0], flight)
     return posted.tensors
@@ -281,6 +324,7 @@ def _start_call(
     deliver: Callable[[int, Place], None],
     posted: Posted,
     targets: Sequence[int] | None = None,
+    sources: Sequence[int] | None = None,
     *,
     async_op: bool = False,
 ) -> Flight:
@@ -290,6 +334,8 @@ def _start_call(
     if asked_of is not None:
         question += b" of call %d" % asked_of
     everyone = range(group.size())
+    if sources is None:
+        sources = everyone if posted.tensors else ()
 
     def detail() -> bytes:
         record = record_of(asked)
@@ -306,7 +352,7 @@ def _start_call(
         deliver,
         detail,
         posted=posted,
-        sources=everyone if posted.tensors else (),
+        sources=sources,
         targets=everyone if targets is None else targets,
     )
     flight = _memory(group).start(ask, background=async_op)

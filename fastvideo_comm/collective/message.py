@@ -79,6 +79,19 @@ class Message:
         return cls(wire, [(tensor, wire[: tensor.numel()].view(tensor.shape))], buffers)
 
     @classmethod
+    def of_tensors(cls, buffers: WireBuffers, tensors: Sequence[Tensor]) -> Message:
+        """Tensors of one dtype, one behind the other."""
+        if len(tensors) == 1:
+            return cls.of(buffers, tensors[0])
+        lengths = [tensor.numel() for tensor in tensors]
+        wire = buffers.take((sum(lengths),), tensors[0])
+        slots = [
+            slot.view(tensor.shape)
+            for slot, tensor in zip(wire.split(lengths), tensors, strict=True)
+        ]
+        return cls(wire, list(zip(tensors, slots, strict=True)), buffers)
+
+    @classmethod
     def of_parts(
         cls, buffers: WireBuffers, tensor: Tensor, dim: int, sizes: Sequence[int]
     ) -> Message:

@@ -205,6 +205,55 @@ def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
     return output
 
 
+def add_buckets(group: Group, buckets: Sequence[Sequence[Tensor]]) -> None:
+    """Sums over ranks, written in place; each bucket is packed while the last one travels."""
+    in_flight: list[tuple[list[dist.Work | None], Message]] = []
+
+    def land() -> None:
+        works, bucket = in_flight.pop()
+        with span("exchange", group.name):
+            group.wait("all_reduce", works)
+        unpack([bucket], group.name)
+
+    for tensors in buckets:
+        bucket = Message.of_tensors(group.buffers, tensors)
+        pack([bucket], group.name)
+        works = group.start_sum(bucket.wire)
+        if in_flight:
+            land()
+        in_flight.append((works, bucket))
+    if in_flight:
+        land()
+
+
+def broadcast(group: Group, input_: Tensor, src: int) -> Tensor:
+    """Rank `src`'s tensor, as a new tensor on every rank."""
+    output = input_.new_empty(input_.shape)
+    if group.rank() == src:
+        with span("pack", group.name):
+            copy_valid_(output, input_)
+    if output.numel():
+        with span("exchange", group.name):
+            group.broadcast(output, src)
+    return output
+
+
+def reduce(group: Group, input_: Tensor, dst: int) -> Tensor:
+    """The sum over ranks on rank `dst`, zeros elsewhere."""
+    with span("pack", group.name):
+        output = copy_valid_(input_.new_empty(input_.shape), input_)
+    if output.numel():
+        with span("exchange", group.name):
+            group.reduce(output, dst)
+    return output if group.rank() == dst else output.zero_()
+
+
+def barrier(group: Group, device: torch.device) -> None:
+    """Returns when every rank has come here."""
+    with span("exchange", group.name):
+        group.barrier(device)
+
+
 def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
     """As `all_gather`, on rank `dst` only; None elsewhere."""
     shape = list(input_.shape)

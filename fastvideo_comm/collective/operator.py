@@ -56,6 +56,16 @@ def all_reduce(group: OperatorGroup, input_: Tensor, op: str) -> Tensor:
     return traced.all_reduce(group.process_group, input_, op)
 
 
+def broadcast(group: OperatorGroup, input_: Tensor, src: int) -> Tensor:
+    """As `traced.broadcast`."""
+    return traced.broadcast(group.process_group, input_, src)
+
+
+def reduce(group: OperatorGroup, input_: Tensor, dst: int) -> Tensor:
+    """As `traced.reduce`."""
+    return traced.reduce(group.process_group, input_, dst)
+
+
 @torch.library.custom_op("fastvideo_comm::all_to_all", mutates_args=())
 def _all_to_all(inputs: Sequence[Tensor], group: str, splits: Sequence[int]) -> list[Tensor]:
     """`inputs` on every rank -> what `Splits` says of them; `splits` as `_encoded` gives them."""

@@ -166,6 +166,36 @@ def all_reduce(group: ProcessGroup, input_: Tensor, op: str) -> Tensor:
     return reduced / group.size() if op == "avg" else reduced
 
 
+def broadcast(group: ProcessGroup, input_: Tensor, src: int) -> Tensor:
+    """As `messages.broadcast`."""
+    input_ = resolved(input_)
+    received = _wait(
+        torch.ops._c10d_functional.broadcast(moved(input_.contiguous()), src, group.group_name)
+    )
+    return moved_back(received, input_.dtype).view(input_.shape)
+
+
+def reduce(group: ProcessGroup, input_: Tensor, dst: int) -> Tensor:
+    """As `messages.reduce`; torch has no functional one, so all send to `dst`, which adds.
+
+    The zeros of the other ranks are the sum of the nothing that they receive: the compiler drops no
+    exchange whose result is used.
+    """
+    input_ = resolved(input_)
+    size, num_elements = group.size(), input_.numel()
+    num_parts = size if group.rank() == dst else 0
+    received = _wait(
+        torch.ops._c10d_functional.all_to_all_single(
+            moved(input_.contiguous()),
+            moved_counts(input_.dtype, [num_elements if num_parts else 0] * size),
+            moved_counts(input_.dtype, [num_elements if r == dst else 0 for r in range(size)]),
+            group.group_name,
+        )
+    )
+    parts = moved_back(received, input_.dtype).view(num_parts, *input_.shape)
+    return parts.sum(0, dtype=input_.dtype)
+
+
 def resolved(tensor: Tensor) -> Tensor:
     """Not lazily conjugated or negated; torch cannot ask a traced tensor whether it is."""
     return tensor.resolve_conj().resolve_neg()

@@ -273,17 +273,29 @@ def slice_sizes(input_: Tensor, dim: int, sizes: Sizes, world_size: int) -> Spli
     return _given_scatter_split(input_, "dim", dim, of_each, world_size)
 
 
+def reduce_scatter(input_: Tensor, dim: int, sizes: Sizes, world_size: int) -> Split:
+    """A dtype that can be added, and a `dim` that holds a part for every rank."""
+    split = slice_sizes(input_, dim, sizes, world_size)
+    check_reduced(input_)
+    return split
+
+
+def check_reduced(input_: Tensor) -> None:
+    """A dtype that every backend reduces."""
+    if input_.dtype not in REDUCED:
+        raise TypeError(
+            f"input_ must have a dtype that backends reduce, got {input_.dtype}; "
+            "convert it before and after"
+        )
+
+
 def all_reduce(input_: Tensor, op: ReduceOp | None) -> str:
     """A dtype that can be reduced by `op`; returns the name of `op`."""
     check_tensor("input_", input_)
     name = reduce_op_name(op)
     if name is None:
         raise ValueError(f"op must be one of ReduceOp.{', '.join(REDUCE_OPS).upper()}, got {op}")
-    if input_.dtype not in REDUCED:
-        raise TypeError(
-            f"input_ must have a dtype that backends reduce, got {input_.dtype}; "
-            "convert it before and after"
-        )
+    check_reduced(input_)
     if input_.is_complex() and name not in ("sum", "avg"):
         raise TypeError(f"op must be SUM or AVG for {input_.dtype}, got {name.upper()}")
     if name == "avg" and not (input_.is_floating_point() or input_.is_complex()):

@@ -7,20 +7,22 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from op_table import calls_of
 from ranks import Ranks
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastvideo_comm import DeviceCommunicatorBase, split_tensor_along_last_dim
 
+# The calls of the table, and some in a row.
 OPS: dict[str, Callable[[DeviceCommunicatorBase, torch.Tensor], torch.Tensor]] = {
+    **calls_of("any"),
     "all_to_all_4D": lambda c, x: c.all_to_all_4D(torch.relu(c.all_to_all_4D(x)), 1, 2),
-    "all_gather": lambda c, x: c.all_gather(x, 1).square().sum() + c.all_gather(x).sin().sum(),
-    "all_reduce": lambda c, x: c.all_reduce(x) + c.all_reduce(x, dist.ReduceOp.AVG),
+    "all_gathers": lambda c, x: c.all_gather(x, 1).square().sum() + c.all_gather(x).sin().sum(),
+    "all_reduces": lambda c, x: c.all_reduce(x) + c.all_reduce(x, dist.ReduceOp.AVG),
     "extremes": lambda c, x: (
         c.all_reduce(x, dist.ReduceOp.MAX) * c.all_reduce(x, dist.ReduceOp.MIN)
     ),
-    "product": lambda c, x: c.all_reduce(x, dist.ReduceOp.PRODUCT),
-    "slice": lambda c, x: c.slice(x, 2) * c.slice(x, 1, scale_grad=True).mean(),
+    "slices": lambda c, x: c.slice(x, 2) * c.slice(x, 1, scale_grad=True).mean(),
     "split": lambda c, x: torch.stack(split_tensor_along_last_dim(x, 2, True)),
 }
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from op_table import SIZES, calls_of
 from ranks import Ranks
 from test_autograd import one_function
 from test_collectives import DTYPES, GROUPS, STRIDES, WrittenBytes, restride, same, values
@@ -110,23 +111,7 @@ def test_gradients_are_those_of_splitting_and_joining_in_one_process(
 
 
 # gradcheck wants one shape on every rank: each takes its part of a tensor of the largest.
-SIZES = (2, 0, 3)
-OPS: dict[str, Callable[[DeviceCommunicatorBase, torch.Tensor], torch.Tensor]] = {
-    "all_gather": lambda c, x: c.all_gather(x[:, : SIZES[c.rank]] ** 2, 1, gather_sizes=SIZES),
-    "all_gather first": lambda c, x: c.all_gather(x[0, : SIZES[c.rank]], 0, gather_sizes="auto"),
-    "reduce_scatter": lambda c, x: padded(
-        functions.run(
-            functions.ReduceScatter,
-            c.cpu_group,
-            torch.cat((x, x.sin()), 1)[:, :5],
-            Split(1, SIZES),
-        )
-    ),
-}
-
-
-def padded(part: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(part, (0, 0, 0, max(SIZES) - part.shape[1]))
+OPS = calls_of("uneven")
 
 
 def checked(communicator: DeviceCommunicatorBase, name: str) -> None:

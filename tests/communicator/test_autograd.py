@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from op_table import calls_of
 from ranks import Ranks
 from torch.autograd import forward_ad
 
-from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd, functions
+from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd
 from fastvideo_comm.collective.group import Group
-from fastvideo_comm.collective.layout import Split
 
 GROUPS = st.sampled_from((2, 3, 4, (1, 3), (0, 2, 3)))
 
@@ -59,21 +59,7 @@ def one_function(
     return lambda inputs: Everyone.apply(group, op(Mine.apply(group, inputs)))
 
 
-OPS: dict[str, Callable[[DeviceCommunicatorBase, torch.Tensor], torch.Tensor]] = {
-    "all_to_all_4D heads": lambda c, x: c.all_to_all_4D(x, 2, 1),
-    "all_to_all_4D sequence": lambda c, x: c.all_to_all_4D(x, 1, 2),
-    "all_gather first": lambda c, x: c.all_gather(x, 0),
-    "all_gather middle": lambda c, x: c.all_gather(x, 2),
-    "all_gather last": lambda c, x: c.all_gather(x),
-    "reduce_scatter": lambda c, x: functions.run(
-        functions.ReduceScatter, c._runner.group, x, Split(1)
-    ),
-    "all_reduce sum": lambda c, x: c.all_reduce(x),
-    "all_reduce avg": lambda c, x: c.all_reduce(x, dist.ReduceOp.AVG),
-    "all_reduce product": lambda c, x: c.all_reduce(x, dist.ReduceOp.PRODUCT),
-    "all_reduce max": lambda c, x: c.all_reduce(x, dist.ReduceOp.MAX),
-    "all_reduce min": lambda c, x: c.all_reduce(x, dist.ReduceOp.MIN),
-}
+OPS = calls_of("any", gradient="sum")
 
 
 def checked(communicator: DeviceCommunicatorBase, name: str) -> None:

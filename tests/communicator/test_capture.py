@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerator import GPU, needs_gpu
 from emulated_gpu import EmulatedGPU, emulated_gpu
-from every_op import OPS, SHAPE
+from op_table import OF_SHAPE, SHAPE
 from rank_threads import run_ranks
 from recorded_graph import RecordedGraph
 from test_gpu import random_like
@@ -30,17 +30,17 @@ def gpu(emulated_gpu_directory: Path) -> Iterator[EmulatedGPU]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", OF_SHAPE)
 def test_every_op_and_its_gradient_replay_on_new_values(gpu, name, world_size):
     """On the emulated GPU: all that an op does is on the device, in memory that stays its own."""
 
     def job(group: dist.ProcessGroup) -> None:
         communicator = DeviceCommunicatorBase(group)
         x = torch.zeros(SHAPE, requires_grad=True)
-        weights = torch.zeros_like(OPS[name](communicator, x))
+        weights = torch.zeros_like(OF_SHAPE[name](communicator, x))
 
         def step() -> tuple[Tensor, Tensor]:
-            output = OPS[name](communicator, x)
+            output = OF_SHAPE[name](communicator, x)
             (grad,) = torch.autograd.grad(output, x, weights)
             return output.detach(), grad
 

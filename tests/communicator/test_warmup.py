@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from op_table import CALLS, OPS, WITHOUT_GRADIENT
 from ranks import Ranks
 
 from fastvideo_comm import DeviceCommunicatorBase
@@ -72,3 +73,18 @@ AUTO = [("None", "auto"), ("auto", "None")]
 )
 def test_it_gives_sizes_only_where_a_step_needs_them(ranks: Ranks, heads, calls):
     assert ranks.run(4, calls_for, heads) == [calls] * 4
+
+
+def ops_of_warmup(communicator: DeviceCommunicatorBase) -> set[str]:
+    own = DeviceCommunicatorBase(communicator.cpu_group)
+    own.warmup([(1, 2, 4, 3)], [torch.float32])
+    called = {op for op, each in own.stats().items() if each.calls}
+    own.destroy()
+    return called
+
+
+def test_it_runs_every_op_that_has_a_gradient(ranks: Ranks):
+    with_gradient = {name.split()[0] for name in CALLS} & set(OPS)
+    assert with_gradient == set(OPS) - WITHOUT_GRADIENT
+    for called in ranks.run(2, ops_of_warmup):
+        assert called >= with_gradient

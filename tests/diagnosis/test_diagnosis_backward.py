@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from diagnosis_ranks import Checked
+from op_table import calls_of
 from ranks import Ranks
 from torch.utils.checkpoint import checkpoint
 
@@ -197,16 +199,15 @@ def program(c: DeviceCommunicatorBase) -> list[torch.Tensor]:
     own = torch.rand(1, rows[rank], ranks, 2, dtype=torch.float64, requires_grad=True)
     heads = [2, *[0] * (ranks - 2), ranks - 2]
     calls: list[Callable[[], Any]] = [
-        lambda: c.all_to_all_4D(x),
+        *[partial(call, c, x) for call in calls_of("any").values()],
         lambda: c.all_to_all_4D((x, x[:, :, :1], x.sin())),
         lambda: c.all_to_all_4D(own, scatter_sizes=heads, gather_sizes=rows),
         lambda: c.all_to_all_4D((own, own), gather_sizes="auto", async_op=True).wait(),
         lambda: c.all_to_all_4D(c.all_to_all_4D(x, async_op=True).wait(), 1, 2),
-        lambda: c.all_gather(x, 1),
         lambda: c.all_gather(own, 1, gather_sizes=rows),
-        lambda: c.all_gather(x, 1, grad="slice"),
         lambda: c.all_gather(own, 1, gather_sizes="auto", grad="slice"),
         lambda: c.slice(x, 2, scale_grad=True),
+        lambda: c.all_gather(x, 1),
         lambda: c.slice(x, 1, scatter_sizes="auto"),
         *[
             lambda op=op, grad=grad: c.all_reduce(x, op, grad=grad)

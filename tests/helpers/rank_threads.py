@@ -89,6 +89,26 @@ class ThreadGroup(dist.ProcessGroup):
         brings = tensor.clone()
         self._exchange(brings, lambda inputs: tensor.copy_(functools.reduce(reduction, inputs)))
 
+    def broadcast(self, tensors: Sequence[Tensor], options: Any) -> None:
+        (tensor,) = tensors
+        brings = tensor.clone()
+        self._exchange(brings, lambda inputs: tensor.copy_(inputs[options.rootRank]))
+
+    def reduce(self, tensors: Sequence[Tensor], options: Any) -> None:
+        (tensor,) = tensors
+        brings = tensor.clone()
+
+        def receive(inputs: list[Tensor]) -> None:
+            if self._rank_ == options.rootRank:
+                tensor.copy_(functools.reduce(torch.add, inputs))
+            else:  # as gloo does, which adds up on the way
+                tensor.fill_(7)
+
+        self._exchange(brings, receive)
+
+    def barrier(self, options: Any) -> None:
+        self._exchange(None, lambda _: None)
+
     def gather(
         self, outputs: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor], options: Any
     ) -> None:

@@ -189,6 +189,8 @@ def drawn(communicator: DeviceCommunicatorBase) -> list[str]:
         "slice": lambda x: communicator.slice(x, 0),
         "gather": lambda x: communicator.gather(x, 0, 0),
         "all_reduce": communicator.all_reduce,
+        "reduce_scatter": lambda x: communicator.reduce_scatter(x, 0),
+        "broadcast": communicator.broadcast,
     }
     differ = []
     for drawing in drawings().DRAWINGS:

@@ -1,0 +1,105 @@
+"""How the Functions of the ops are run: recorded where somebody differentiates, else called.
+
+And what the backward of each does before it sends: the ranks compare what they are about to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .collective.group import AnyGroup, Group
+from .collective.layout import Split, Splits
+
+_functorch_is_active = torch._C._are_functorch_transforms_active
+
+
+def run(function: Any, group: AnyGroup, *arguments: Any) -> Any:
+    """The output of a Function, which autograd records where somebody differentiates.
+
+    Its bookkeeping is a third of a tiny call. And without a gradient to record, torch 2.13 cannot
+    trace a Function of a variable number of tensors.
+    """
+    is_eager = isinstance(group, Group)  # a compiled graph holds no `Group`
+    is_recorded = is_eager and (forward_ad._current_level >= 0 or _functorch_is_active())
+    if not is_recorded and torch.is_grad_enabled():
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                is_recorded = True
+    if is_recorded:
+        return (function.eager if is_eager else function).apply(group, *arguments)
+    return function.forward(group, *arguments)
+
+
+def op(function: Any) -> Any:
+    """Gives a Function its form for eager code, `eager`: forward mode, and a refusal of vmap.
+
+    A form of its own, because torch.compile traces no Function that has a `jvp` or a `vmap`.
+    """
+    methods = {"jvp": staticmethod(function.tangent), "vmap": staticmethod(_refuse_vmap)}
+    function.eager = type(function)(function.__name__, (function,), methods)
+    return function
+
+
+def _refuse_vmap(*_: Any) -> Any:
+    raise RuntimeError(
+        "an op of a communicator must not be called under torch.vmap, which would exchange what "
+        "the other ranks do not expect: give it a tensor with one dim more"
+    )
+
+
+def last_call(group: AnyGroup) -> int | None:
+    """The number of the last call by memory, which a backward names; None where there is none."""
+    return group.last_call if isinstance(group, Group) else None
+
+
+def before_backward(
+    group: AnyGroup,
+    op: str,
+    gradients: Tensor | Sequence[Tensor],
+    arguments: Sequence[Any],
+    *,
+    of_call: int | None,
+    **named: Any,
+) -> None:
+    """The ranks of a communicator compare what the backward of `op` is about to send."""
+    if isinstance(group, Group):
+        group.before_backward(op, gradients, arguments, of_call=of_call, **named)
+
+
+def before_backward_of_part(
+    group: AnyGroup, op: str, gradient: Tensor, split: Split, of_call: int | None
+) -> None:
+    """`before_backward` where every rank brings the gradient of its part."""
+    uneven_dim = None if split.sizes is None else split.dim
+    before_backward(
+        *(group, op, gradient, (split.dim,)),
+        of_call=of_call,
+        uneven_dim=uneven_dim,
+        scatter_sizes=split.sizes,
+    )
+
+
+def before_backward_of_exchange(
+    group: AnyGroup,
+    gradients: Sequence[Tensor],
+    splits: Splits,
+    *,
+    of_call: int | None,
+    async_op: bool | None = None,
+) -> None:
+    """`before_backward` for the way back of an exchange."""
+    sizes = [split.sizes for split in splits.scatter]
+    uneven = any(each is not None for each in sizes)
+    dims = (splits.scatter[0].dim, splits.gather[0].dim)
+    before_backward(
+        *(group, "all_to_all_4D", gradients, dims),
+        of_call=of_call,
+        uneven_dim=dims[0] if uneven else None,
+        scatter_sizes=sizes if uneven else None,
+        async_op=async_op,
+    )

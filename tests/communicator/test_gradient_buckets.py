@@ -1,0 +1,153 @@
+"""reduce_gradients: the sum of every rank's gradients, in place, and errors that no rank misses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import Ranks
+from test_collectives import restride
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from fastvideo_comm import DeviceCommunicatorBase, gradient_buckets
+from fastvideo_comm.diagnosis import MismatchError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
+GROUPS = st.sampled_from((1, 2, 3, 4, (1, 3)))
+KINDS = ("contiguous", "chunk", "transposed", "stepped")
+
+
+def summed(
+    communicator: DeviceCommunicatorBase,
+    specs: list[tuple[tuple[int, ...], torch.dtype, str, list[bool]]],
+    bucket_bytes: int,
+    average: bool,
+) -> None:
+    """Integers from 0 to 11, in multiples of 12 for an average: exact in every dtype."""
+    ranks, rank = communicator.world_size, communicator.rank
+    factor = 12 if average else 1
+    parameters, before, expected = [], [], []
+    for index, (shape, dtype, kind, has) in enumerate(specs):
+        generator = torch.Generator().manual_seed(index)
+        numbers = torch.randint(0, 12, (ranks, *shape), generator=generator) * factor
+        numbers = torch.where(torch.tensor(has[:ranks]).view(-1, 1, 1, 1), numbers, 0)
+        parameter = torch.zeros(shape, dtype=dtype, requires_grad=True)
+        if has[rank]:
+            parameter.grad = restride(numbers[rank].to(dtype), kind)
+        parameters.append(parameter)
+        before.append(parameter.grad)
+        total = numbers.sum(0) // (ranks if average else 1)
+        expected.append(total.to(dtype) if any(has[:ranks]) else None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradient_buckets, "BUCKET_BYTES", bucket_bytes)
+        communicator.reduce_gradients([*parameters, parameters[0]], average=average)
+    for parameter, old, each in zip(parameters, before, expected, strict=True):
+        if each is None:
+            assert parameter.grad is None
+        else:
+            assert torch.equal(parameter.grad, each)
+            assert old is None or parameter.grad is old
+
+
+@given(
+    group=GROUPS,
+    specs=st.lists(
+        st.tuples(
+            st.tuples(*[st.integers(1, 4)] * 3),
+            st.sampled_from(DTYPES),
+            st.sampled_from(KINDS),
+            st.lists(st.booleans(), min_size=4, max_size=4),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    bucket_bytes=st.sampled_from((1, 100, 1000)),
+    average=st.booleans(),
+)
+def test_every_gradient_is_the_sum_over_ranks_in_its_own_memory(
+    ranks: Ranks, group, specs, bucket_bytes, average
+):
+    size = group if isinstance(group, int) else len(group)
+    if size == 1:  # nobody else has a gradient
+        specs = [(shape, dtype, kind, [True] * 4) for shape, dtype, kind, _ in specs]
+    ranks.run(group, summed, specs, bucket_bytes, average)
+
+
+def bad(communicator: DeviceCommunicatorBase) -> None:
+    good = torch.zeros(2, requires_grad=True)
+    good.grad = torch.ones(2)
+    sparse = torch.nn.Embedding(5, 3, sparse=True)
+    sparse(torch.tensor([1])).sum().backward()
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = torch.nn.Parameter(DTensor.from_local(torch.ones(3), mesh))
+    shared = torch.zeros(2, 3, requires_grad=True)
+    shared.grad = torch.ones(1, 3).expand(2, 3)
+    for parameters, error, words in (
+        ([good, sparse.weight], TypeError, r"dense .*sparse_coo for parameter 1 of shape \[5, 3\]"),
+        ([good, good, sharded], TypeError, r"own .*DTensor for parameter 2 of shape \[3\]"),
+        ([shared], ValueError, r"strides \[0, 1\] for parameter 0 of shape \[2, 3\]"),
+        ([torch.ones(1, dtype=torch.int8)], TypeError, r"got torch.int8 for parameter 0"),
+        ([good, "weight"], TypeError, "parameters must be tensors, got str at index 1"),
+        (iter(()), ValueError, "parameters must hold at least one tensor, got none"),
+        ([torch.ones(2, device="meta")], ValueError, "communicator's cpu, got meta"),
+    ):
+        where = rf"^reduce_gradients on rank {communicator.rank} of 2 in group 'test': .*"
+        with pytest.raises(error, match=where + words):
+            communicator.reduce_gradients(parameters)
+    assert torch.equal(good.grad, torch.ones(2)), "nothing was sent"
+    communicator.reduce_gradients(good)
+    assert torch.equal(good.grad, torch.full((2,), 2.0)), "still usable"
+
+
+def test_what_cannot_be_reduced_is_named_before_anything_is_sent(ranks: Ranks):
+    ranks.run(2, bad)
+
+
+def different(communicator: DeviceCommunicatorBase) -> None:
+    first = communicator.rank == 0
+
+    def parameter(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        made = torch.zeros(size, requires_grad=True, dtype=dtype)
+        made.grad = torch.ones_like(made)
+        return made
+
+    for mine, words in (
+        ([parameter(2)] if first else [parameter(2), parameter(2)], r"got \[1, 2, 2\] of them"),
+        ([parameter(2), parameter(3 if first else 4)], r"same shapes.* for parameter 1 on some"),
+        ([parameter(2, torch.float64 if first else torch.float32)], r"dtypes.* for parameter 0"),
+        ([parameter(2).requires_grad_(not first)], r"requires_grad.* for parameter 0"),
+    ):
+        with pytest.raises(MismatchError, match=r"^reduce_gradients on rank \d of 3 .*" + words):
+            communicator.reduce_gradients(mine)
+        assert all(torch.equal(each.grad, torch.ones_like(each)) for each in mine)
+    communicator.reduce_gradients(parameter(2))
+
+
+def test_different_parameters_are_the_same_error_on_every_rank(ranks: Ranks):
+    ranks.run(3, different)
+
+
+def counted(communicator: DeviceCommunicatorBase) -> None:
+    own = DeviceCommunicatorBase(communicator.cpu_group, unique_name="counted")
+    layer = torch.nn.Linear(3, 2)
+    layer(torch.ones(1, 3)).sum().backward()
+    own.reduce_gradients(layer.parameters())
+    stats = own.stats()["reduce_gradients"]
+    assert (stats.calls, stats.bytes) == (1, 4 * (6 + 2))
+    own.destroy()
+
+
+def test_calls_and_bytes_are_counted(ranks: Ranks):
+    ranks.run(2, counted)
+
+
+def test_buckets_hold_one_dtype_and_no_more_than_their_bytes():
+    gradients = [torch.zeros(n, dtype=d) for n in (3, 1, 9, 2) for d in (torch.half, torch.double)]
+    made = gradient_buckets.buckets(gradients, 40)
+    assert sorted(id(g) for bucket in made for g in bucket) == sorted(map(id, gradients))
+    for bucket in made:
+        assert len({gradient.dtype for gradient in bucket}) == 1
+        assert len(bucket) == 1 or sum(gradient.nbytes for gradient in bucket) <= 40
+    assert len(made) == 1 + 3
