@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .collective.group import AnyGroup, Group
 from .collective.layout import Split, Splits
-from .collective.messages import Work
 from .collective.route import route
 from .kernels import contiguous_copy
 from .recording import (
+    Flight,
     before_backward,
     before_backward_of_exchange,
     before_backward_of_part,
@@ -119,29 +119,6 @@ class FinishAllToAll(torch.autograd.Function):
             FinishAllToAll, ctx.group, ctx.flight.tangents, tangent_token
         )
         return outputs
-
-
-class Flight:
-    """An exchange between its start and its finish, and those of its gradients and tangents."""
-
-    def __init__(self, splits: Splits) -> None:
-        """Not sent yet."""
-        self.splits = splits
-        self.call: int | None = None
-        self.work: Work | None = None
-        self.returning: Flight | None = None
-        self.tangents: Flight | None = None
-
-    def is_completed(self) -> bool:
-        """Whether `land` would return at once."""
-        return self.work is None or self.work.is_completed()
-
-    def land(self) -> list[Tensor]:
-        """Waits for what `StartAllToAll` sent."""
-        if self.work is None:
-            raise RuntimeError("an exchange must be started before it is finished, and only once")
-        work, self.work = self.work, None
-        return work.wait()
 
 
 @op

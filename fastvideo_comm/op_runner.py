@@ -24,7 +24,7 @@ from .errors import ClosedError, CommunicationError
 from .gradient_buckets import agreed_gradients
 from .handle import AsyncHandle
 from .profiling import Stats, span
-from .recording import run
+from .recording import Flight, run
 
 
 class OpRunner:
@@ -194,7 +194,7 @@ class OpCall:
         if self._is_traced or group.size() == 1:
             outputs = self.run(functions.AllToAll, splits, *inputs, alone=inputs)
             return AsyncHandle.done(result(outputs))
-        flight = functions.Flight(splits)
+        flight = Flight(splits)
         token = run(functions.StartAllToAll, group, flight, *inputs)
         return AsyncHandle(
             self.op,

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from .collective.group import AnyGroup, Group
 from .collective.layout import Split, Splits
+from .collective.messages import Work
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
 
@@ -103,3 +104,26 @@ def before_backward_of_exchange(
         scatter_sizes=sizes if uneven else None,
         async_op=async_op,
     )
+
+
+class Flight:
+    """An exchange between its start and its finish, and those of its gradients and tangents."""
+
+    def __init__(self, splits: Splits) -> None:
+        """Not sent yet."""
+        self.splits = splits
+        self.call: int | None = None
+        self.work: Work | None = None
+        self.returning: Flight | None = None
+        self.tangents: Flight | None = None
+
+    def is_completed(self) -> bool:
+        """Whether `land` would return at once."""
+        return self.work is None or self.work.is_completed()
+
+    def land(self) -> list[Tensor]:
+        """Waits for what `StartAllToAll` sent."""
+        if self.work is None:
+            raise RuntimeError("an exchange must be started before it is finished, and only once")
+        work, self.work = self.work, None
+        return work.wait()
