@@ -176,20 +176,21 @@ class Engine:
 
     def work(self, waiter: Waiter) -> None:
         """One round of the background thread: it works, or it sleeps."""
-        flights = list(self._ledger.in_background.values())
-        if self._foreground or not (flights or self._flush()):
+        in_background = self._ledger.in_background
+        if self._foreground or not (in_background or self._flush()):
             waiter.sleep()
             return
         self._turn(waiter, waiter.ready(self._lines, self._ledger.lost, 0))
         if self._is_closed:
             return
-        ends = [flight.ends(flight.started + self._timeout) for flight in flights]
+        # No flight is held here during the sleep: the error of one that failed holds its outputs.
+        ends = [flight.ends(flight.started + self._timeout) for flight in [*in_background.values()]]
         seconds = min(ends, default=time.monotonic() + _RETRY_SECONDS) - time.monotonic()
         ready = waiter.ready(self._lines, self._ledger.lost, self._rest(seconds))
         # Whoever reads must also copy: another thread may sleep and not see what has been read.
         self._turn(waiter, ready)
         with self._lock:
-            for flight in flights:
+            for flight in [*in_background.values()]:
                 self._ledger.expire(flight, flight.started + self._timeout, self._timeout)
 
     def _progress(self, flight: Flight, timeout: float | None) -> None:

@@ -286,8 +286,8 @@ class _PeerSegment:
         segment = self._segment
         if segment is not None:
             return segment
-        if True:
-            if True:
+        with self._lock:
+            if self._segment is None:
                 if self.descriptor < 0:
                     raise OSError("its descriptor was lost: too many open files (RLIMIT_NOFILE)")
                 self._segment = Segment(self.descriptor, self._num_bytes)
