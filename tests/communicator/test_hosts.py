@@ -31,7 +31,7 @@ class Host(NamedTuple):
     name: str
     interface: str
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, memory: str = "off") -> subprocess.Popen[str]:
         """A Python program on this host."""
         variables = {
             **os.environ,
@@ -39,8 +39,8 @@ class Host(NamedTuple):
             "GLOO_SOCKET_IFNAME": self.interface,
             "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",
-            # These hosts are one machine, and everything must cross the cable.
-            MEMORY_VARIABLE: "off",
+            # Where it is off everything crosses the cable, as between machines.
+            MEMORY_VARIABLE: memory,
         }
         return subprocess.Popen(
             ["ip", "netns", "exec", self.name, sys.executable, *arguments],
@@ -136,6 +136,21 @@ def test_cutting_the_link_is_a_named_error_within_the_timeout(hosts, tmp_path, w
         assert words in answer["error"]
         assert f"rank {rank} of 2" in answer["error"]
         assert answer["seconds"] < host_ranks.TIMEOUT_SECONDS + 3
+
+
+def test_hosts_cannot_share_memory_and_use_messages(hosts, tmp_path):
+    program = host_ranks.__file__
+    processes = [
+        host.start(program, "memory", str(rank), str(tmp_path), memory="auto")
+        for rank, host in enumerate(hosts)
+    ]
+    first, second = answers(processes, 60)
+    assert first["sums"] == second["sums"] == [12.0] * 3
+    # Both know why, and it is the same for both.
+    assert first["refusal"] == second["refusal"]
+    assert first["refusal"].startswith("rank 1: it cannot reach rank 0: ")
+    assert "rank 1: it cannot reach rank 0" in first["error"]
+    assert "rank 1: it cannot reach rank 0" in second["error"]
 
 
 @pytest.mark.slow

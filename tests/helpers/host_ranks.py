@@ -90,6 +90,24 @@ def exchange_cut(rank: int, folder: Path) -> dict[str, Any]:
     return error_of(lambda: communicator.all_to_all_4D(x))
 
 
+def memory_refused(rank: int, folder: Path) -> dict[str, Any]:
+    """The hosts exchange though they cannot share memory; what a rank says that insists on it."""
+    timeout = datetime.timedelta(seconds=30)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://{FIRST_HOST}:{PORT}", rank=rank, world_size=2, timeout=timeout
+    )
+    communicator = DeviceCommunicatorBase(dist.group.WORLD, unique_name="over the link")
+    x = torch.full((1, 4, 2, 3), float(rank))
+    sums = [communicator.all_to_all_4D(x).sum().item() for _ in range(3)]
+    refusal = communicator.memory_stats().refusal
+    insisting = DeviceCommunicatorBase(dist.group.WORLD, unique_name="insists", memory="on")
+    return {
+        "sums": sums,
+        "refusal": refusal,
+        "error": error_of(lambda: insisting.all_to_all_4D(x))["error"],
+    }
+
+
 def wait_for_the_cut(rank: int, folder: Path) -> None:
     (folder / f"ready{rank}").touch()
     while not (folder / "cut").exists():
@@ -110,9 +128,13 @@ def error_of(call: Callable[[], Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    answer = {"store": store, "objects": objects_cut, "exchange": exchange_cut}[sys.argv[1]](
-        int(sys.argv[2]), Path(sys.argv[3])
-    )
+    jobs = {
+        "store": store,
+        "objects": objects_cut,
+        "exchange": exchange_cut,
+        "memory": memory_refused,
+    }
+    answer = jobs[sys.argv[1]](int(sys.argv[2]), Path(sys.argv[3]))
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
     sys.stdout.flush()
     os._exit(0)  # the groups cannot say goodbye over a link that is cut

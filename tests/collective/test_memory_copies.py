@@ -1,0 +1,65 @@
+"""By memory every byte is copied once: from the input to where it belongs in an output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import Ranks
+from test_collectives import WrittenBytes
+
+from fastvideo_comm import DeviceCommunicatorBase
+from fastvideo_comm.collective import memory
+from fastvideo_comm.collective.layout import Split
+
+
+def count_copies(c: DeviceCommunicatorBase, batch: int) -> None:
+    """Bytes that a rank writes in a call, in units of the bytes of its input."""
+    ranks, rank = c.world_size, c.rank
+    x = torch.rand(batch, 6, 2 * ranks, 8, requires_grad=True)
+    y = torch.rand(batch, 6 * ranks, 2, 8, requires_grad=True)
+    fused = torch.rand(batch, 6, 3 * 2 * ranks * 8).chunk(3, -1)[1].unflatten(-1, (-1, 8))
+    by_head = torch.rand(batch, 2 * ranks, 6, 8).transpose(1, 2)
+    rows = [2 + other for other in range(ranks)]
+    own = torch.rand(batch, rows[rank], 2 * ranks, 8)
+    heads = [2 * ranks, *[0] * (ranks - 1)]
+    strided = torch.rand(batch, 6 * ranks, 8, 2).mT
+    scarce = torch.rand(batch, 6, 1, 8)
+    unit = x.nbytes
+    for count, call in (
+        (unit, lambda: c.all_to_all_4D(x)),
+        (unit, lambda: c.all_to_all_4D(fused)),  # read in place
+        (unit, lambda: c.all_to_all_4D(by_head)),
+        (unit, lambda: c.all_to_all_4D(y, 1, 2)),
+        (unit, lambda: c.all_to_all_4D(strided, 1, 2)),
+        (2 * unit, lambda: c.all_to_all_4D((x, fused))),
+        (own.nbytes, lambda: c.all_to_all_4D(own, scatter_sizes=heads, gather_sizes=rows)),
+        # Every rank gets the head.
+        (unit + ranks * scarce.nbytes, lambda: c.all_to_all_4D((x, scarce))),
+        (ranks * unit, lambda: c.all_gather(x, 0)),
+        (ranks * unit, lambda: c.all_gather(by_head, -1)),
+        (ranks * own.nbytes, lambda: c.all_gather(own, 1, gather_sizes=rows)),
+        (unit, lambda: c.gather(x, 0, 1)),
+        # A part from each rank, and the sums of one part.
+        (
+            unit + (ranks - 1) * unit // ranks,
+            lambda: memory.reduce_scatter(c._runner.group, x.detach(), Split(2)),
+        ),
+    ):
+        with WrittenBytes() as written:
+            call()
+        assert written.count == count, (count, written.names)
+    for call, leaf in (
+        (lambda: c.all_to_all_4D(x), x),
+        (lambda: c.all_to_all_4D(y, 1, 2), y),
+    ):
+        output = call()
+        gradient = torch.rand_like(output).mT.contiguous().mT
+        with WrittenBytes() as written:
+            torch.autograd.grad(output, leaf, gradient)
+        assert written.count == unit, written.names
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_byte_is_copied_once(ranks: Ranks, size, batch):
+    ranks.run(size, count_copies, batch, ways=["memory"])
