@@ -1,11 +1,11 @@
 """The differentiable ops, as autograd Functions that save and delegate.
 
 Convention: the loss is the sum over ranks of each rank's local loss, so the gradient of a tensor on
-one rank is the derivative of that sum. Every backward is written in these same Functions, which
-makes every derivative of every order right. `requires_grad` must be the same on all ranks: the
-backward is a collective too.
+one rank is the derivative of that sum. Every backward calls these same Functions, so derivatives of
+every order are correct. `requires_grad` must be the same on all ranks, because the backward is a
+collective too.
 
-`group` is a `torch.distributed.ProcessGroup`, or a `Group`, which is one with reused buffers.
+`group` is a `torch.distributed.ProcessGroup`, or a `Group`, which adds a name and reused buffers.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _functorch_is_active = torch._C._are_functorch_transforms_active
 
 
 def run(function: Any, group: AnyGroup, *arguments: Any) -> Any:
-    """The output of a Function, which autograd records where somebody differentiates.
+    """Calls a Function. Autograd records the call only if a derivative may be asked for.
 
-    Its bookkeeping is a third of a tiny call. And without a gradient to record, torch 2.13 cannot
-    trace a Function of a variable number of tensors.
+    Recording takes a large part of the host time of a tiny call. And torch 2.13 cannot trace a
+    Function of a variable number of tensors if there is no gradient to record.
     """
     is_eager = isinstance(group, Group)  # a compiled graph holds no `Group`
     is_recorded = is_eager and (forward_ad._current_level >= 0 or _functorch_is_active())
@@ -46,7 +46,8 @@ def run(function: Any, group: AnyGroup, *arguments: Any) -> Any:
 def op(function: Any) -> Any:
     """Gives a Function its form for eager code, `eager`: forward mode, and a refusal of vmap.
 
-    A form of its own, because torch.compile traces no Function that has a `jvp` or a `vmap`.
+    Eager code needs a form of its own, because torch.compile traces no Function that has a `jvp` or
+    a `vmap`.
     """
     methods = {"jvp": staticmethod(function.tangent), "vmap": staticmethod(_refuse_vmap)}
     function.eager = type(function)(function.__name__, (function,), methods)
@@ -66,7 +67,7 @@ class AllToAll(torch.autograd.Function):
 
         (y_1, .., y_n) = exchange(x_1, .., x_n)        dx = reverse exchange(g_1, .., g_n)
 
-    A head that is replicated to several ranks gets the sum of their gradients.
+    If a head goes to several ranks, its gradient is the sum of the gradients of those ranks.
     """
 
     @staticmethod
@@ -93,9 +94,9 @@ class AllToAll(torch.autograd.Function):
 class StartAllToAll(torch.autograd.Function):
     """The first half of `AllToAll`: sends, and returns a token that `FinishAllToAll` takes.
 
-    The gradient of the token is the token of the reverse exchange, which `FinishAllToAll`'s
-    backward has sent by then: communication overlaps with computation in the backward as well, and
-    to any order.
+    In the backward the order is reversed: the backward of `FinishAllToAll` starts the reverse
+    exchange, and the backward of `StartAllToAll` waits for it. So communication overlaps with
+    computation in the backward too, and in derivatives of every order.
     """
 
     @staticmethod
@@ -122,7 +123,7 @@ class StartAllToAll(torch.autograd.Function):
 
 @op
 class FinishAllToAll(torch.autograd.Function):
-    """The second half of `AllToAll`: waits; its backward sends the gradients on their way."""
+    """The second half of `AllToAll`: waits. Its backward starts to send the gradients."""
 
     @staticmethod
     def forward(group: Group, flight: Flight, token: Tensor) -> tuple[Tensor, ...]:
@@ -148,10 +149,10 @@ class FinishAllToAll(torch.autograd.Function):
 
 
 class Flight:
-    """An exchange between its start and its finish, and those of its gradients and tangents."""
+    """An exchange that is under way, and the exchanges of its gradients and tangents."""
 
     def __init__(self, splits: Splits) -> None:
-        """Not sent yet."""
+        """Sends nothing yet."""
         self.splits = splits
         self.work: Work | None = None
         self.returning: Flight | None = None
@@ -162,7 +163,7 @@ class Flight:
         return self.work is None or self.work.is_completed()
 
     def land(self) -> list[Tensor]:
-        """Waits for what `StartAllToAll` sent."""
+        """Waits for the exchange that `StartAllToAll` started; returns its outputs."""
         if self.work is None:
             raise RuntimeError("an exchange must be started before it is finished, and only once")
         work, self.work = self.work, None
@@ -171,7 +172,7 @@ class Flight:
 
 @op
 class AllGather(torch.autograd.Function):
-    """Every rank's tensor, side by side.
+    """Joins every rank's tensor.
 
     y = concat_r x_r        dx_r = sum_q g_q[part r]        (reduce_scatter)
     """
@@ -234,7 +235,7 @@ class Slice(torch.autograd.Function):
 
         y_r = x[part r]        dx = concat_r g_r, divided by P if scale_grad        (all_gather)
 
-    The input is one tensor that all ranks hold, and `dx` is its whole gradient on every rank.
+    The input is one tensor that all ranks hold. Every rank gets its whole gradient `dx`.
     """
 
     @staticmethod
@@ -261,12 +262,12 @@ class Slice(torch.autograd.Function):
 
 @op
 class Unslice(torch.autograd.Function):
-    """All parts of a tensor that all ranks then hold.
+    """Joins the parts of one tensor; all ranks then hold the tensor.
 
         y = concat_r x_r        dx_r = g[part r]
 
-    The adjoint of `Slice`: an all_gather whose result is one tensor that all ranks hold. The
-    gradient of the result is the same on every rank and is counted once.
+    `Unslice` is the adjoint of `Slice`: an all_gather whose result is one tensor that all ranks
+    hold. The gradient of the result is the same on every rank and is counted once.
     """
 
     @staticmethod
@@ -298,8 +299,8 @@ class AllReduce(torch.autograd.Function):
         MAX, MIN y = max_r x_r        dx_r = G * [x_r == y] / (number of ranks with x_q == y)
         PRODUCT  y = prod_r x_r       dx_r = G * prod_{q != r} x_q, without division
 
-    Where the output is replicated, as is the loss computed of it, g is the same on every rank and
-    is counted once: G = g, Megatron's convention.
+    If `is_replicated`, all ranks compute the same loss from the output. Then g is the same on every
+    rank and is counted once: G = g, as in Megatron.
     """
 
     @staticmethod
@@ -354,7 +355,7 @@ def _part_of_extreme(group: AnyGroup, input_: Tensor, output: Tensor) -> Tensor:
 
 
 def _product_of_others(group: AnyGroup, input_: Tensor) -> Tensor:
-    """The product over the other ranks: multiplied out, so that zeros are exact."""
+    """The product over the other ranks, without division, so that zeros are correct."""
     gathered = run(AllGather, group, input_[None], Split(0))
     rank = group.rank()
     return torch.cat((gathered[:rank], gathered[rank + 1 :])).prod(0)
@@ -367,13 +368,13 @@ def before_backward(
     arguments: Sequence[Any],
     **named: Any,
 ) -> None:
-    """The ranks of a communicator compare what the backward of `op` is about to send."""
+    """Lets the ranks of a communicator compare what the backward of `op` is about to send."""
     if isinstance(group, Group):
         group.before_backward(op, gradients, arguments, **named)
 
 
 def before_backward_of_part(group: AnyGroup, op: str, gradient: Tensor, split: Split) -> None:
-    """`before_backward` where every rank brings the gradient of its part."""
+    """`before_backward` for ops whose output is a part for each rank."""
     uneven_dim = None if split.sizes is None else split.dim
     before_backward(
         group, op, gradient, (split.dim,), uneven_dim=uneven_dim, scatter_sizes=split.sizes
@@ -383,7 +384,7 @@ def before_backward_of_part(group: AnyGroup, op: str, gradient: Tensor, split: S
 def before_backward_of_exchange(
     group: AnyGroup, gradients: Sequence[Tensor], splits: Splits, *, async_op: bool | None = None
 ) -> None:
-    """`before_backward` for the way back of an exchange."""
+    """`before_backward` for the backward of an exchange."""
     sizes = [split.sizes for split in splits.scatter]
     uneven = any(each is not None for each in sizes)
     dims = (splits.scatter[0].dim, splits.gather[0].dim)
