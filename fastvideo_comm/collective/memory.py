@@ -2,8 +2,8 @@
 
 A rank allocates its output in memory that the other ranks have mapped, and posts where the output
 is. Every rank copies the parts of its input, with any strides, straight into the outputs of the
-others. Nothing is packed, and every byte is copied once. A post also says what its rank asks for. So
-every call finds ranks that disagree, before anything is written.
+others. Nothing is packed, and every byte is copied once. A post also says what its rank asks for.
+So every call finds ranks that disagree, before anything is written.
 
 The rank that needs a sum adds the parts in rank order, so a sum is the same in every run.
 """
@@ -32,9 +32,9 @@ from ..profiling import span
 from .group import Group
 from .layout import Split, Splits, near_even_sizes, replicated_view
 
-# In an all_reduce of up to so many bytes, every rank sends its whole tensor to every other rank, and
-# all ranks reduce: one round of posts. Above, each rank reduces a part and sends the part to the
-# others: two rounds, with P/2 times fewer bytes.
+# In an all_reduce of up to so many bytes, every rank sends its whole tensor to every other rank,
+# and all ranks reduce: one round of posts. Above, each rank reduces a part and sends the part to
+# the others: two rounds, with P/2 times fewer bytes.
 WHOLE_REDUCE_BYTES = 1 << 15
 
 _REDUCTIONS: dict[str, Callable[..., Tensor]] = {

@@ -1,9 +1,9 @@
 """A message: the elements of a tensor that travel, and the memory that they travel from.
 
-Only this module decides whether a tensor is copied before or after an exchange. A contiguous view is
-its own wire, which means that the exchange uses its memory. Any other view gets a wire buffer. A wire
-buffer is given back only when the exchange is complete, because after a failure the backend may
-still read it.
+Only this module decides whether a tensor is copied before or after an exchange. A contiguous view
+is its own wire, which means that the exchange uses its memory. Any other view gets a wire buffer. A
+wire buffer is given back only when the exchange is complete, because after a failure the backend
+may still read it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Message:
     def of_split(
         cls, buffers: WireBuffers, tensor: Tensor, split: Split, world_size: int
     ) -> Message:
-        """Makes a message of the parts of `[B, ..]` for all ranks, in rank order per batch entry."""
+        """Makes a message of the parts of `[B, ..]`, in rank order in each batch entry."""
         if split.sizes is None:
             return cls.of(buffers, split.views(tensor, world_size)[0])
         if split.dim == 1 and is_message(tensor[0]):

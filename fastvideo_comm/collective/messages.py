@@ -5,8 +5,8 @@ group, and a strided copy out of them. `Message` leaves out a copy if the tensor
 message.
 
 `all_gather` and `reduce_scatter` pad parts of different sizes to the largest part, because gloo and
-NCCL gather and reduce equal parts only. An all_to_all would need no padding, but it would send a part
-to another host once for every rank there.
+NCCL gather and reduce equal parts only. An all_to_all would need no padding, but it would send a
+part to another host once for every rank there.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .group import Group, Transfer
 from .layout import Split, Splits, message_view
 from .message import Message, SummedMessage, pack, unpack
 
-# All batch entries travel in one exchange if the whole tensor, over all ranks and batch entries, has
-# at most so many bytes for each rank: then one more copy costs less than one more exchange. See
+# All batch entries travel in one exchange if the whole tensor, over all ranks and batch entries,
+# has at most so many bytes for each rank: then one more copy costs less than one more exchange. See
 # bench/NOTES.md, "Small batches".
 TOGETHER_BYTES = 1 << 17
 
