@@ -20,8 +20,9 @@ class DistributedAutograd:
     """The differentiable ops with upstream's arguments, for code that calls `.apply` itself.
 
     `DistributedAutograd.AllToAll4D.apply(group, x, world_size, 2, 1)` is what
-    `DeviceCommunicatorBase.all_to_all_4D(x)` does, less the reused buffers. Each checks its
-    arguments and then is the Function of this module that stands behind the communicator's op.
+    `DeviceCommunicatorBase.all_to_all_4D(x)` does, without the reused buffers. Each class checks
+    its arguments. Then it does what the Function in `functions` does that the communicator's op
+    calls too.
     """
 
     class AllReduce(torch.autograd.Function):
@@ -90,7 +91,7 @@ class DistributedAutograd:
 
             (2, 1): [B, s, H, D] -> [B, S, h, D]        (1, 2): [B, S, h, D] -> [B, s, H, D]
 
-        A permutation of the elements of all ranks, so the gradient is the inverse exchange:
+        The exchange permutes the elements of all ranks, so the gradient is the inverse exchange:
 
             y = all_to_all_4D(x, scatter_dim, gather_dim)
             dx = all_to_all_4D(g, gather_dim, scatter_dim)
@@ -115,7 +116,7 @@ class DistributedAutograd:
 
 
 def _recorded(ctx: Any, function: Any, *arguments: Any) -> Tensor:
-    """The first output of a Function, and in `ctx` what its backward needs."""
+    """Returns the first output of a Function; keeps in `ctx` what its backward needs."""
     output = function.forward(*arguments)
     function.setup_context(ctx, arguments, output)
     first: Tensor = output[0] if isinstance(output, tuple) else output

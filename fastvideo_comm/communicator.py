@@ -1,4 +1,7 @@
-"""`DeviceCommunicatorBase`: the public ops of a group. Each validates, compares and calls."""
+"""`DeviceCommunicatorBase`: the public ops of a group.
+
+Each op validates its arguments, lets the ranks compare their calls, and calls a Function.
+"""
 
 from __future__ import annotations
 
@@ -37,18 +40,18 @@ class DeviceCommunicatorBase:
         >>> q = communicator.all_to_all_4D(q)  # [B, s, H, D] -> [B, S, h, D]  # doctest: +SKIP
 
     All ranks of the group make the same calls in the same order, with the same shapes, dtypes and
-    `requires_grad`. The loss is the sum over ranks of each rank's local loss; the gradients are
-    stated with each op. At world size 1 arguments are checked like at any other, and then the ops
-    return their input itself.
+    `requires_grad`. The loss is the sum over ranks of each rank's local loss. Each op states its
+    gradient. At world size 1 the ops check their arguments and return the input itself.
 
     Errors name op, group and rank. Bad arguments are a `ValueError` or `TypeError` on the rank
-    that made them, before anything is sent; what the backend reports, a peer that died or a
-    timeout of the group, is a `CollectiveError`, a `RuntimeError` too.
+    that gave them, before anything is sent. If ranks ask for different things, every rank raises a
+    `MismatchError`. If the backend fails, the error is a `CollectiveError`, which is also a
+    `RuntimeError`.
 
     Attributes:
         device: where tensors must be.
         cpu_group: the group as given.
-        device_group: the group that exchanges: as given, or `cpu_group`.
+        device_group: the group that exchanges tensors: as given, or `cpu_group`.
         unique_name: the name in errors.
         rank: this process in the group; `rank_in_group` is the same.
         world_size: P, the number of ranks in the group.
@@ -67,7 +70,7 @@ class DeviceCommunicatorBase:
         validate: Validate = "auto",
         memory: MemoryMode | None = None,
     ) -> None:
-        """Wraps groups that the caller made, and goes on owning.
+        """Wraps groups that the caller made. The caller keeps owning them.
 
         Args:
             cpu_group: a group that this process is in.
@@ -75,12 +78,13 @@ class DeviceCommunicatorBase:
                 tensors on any device of its type.
             device_group: the same ranks with the device's backend (NCCL); `cpu_group` if None.
             unique_name: what errors call this communicator.
-            validate: which calls the ranks compare before they send anything: "auto" the first ones
-                and then ever fewer, "always" all of them, "off" none. See `diagnosis`. Calls by
-                memory are always compared.
+            validate: which calls by messages the ranks compare before they send anything. "auto":
+                the first calls, and later fewer and fewer. "always": all calls. "off": none. See
+                `diagnosis`. Calls by memory are always compared.
             memory: whether ranks of one host, on the CPU, write straight into each other's
-                outputs: "auto" where all ranks can, "on" is an error where one cannot, "off" not
-                at all. None: what the environment variable FASTVIDEO_COMM_MEMORY says, else "auto".
+                outputs. "auto": if all ranks can. "on": it is an error if one rank cannot. "off":
+                never. None: the environment variable FASTVIDEO_COMM_MEMORY decides, "auto" if it is
+                not set.
 
         Raises:
             ValueError: the two groups have different ranks, or another `validate` or `memory`.
@@ -108,7 +112,7 @@ class DeviceCommunicatorBase:
         mode = memory_mode(memory, self.device_group, self.device)
         group = Group(self.device_group, unique_name, diagnosis, memory=mode)
         self._runner = OpRunner(group, self.device, cpu_group)
-        # At the interpreter's end, if nobody has: gloo groups that live on make torch abort there.
+        # Lets go of the groups before the interpreter ends: torch aborts if a gloo group lives on.
         weakref.finalize(self, _destroy, weakref.ref(self))
 
     @classmethod
@@ -124,8 +128,8 @@ class DeviceCommunicatorBase:
 
         Args:
             group: a group that this process is in.
-            device: where the tensors will be; by default the current accelerator where the group's
-                backend serves no other (NCCL, XCCL), else the CPU.
+            device: where the tensors will be. By default the current accelerator if the group's
+                backend is NCCL or XCCL, else the CPU.
             unique_name: what errors call this communicator.
             validate: which calls the ranks compare: "auto", "always" or "off".
         """
@@ -177,7 +181,7 @@ class DeviceCommunicatorBase:
     def _made(
         cls, group: ProcessGroup, device: torch.device | None, name: str, validate: Validate
     ) -> Self:
-        """By the arguments of upstream alone: a subclass may take no others."""
+        """Passes only upstream's arguments, because a subclass may take no others."""
         communicator = cls(group, device, group, name)
         communicator._runner.group.validate(validate)
         return communicator
@@ -240,7 +244,7 @@ class DeviceCommunicatorBase:
         gather_sizes: Sizes = None,
         async_op: bool = False,
     ) -> Any:
-        """Trades this rank's slice of one dim for its slice of another: heads for sequence.
+        """Trades this rank's slice of one dim for its slice of another dim: heads for sequence.
 
         Example (inside a rank; H = 6 heads on P = 2 ranks):
             >>> x = torch.randn(1, 5, 6, 8)  # doctest: +SKIP
@@ -251,27 +255,29 @@ class DeviceCommunicatorBase:
         The gradient is the inverse exchange: dx = all_to_all_4D(g, gather_dim, scatter_dim).
 
         Args:
-            input_: `[B, s, H, D]` for (2, 1): all heads of this rank's sequence; `[B, S, h, D]` for
-                (1, 2): the whole sequence of this rank's heads. Any dtype; any strides, read in
-                place. Or a sequence of such tensors, which may differ in everything, and are
-                exchanged together. Among several, key and value heads fewer than the ranks,
-                H < P with P a multiple of H, go to each of the P/H ranks whose query heads use
-                them, and their gradients are summed.
-            scatter_dim: the dim that is dealt out to the ranks; P divides its size, or
+            input_: `[B, s, H, D]` for (2, 1): all heads of this rank's sequence. `[B, S, h, D]` for
+                (1, 2): the whole sequence of this rank's heads. Any dtype and any strides; the
+                tensor is read in place. Or a sequence of such tensors, which are exchanged
+                together and may differ in shape, dtype and strides. In a sequence, a tensor may
+                have fewer heads than ranks, if P is a multiple of H. Then each head goes to the P/H
+                ranks whose query heads use it, and the gradients of those ranks are summed.
+            scatter_dim: the dim that is divided among the ranks. P divides its size, or
                 `scatter_sizes` says what each rank gets.
-            gather_dim: the dim that comes together from the ranks, in rank order.
-            scatter_sizes: every rank's part of `scatter_dim`, the same list on all ranks; one list
-                for all tensors or one for each. "auto": as even as can be (`near_even_sizes`); the
-                heads of several tensors so that every rank has the key heads of its query heads.
-            gather_sizes: what every rank has of `gather_dim`, where it is not the same for all.
-                "auto": asked of the ranks, in one small collective more.
-            async_op: returns at once a handle, whose `wait()` gives the result; until then the
-                input must not be written.
+            gather_dim: the dim along which the parts of the ranks are joined, in rank order.
+            scatter_sizes: every rank's part of `scatter_dim`, the same list on all ranks. One list
+                for all tensors, or one list for each tensor. "auto": as even as possible
+                (`near_even_sizes`); heads of several tensors are divided so that every rank has the
+                key heads of its query heads.
+            gather_sizes: every rank's size of `gather_dim`, if the ranks have different sizes.
+                "auto": the ranks ask each other, in one more small collective.
+            async_op: returns a handle at once. The `wait()` of the handle gives the result. Do not
+                write to the input before `wait()`.
 
         Returns:
-            `[B, S, h, D]` or `[B, s, H, D]`, contiguous, with h = H/P and S = P*s, or what the
-            sizes say; a tuple for a sequence; an `AsyncHandle` of either if `async_op`. A compiled
-            call is asynchronous as the compiler sees fit, and its handle is complete.
+            `[B, S, h, D]` or `[B, s, H, D]`, contiguous, with h = H/P and S = P*s, or with the
+            given sizes. A tuple for a sequence of tensors. An `AsyncHandle` of either if
+            `async_op`. In compiled code the compiler decides when the exchange runs, and the handle
+            is complete at once.
 
         Raises:
             ValueError: not 4 dims, other dims than (2, 1) or (1, 2), a size that P does not divide
@@ -327,20 +333,20 @@ class DeviceCommunicatorBase:
         grad: Literal["reduce_scatter", "slice"] = "reduce_scatter",
         gather_sizes: Sizes = None,
     ) -> Tensor:
-        """Every rank's tensor side by side along `dim`, in rank order, on every rank.
+        """Joins every rank's tensor along `dim`, in rank order; every rank gets the result.
 
-        The gradient is a reduce_scatter: dx_r = sum over ranks q of g_q[part r], where part r is
-        what rank r brought: c entries of `dim`, or `gather_sizes[r]`.
+        The gradient is a reduce_scatter: dx_r = sum over ranks q of g_q[part r]. Part r is the part
+        of rank r: c entries of `dim`, or `gather_sizes[r]` entries.
 
         Args:
-            input_: `[A, c, ..]`, the same shape on every rank, but for `dim` if `gather_sizes` are
-                given; any dtype and strides.
+            input_: `[A, c, ..]`, any dtype and strides. The shape is the same on every rank; with
+                `gather_sizes` the size of `dim` may differ.
             dim: the dim along which the tensors are joined.
-            grad: "reduce_scatter" where every rank computes a loss of its own from the result;
-                "slice" where all ranks compute the same loss, which is then counted once:
-                dx_r = g[part r], and nothing is sent.
-            gather_sizes: what every rank has of `dim`, where it is not the same for all; the same
-                list on all ranks. "auto": asked of the ranks, in one small collective more.
+            grad: "reduce_scatter" if every rank computes a loss of its own from the result.
+                "slice" if all ranks compute the same loss: the loss is then counted once,
+                dx_r = g[part r], and the backward sends nothing.
+            gather_sizes: every rank's size of `dim`, if the ranks have different sizes; the same
+                list on all ranks. "auto": the ranks ask each other, in one more small collective.
 
         Returns:
             `[A, P*c, ..]`, or `[A, sum of the sizes, ..]`, contiguous.
@@ -382,18 +388,18 @@ class DeviceCommunicatorBase:
         *,
         grad: Literal["all_reduce", "identity"] = "all_reduce",
     ) -> Tensor:
-        """The reduction over ranks, element by element, as a new tensor on every rank.
+        """Reduces a tensor over ranks, element by element, into a new tensor on every rank.
 
-        With G = sum over ranks of g: dx = G for SUM, G/P for AVG; for MAX and MIN G goes to the
-        ranks that hold the extreme, in equal shares; for PRODUCT dx_r = G * product of the other
-        ranks' values, exact also with zeros.
+        With G = sum over ranks of g: dx = G for SUM and G/P for AVG. For MAX and MIN, G goes to the
+        ranks that hold the extreme, in equal shares. For PRODUCT, dx_r = G * product of the other
+        ranks' values, which is also correct where a value is zero.
 
         Args:
             input_: any shape and strides, the same shape on every rank.
-            op: SUM (also for None), AVG, MIN, MAX, PRODUCT; BAND, BOR, BXOR for integers.
-            grad: "all_reduce" where every rank computes a loss of its own from the result;
-                "identity" where all ranks compute the same loss, which is then counted once:
-                G = g, and nothing is sent.
+            op: SUM, AVG, MIN, MAX or PRODUCT; for integers also BAND, BOR or BXOR. None means SUM.
+            grad: "all_reduce" if every rank computes a loss of its own from the result.
+                "identity" if all ranks compute the same loss: the loss is then counted once,
+                G = g, and for SUM and AVG the backward sends nothing.
 
         Returns:
             The same shape and dtype, contiguous.
@@ -535,18 +541,18 @@ class DeviceCommunicatorBase:
         scale_grad: bool = False,
         scatter_sizes: Sizes = None,
     ) -> Tensor:
-        """This rank's part of a tensor that every rank holds; nothing is sent in the forward.
+        """Returns this rank's part of a tensor that every rank holds; the forward sends nothing.
 
-        The gradient is an all_gather: dx = concat over ranks of g_r, the whole gradient on every
-        rank, divided by P if `scale_grad`.
+        The gradient is an all_gather: dx = concat over ranks of g_r. Every rank gets the whole
+        gradient, divided by P if `scale_grad`.
 
         Args:
             input_: `[A, P*c, ..]`, the same values on every rank; any dtype and strides.
-            dim: the dim that is dealt out to the ranks; P divides its size, or `scatter_sizes` says
-                what each rank gets.
+            dim: the dim that is divided among the ranks. P divides its size, or `scatter_sizes`
+                says what each rank gets.
             scale_grad: divides the gradient by P, for losses that are averaged over ranks.
             scatter_sizes: every rank's part of `dim`, the same list on all ranks. "auto": as even
-                as can be (`near_even_sizes`).
+                as possible (`near_even_sizes`).
 
         Returns:
             `[A, c, ..]`, or `[A, scatter_sizes[rank], ..]`, contiguous, in memory of its own.
@@ -570,7 +576,7 @@ class DeviceCommunicatorBase:
             return output
 
     def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
-        """As `all_gather`, but the result exists on rank `dst` alone. Carries no gradient.
+        """As `all_gather`, but only rank `dst` gets the result. There is no gradient.
 
         Args:
             input_: `[A, c, ..]`, the same shape on every rank; any dtype and strides.
@@ -595,11 +601,11 @@ class DeviceCommunicatorBase:
             return output
 
     def send(self, tensor: Tensor, dst: int | None = None) -> None:
-        """Sends a tensor to another rank, which calls `recv`. Carries no gradient.
+        """Sends a tensor to another rank, which calls `recv`. There is no gradient.
 
         Args:
             tensor: any shape, dtype and strides.
-            dst: the rank in the group that receives; the next one if None.
+            dst: the rank in the group that receives; the next rank if None.
 
         Raises:
             ValueError: `dst` is out of range or this rank itself, or another device.
@@ -615,12 +621,12 @@ class DeviceCommunicatorBase:
     def recv(
         self, size: torch.Size | Sequence[int], dtype: torch.dtype, src: int | None = None
     ) -> Tensor:
-        """Receives a tensor that another rank sends. Carries no gradient.
+        """Receives a tensor that another rank sends. There is no gradient.
 
         Args:
             size: the shape that was sent.
             dtype: the dtype that was sent.
-            src: the rank in the group that sends; the previous one if None.
+            src: the rank in the group that sends; the previous rank if None.
 
         Returns:
             A new contiguous tensor on `device`.
@@ -667,23 +673,25 @@ class DeviceCommunicatorBase:
         shapes: Iterable[Sequence[int] | Sequence[Sequence[int]]],
         dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
     ) -> None:
-        """Makes the first training step cost what the second does; a collective itself.
+        """Prepares everything that the first training step needs; all ranks call it together.
 
-        Exchanges tensors of the given shapes there and back, forward and backward, contiguous and
-        with the heads before the sequence, as attention leaves them; and runs the other collectives
-        once. Connections open, kernels compile, wire buffers are allocated, and NCCL is
-        initialised, which must not happen under the capture of a CUDA graph.
+        Exchanges tensors of the given shapes in both directions, forward and backward. The tensors
+        are contiguous, and once more with the heads before the sequence, as attention leaves them.
+        The other collectives run once. Connections open, kernels compile, buffers are allocated,
+        memory is connected and NCCL is initialised. None of this may happen while a CUDA graph is
+        captured.
 
         Example (inside a rank):
             >>> q, k = (1, 4096, 24, 128), (1, 4096, 8, 128)
-            >>> communicator.warmup([q, (q, k, k)])  # alone, and three in one  # doctest: +SKIP
+            >>> communicator.warmup([q, (q, k, k)])  # one tensor, then three  # doctest: +SKIP
 
         Args:
-            shapes: of this rank's tensors before attention, `[B, s, H, D]`, the same on every rank;
-                for tensors that are exchanged in one call a sequence of their shapes. H that P does
-                not divide is dealt out as evenly as can be. From a few dozen on no length s needs
-                kernels of its own; every H, D, number of tensors and dtype does.
-            dtypes: of the tensors.
+            shapes: the shapes `[B, s, H, D]` of this rank's tensors before attention, the same on
+                every rank. For tensors that are exchanged in one call, give a sequence of their
+                shapes. An H that P does not divide is divided as evenly as possible. Every H, D,
+                number of tensors and dtype needs kernels of its own. A length s does not, except
+                for very short sequences.
+            dtypes: the dtypes of the tensors.
 
         Raises:
             ValueError: a shape that is not 4 sizes.
@@ -713,7 +721,7 @@ class DeviceCommunicatorBase:
             torch.get_device_module(self.device).synchronize(self.device)
 
     def stats(self) -> dict[str, OpStats]:
-        """What each op has cost so far: calls, bytes and seconds. See `profiling.OpStats`."""
+        """Returns the calls, bytes and seconds of each op so far. See `profiling.OpStats`."""
         return self._runner.stats.snapshot()
 
     def memory_stats(self) -> MemoryStats:
@@ -728,15 +736,15 @@ class DeviceCommunicatorBase:
     def destroy(self) -> None:
         """Lets go of the buffers and of the groups; may be called again.
 
-        The groups stay the caller's to destroy. Whoever keeps one to the end of the interpreter may
-        see torch 2.13 abort there, gloo's threads still running; a communicator lets go by itself.
+        The caller destroys the groups. If a gloo group lives until the interpreter ends, torch 2.13
+        may abort, because gloo's threads still run. A communicator lets go by itself before that.
         """
         if self._runner.is_open:
             self._runner.close()
             del self.cpu_group, self.device_group
 
     def __repr__(self) -> str:
-        """Whose communicator this is."""
+        """The class, this rank in its group, and the device."""
         state = f" on {self.device}" if self._runner.is_open else ", destroyed"
         return f"<{type(self).__name__}: {self._runner.group.place}{state}>"
 

@@ -1,6 +1,6 @@
-"""The exceptions of this library: one small tree, each also the builtin that a caller expects.
+"""The exceptions of this library. Each is also the builtin exception that a caller expects.
 
-Bad arguments are plain `ValueError` and `TypeError`; what is here tells of communication.
+Bad arguments are plain `ValueError` and `TypeError`. The exceptions here are about communication.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def where(op: str, rank: int, world_size: int, group_name: str) -> str:
-    """Which call on which rank it was: how every error and warning of a collective begins.
+    """Names a call and its rank. Every error and warning of a collective begins with this text.
 
     Example:
         >>> where("all_gather", 1, 4, "sp")
@@ -21,41 +21,41 @@ def where(op: str, rank: int, world_size: int, group_name: str) -> str:
         op: the op's name.
         rank: this process's rank in the group.
         world_size: the number of ranks in the group.
-        group_name: the communicator's `unique_name`; nothing is said of an empty one.
+        group_name: the communicator's `unique_name`; an empty name is left out.
     """
     return f"{op} on {place(rank, world_size, group_name)}"
 
 
 def place(rank: int, world_size: int, group_name: str) -> str:
-    """This rank in its group: `rank 1 of 4 in group 'sp'`."""
+    """Names this rank in its group: `rank 1 of 4 in group 'sp'`."""
     group = f" in group {group_name!r}" if group_name else ""
     return f"rank {rank} of {world_size}{group}"
 
 
 class CommunicationError(Exception):
-    """The root: catch it to catch everything this library raises about communication.
+    """The base class of all errors of this library about communication.
 
     Attributes:
-        peers: The ranks that the failed call waited for or that are gone; empty where the failure
-            has no peer.
+        peers: The ranks that the failed call waited for, or that are gone. Empty if no other rank
+            caused the failure.
     """
 
     def __init__(self, message: str, *, peers: Sequence[int] = ()) -> None:
-        """Keep the message and the ranks that it is about."""
+        """Keeps the message, and the ranks that the message is about."""
         super().__init__(message)
         self.peers = tuple(peers)
 
 
 class CollectiveError(CommunicationError, RuntimeError):
-    """The backend failed during a collective; the message names op, group and rank."""
+    """A collective failed after it began; the message names op, group and rank."""
 
 
 class MismatchError(CollectiveError):
-    """The ranks asked for different things; every rank raises it, and none has a result."""
+    """The ranks asked for different things. Every rank raises this error and has no result."""
 
 
 class ClosedError(CommunicationError, ConnectionError, RuntimeError):
-    """The communicator was destroyed, or the group closed, before the call."""
+    """The communicator was destroyed, or the group was closed, before the call."""
 
 
 class CommunicationTimeoutError(CommunicationError, TimeoutError):
@@ -71,15 +71,15 @@ class PeerLostError(CommunicationError, ConnectionError):
 
 
 class AuthenticationError(CommunicationError, ValueError):
-    """A message, or the other end of a connection, is not from a holder of the group's secret."""
+    """A message or a connection comes from someone who does not have the group's secret."""
 
 
 class DecodeError(CommunicationError, ValueError):
-    """An accepted message does not hold an object that this rank's codec can build."""
+    """A message was accepted, but this rank's codec cannot build an object from it."""
 
 
 class JoinError(CommunicationError, ConnectionError):
-    """This rank could not join the group: rank taken, settings that differ, port in other use."""
+    """This rank could not join: its rank is taken, settings differ, or the port is in use."""
 
 
 class JoinTimeoutError(JoinError, CommunicationTimeoutError):

@@ -1,11 +1,11 @@
 """The differentiable ops, as autograd Functions that save and delegate.
 
 Convention: the loss is the sum over ranks of each rank's local loss, so the gradient of a tensor on
-one rank is the derivative of that sum. Every backward is written in these same Functions, which
-makes every derivative of every order right. `requires_grad` must be the same on all ranks: the
-backward is a collective too.
+one rank is the derivative of that sum. Every backward calls these same Functions, so derivatives of
+every order are correct. `requires_grad` must be the same on all ranks, because the backward is a
+collective too.
 
-`group` is a `torch.distributed.ProcessGroup`, or a `Group`, which is one with reused buffers.
+`group` is a `torch.distributed.ProcessGroup`, or a `Group`, which adds a name and reused buffers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class AllToAll(torch.autograd.Function):
 
         (y_1, .., y_n) = exchange(x_1, .., x_n)        dx = reverse exchange(g_1, .., g_n)
 
-    A head that is replicated to several ranks gets the sum of their gradients.
+    If a head goes to several ranks, its gradient is the sum of the gradients of those ranks.
     """
 
     @staticmethod
@@ -64,9 +64,9 @@ class AllToAll(torch.autograd.Function):
 class StartAllToAll(torch.autograd.Function):
     """The first half of `AllToAll`: sends, and returns a token that `FinishAllToAll` takes.
 
-    The gradient of the token is the token of the reverse exchange, which `FinishAllToAll`'s
-    backward has sent by then: communication overlaps with computation in the backward as well, and
-    to any order.
+    In the backward the order is reversed: the backward of `FinishAllToAll` starts the reverse
+    exchange, and the backward of `StartAllToAll` waits for it. So communication overlaps with
+    computation in the backward too, and in derivatives of every order.
     """
 
     @staticmethod
@@ -94,7 +94,7 @@ class StartAllToAll(torch.autograd.Function):
 
 @op
 class FinishAllToAll(torch.autograd.Function):
-    """The second half of `AllToAll`: waits; its backward sends the gradients on their way."""
+    """The second half of `AllToAll`: waits. Its backward starts to send the gradients."""
 
     @staticmethod
     def forward(group: Group, flight: Flight, token: Tensor) -> tuple[Tensor, ...]:
@@ -123,7 +123,7 @@ class FinishAllToAll(torch.autograd.Function):
 
 @op
 class AllGather(torch.autograd.Function):
-    """Every rank's tensor, side by side.
+    """Joins every rank's tensor.
 
     y = concat_r x_r        dx_r = sum_q g_q[part r]        (reduce_scatter)
     """
@@ -248,7 +248,7 @@ class Slice(torch.autograd.Function):
 
         y_r = x[part r]        dx = concat_r g_r, divided by P if scale_grad        (all_gather)
 
-    The input is one tensor that all ranks hold, and `dx` is its whole gradient on every rank.
+    The input is one tensor that all ranks hold. Every rank gets its whole gradient `dx`.
     """
 
     @staticmethod
@@ -276,12 +276,12 @@ class Slice(torch.autograd.Function):
 
 @op
 class Unslice(torch.autograd.Function):
-    """All parts of a tensor that all ranks then hold.
+    """Joins the parts of one tensor; all ranks then hold the tensor.
 
         y = concat_r x_r        dx_r = g[part r]
 
-    The adjoint of `Slice`: an all_gather whose result is one tensor that all ranks hold. The
-    gradient of the result is the same on every rank and is counted once.
+    `Unslice` is the adjoint of `Slice`: an all_gather whose result is one tensor that all ranks
+    hold. The gradient of the result is the same on every rank and is counted once.
     """
 
     @staticmethod
@@ -313,8 +313,8 @@ class AllReduce(torch.autograd.Function):
         MAX, MIN y = max_r x_r        dx_r = G * [x_r == y] / (number of ranks with x_q == y)
         PRODUCT  y = prod_r x_r       dx_r = G * prod_{q != r} x_q, without division
 
-    Where the output is replicated, as is the loss computed of it, g is the same on every rank and
-    is counted once: G = g, Megatron's convention.
+    If `is_replicated`, all ranks compute the same loss from the output. Then g is the same on every
+    rank and is counted once: G = g, as in Megatron.
     """
 
     @staticmethod
@@ -372,7 +372,7 @@ def _part_of_extreme(group: AnyGroup, input_: Tensor, output: Tensor) -> Tensor:
 
 
 def _product_of_others(group: AnyGroup, input_: Tensor) -> Tensor:
-    """The product over the other ranks: multiplied out, so that zeros are exact."""
+    """The product over the other ranks, without division, so that zeros are correct."""
     gathered = run(AllGather, group, input_[None], Split(0))
     rank = group.rank()
     return torch.cat((gathered[:rank], gathered[rank + 1 :])).prod(0)

@@ -1,4 +1,4 @@
-"""What an asynchronous call returns: something to wait for."""
+"""`AsyncHandle`: what an asynchronous call returns."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ T = TypeVar("T")
 class AsyncHandle(Generic[T]):
     """An exchange in flight; `wait()` gives its result and is the autograd node.
 
-    Between the call and `wait()` the caller computes while the data travels; the backward does the
+        Between the call and `wait()` the caller computes while the data travels; the backward does the
     same in the other direction. Several handles may be in flight, and are waited for in any order.
     The order must be the same on all ranks where gradients flow, because it is the order of the
     backward, and where the ranks use messages. A handle that is dropped without `wait()` is
     reported by a `RuntimeWarning`: its exchange went on, and its result is lost.
-
+    
     Example:
         >>> handle = communicator.all_to_all_4D(q, async_op=True)  # doctest: +SKIP
         >>> gate = gate_projection(x)  # travels meanwhile  # doctest: +SKIP
@@ -31,7 +31,7 @@ class AsyncHandle(Generic[T]):
         finish: Callable[[], T] | None,
         is_completed: Callable[[], bool],
     ) -> None:
-        """Made by the communicator, which says which op it was and on which rank."""
+        """Only a communicator makes handles; it says which op this is and on which rank."""
         self._op = op
         self._place = place
         self._finish = finish
@@ -40,13 +40,13 @@ class AsyncHandle(Generic[T]):
 
     @staticmethod
     def done(result: T) -> AsyncHandle[T]:
-        """A handle of something that is there already."""
+        """A handle of a result that exists already."""
         handle: AsyncHandle[T] = AsyncHandle("", "", None, lambda: True)
         handle._result.append(result)
         return handle
 
     def wait(self) -> T:
-        """The result, once it is there; the same one when called again.
+        """Waits and returns the result; later calls return the same result.
 
         Raises:
             CollectiveError: the backend failed, or its timeout ran out.

@@ -1,4 +1,4 @@
-"""How a public op goes: named in its errors, profiled, compared between ranks, counted, recorded.
+"""How a public op runs: its errors, its profile, the comparison between ranks, its counters.
 
 A communicator holds one `OpRunner`, and opens an `OpCall` for each call of an op.
 """
@@ -28,17 +28,17 @@ from .recording import Flight, run
 
 
 class OpRunner:
-    """What the calls of one communicator share.
+    """What all calls of one communicator share.
 
     Attributes:
-        group: whose ranks call.
+        group: the group whose ranks call.
         device: where tensors must be.
         stats: the counters.
-        is_open: the communicator was not destroyed.
+        is_open: whether the communicator was not destroyed.
     """
 
     def __init__(self, group: Group, device: torch.device, cpu_group: ProcessGroup) -> None:
-        """Open; `cpu_group` has the same ranks, and moves tensors that are not on `device`."""
+        """Starts open. `cpu_group` has the same ranks and moves tensors of the CPU."""
         self.group = group
         self.device = device
         self._cpu_group: ProcessGroup | None = cpu_group
@@ -46,7 +46,7 @@ class OpRunner:
         self.is_open = True
 
     def close(self) -> None:
-        """The communicator was destroyed: calls are errors from now on."""
+        """Closes: every later call is an error."""
         self.is_open = False
         self._cpu_group = None
         self.group.close()
@@ -54,7 +54,8 @@ class OpRunner:
     def numbers_of_all_ranks(self, numbers: list[int]) -> list[list[int]]:
         """For each of this rank's numbers, what it is on every rank: one small all_gather.
 
-        Never remembered: a rank whose size did not change would not know that another's did.
+        The answer is never kept for the next call: a rank whose own size did not change cannot know
+        whether the size of another rank changed.
         """
         if self._cpu_group is None:
             raise ClosedError("the communicator was destroyed")
@@ -65,17 +66,17 @@ class OpRunner:
         return every
 
     def call(self, op: str) -> OpCall:
-        """A call of an op, to be entered."""
+        """Makes the context of one call of an op."""
         return OpCall(op, self)
 
 
 class OpCall:
-    """One call of an op: a context that counts it and names it in what is wrong with it."""
+    """One call of an op: a context that counts the call and names the op in its errors."""
 
     __slots__ = ("_begin", "_is_compared", "_is_traced", "_num_bytes", "_runner", "_span", "op")
 
     def __init__(self, op: str, runner: OpRunner) -> None:
-        """Not entered yet."""
+        """Counts nothing yet."""
         self.op = op
         self._runner = runner
         self._is_compared = False
@@ -83,7 +84,7 @@ class OpCall:
         self._num_bytes = 0
 
     def __enter__(self) -> OpCall:
-        """Begins to count, unless the call is traced: a graph must not depend on counters."""
+        """Starts to count, unless the call is traced: a graph must not depend on counters."""
         if torch.compiler.is_compiling():
             self._is_traced = True
         else:
@@ -98,7 +99,7 @@ class OpCall:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Counts a call that succeeded; adds op, rank and group to what the caller did wrong."""
+        """Counts a call that succeeded; adds op, rank and group to an error of the caller."""
         if not self._is_traced:
             seconds = perf_counter() - self._begin
             self._span.__exit__(kind, error, traceback)
@@ -107,16 +108,16 @@ class OpCall:
         if error is None:
             return
         self._runner.group.take_asked()
-        # The class itself: a subclass may be made of other things than a text.
+        # Raises the class itself: a subclass may have a constructor that takes no text.
         for known in (ClosedError, TypeError, ValueError):
             if isinstance(error, known):
                 self._tell_others(error)
-                # Not str(error), which torch 2.11 cannot trace.
+                # torch 2.11 cannot trace str(error).
                 text = error.args[0] if error.args else ""
                 raise known(f"{self._runner.group.where(self.op)}: {text}") from None
 
     def check(self, name: str, tensor: Tensor) -> None:
-        """A dense tensor on the device of a communicator that is open; its bytes are counted."""
+        """Checks for a dense tensor on the communicator's device; counts its bytes."""
         self.check_open()
         validation.check_tensor(name, tensor)
         validation.check_device(name, tensor, self._runner.device)
@@ -130,14 +131,14 @@ class OpCall:
             )
 
     def check_open(self) -> None:
-        """The communicator was not destroyed."""
+        """Raises if the communicator was destroyed."""
         if not self._runner.is_open:
             raise ClosedError("the communicator was destroyed")
 
     def compare(
         self, tensors: Tensor | Sequence[Tensor], arguments: Sequence[Any], **named: Any
     ) -> None:
-        """The ranks compare what they ask for; called when this rank's arguments are known good."""
+        """Lets the ranks compare their calls; this rank's arguments must be checked before."""
         self._is_compared = True
         if not self._is_traced:
             group = self._runner.group
@@ -148,13 +149,13 @@ class OpCall:
     def compare_pair(
         self, op: Literal["send", "recv"], shape: Sequence[int], dtype: torch.dtype, peer: int
     ) -> None:
-        """A send and its recv are compared."""
+        """Lets two ranks compare a send with its recv."""
         self._is_compared = True
         if not self._is_traced:
             self._runner.group.before_pair(op, shape, dtype, peer)
 
     def sizes_of_all_ranks(self, sizes: list[int]) -> list[list[int]]:
-        """For each of this rank's sizes, what it is on every rank. Not in compiled code."""
+        """Returns, for each of this rank's sizes, the size on every rank; not in compiled code."""
         if self._is_traced:
             raise ValueError("gather_sizes must be given where a call is compiled, got 'auto'")
         return self._runner.numbers_of_all_ranks(sizes)
@@ -171,11 +172,11 @@ class OpCall:
             self._num_bytes += tensor.nbytes
 
     def run(self, function: Any, *arguments: Any, alone: Any) -> Any:
-        """The output of an autograd Function of the group and `arguments`.
+        """Calls an autograd Function with the group and `arguments`; returns its output.
 
         Args:
             function: one of `functions`.
-            arguments: what it takes behind the group, tensors among them.
+            arguments: the arguments of the Function after the group.
             alone: the output at world size 1.
         """
         group = self._runner.group
@@ -185,7 +186,7 @@ class OpCall:
         return run(function, taken, *arguments)
 
     def start(self, splits: Splits, inputs: Sequence[Tensor], *, packed: bool) -> AsyncHandle[Any]:
-        """An exchange that the caller waits for later; its handle gives a tuple if `packed`."""
+        """Starts an exchange; the handle gives its outputs, as a tuple if `packed`."""
 
         def result(outputs: Sequence[Tensor]) -> Any:
             return tuple(outputs) if packed else outputs[0]
@@ -204,14 +205,14 @@ class OpCall:
         )
 
     def run_unrecorded(self, name: str, *arguments: Any) -> Any:
-        """What a collective without a gradient gives, of the group and `arguments`."""
+        """Calls a collective without a gradient with the group and `arguments`."""
         group = self._runner.group
         way = route_of_pair(group) if name in ("send", "recv") else route(group)[0]
         with torch.no_grad():
             return getattr(way, name)(group, *arguments)
 
     def _tell_others(self, error: Exception) -> None:
-        """The others would wait for this rank's call; they may not be there to be told."""
+        """Tells the other ranks, if they can be reached: they would wait for this rank's call."""
         if not (self._is_traced or self._is_compared):
             with contextlib.suppress(CommunicationError):
                 self._runner.group.failed(self.op, error)

@@ -1,9 +1,9 @@
-"""What tools see of an op: named ranges while a profiler listens, and counters all the time.
+"""What tools see of an op: named ranges while a profiler runs, and counters all the time.
 
-Ranges are `fastvideo_comm::<op>[<unique_name>]`, and inside them the phases
-`fastvideo_comm::pack[..]`, `exchange[..]` and `unpack[..]`; `torch.profiler` shows them, and NVTX
-tools do under `torch.autograd.profiler.emit_nvtx()`. While nobody listens a range is the reading of
-one flag: no name is put together and nothing is entered.
+The range of an op is `fastvideo_comm::<op>[<unique_name>]`. Inside are the phases
+`fastvideo_comm::pack[..]`, `exchange[..]` and `unpack[..]`. `torch.profiler` shows the ranges. NVTX
+tools show them under `torch.autograd.profiler.emit_nvtx()`. While no profiler runs, a range costs
+the reading of one flag: no name is built.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NOTHING: Final[AbstractContextManager[None]] = contextlib.nullcontext()
 
 
 def span(word: str, name: str) -> AbstractContextManager[Any]:
-    """A range in the profiler's trace; nothing while no profiler listens. Not for compiled code.
+    """A range in the profiler's trace; nothing while no profiler runs. Not for compiled code.
 
     Example:
         >>> with span("pack", "sp"):
@@ -35,13 +35,13 @@ def span(word: str, name: str) -> AbstractContextManager[Any]:
 
 
 class OpStats(NamedTuple):
-    """What one op has cost so far.
+    """The counters of one op.
 
     Attributes:
-        calls: how often it was called, with success.
-        bytes: of this rank's inputs (of the output for `recv`).
-        seconds: on the host; on an accelerator, where calls return before they are done, that is
-            the time to enqueue them.
+        calls: how many calls succeeded.
+        bytes: the bytes of this rank's inputs; for `recv` the bytes of the output.
+        seconds: the time on the host. On an accelerator a call returns before it is done, so this
+            is the time to enqueue it.
     """
 
     calls: int
@@ -69,7 +69,7 @@ _NO_CALLS = OpStats(0, 0, 0.0)
 
 
 class Stats:
-    """The counters of one communicator. Not counted: backward, and calls in compiled code.
+    """The counters of one communicator. They leave out the backward and compiled code.
 
     Example:
         >>> stats = Stats()

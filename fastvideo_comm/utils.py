@@ -1,4 +1,4 @@
-"""Arithmetic and tensor helpers of the modules that upstream calls `distributed.utils`."""
+"""Arithmetic and tensor helpers; upstream has them in `distributed.utils`."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ logger = logging.getLogger("fastvideo_comm")
 
 
 class DivisibilityError(ValueError, AssertionError):
-    """A size that does not divide; also the AssertionError that callers of upstream catch."""
+    """A size is not divisible; also an AssertionError, which callers of upstream catch."""
 
 
 def ensure_divisibility(numerator: int, denominator: int) -> None:
     """Raises unless `denominator` divides `numerator`.
 
     Raises:
-        DivisibilityError: it does not, or `denominator` is 0; a ValueError and AssertionError.
+        DivisibilityError: `denominator` is 0 or does not divide `numerator`. The error is a
+            ValueError and an AssertionError.
     """
     if denominator == 0 or numerator % denominator:
         raise DivisibilityError(
@@ -46,7 +47,7 @@ def ensure_divisibility(numerator: int, denominator: int) -> None:
 
 
 def divide(numerator: int, denominator: int) -> int:
-    """The exact quotient.
+    """Divides without remainder.
 
     Example:
         >>> divide(12, 4)
@@ -62,7 +63,7 @@ def divide(numerator: int, denominator: int) -> int:
 def split_tensor_along_last_dim(
     tensor: Tensor, num_partitions: int, contiguous_split_chunks: bool = False
 ) -> Sequence[Tensor]:
-    """Equal chunks of the last dim.
+    """Splits the last dim into equal chunks.
 
     Example:
         >>> import torch
@@ -72,9 +73,9 @@ def split_tensor_along_last_dim(
     Args:
         tensor: `[.., P*c]`.
         num_partitions: P.
-        contiguous_split_chunks: copies the chunks into contiguous memory, all of them in one
-            launch, and apart from `tensor`'s; else they are views of `tensor`. Both are
-            differentiable: dx = concat of the chunks' gradients.
+        contiguous_split_chunks: if True, one launch copies all chunks into new contiguous memory.
+            If False, the chunks are views of `tensor`. Both are differentiable: dx = concat of the
+            chunks' gradients.
 
     Returns:
         A tuple of P tensors `[.., c]`.
@@ -105,7 +106,7 @@ class _SplitContiguous(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing to keep: the gradient does not depend on the values."""
+        """Keeps nothing: the gradient does not depend on the values."""
 
     @staticmethod
     def backward(_: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
@@ -113,7 +114,7 @@ class _SplitContiguous(torch.autograd.Function):
 
 
 def compute_padding_for_sp(seq_len: int, sp_world_size: int) -> tuple[int, int]:
-    """The length that `sp_world_size` ranks can share, and how much it adds to `seq_len`.
+    """Returns the next length that `sp_world_size` divides, and how much longer it is.
 
     Example:
         >>> compute_padding_for_sp(32_759, 8)
@@ -133,7 +134,7 @@ def compute_padding_for_sp(seq_len: int, sp_world_size: int) -> tuple[int, int]:
 def pad_sequence_tensor(
     tensor: Tensor, target_seq_len: int, seq_dim: int = 1, pad_value: float = 0.0
 ) -> Tensor:
-    """`tensor` with `pad_value` behind it along `seq_dim`, up to `target_seq_len`.
+    """Adds `pad_value` at the end of `seq_dim`, up to the size `target_seq_len`.
 
     Example:
         >>> import torch
@@ -142,13 +143,13 @@ def pad_sequence_tensor(
 
     Args:
         tensor: any shape with a dim `seq_dim`.
-        target_seq_len: the size at `seq_dim` afterwards; `tensor` itself is returned where it is
-            that long, or longer, already.
+        target_seq_len: the size of `seq_dim` in the result. If `tensor` already has this size or a
+            larger one, `tensor` itself is returned.
         seq_dim: the dim that grows.
-        pad_value: what it grows by; converted to `tensor`'s dtype.
+        pad_value: the value of the new elements; converted to `tensor`'s dtype.
 
     Returns:
-        The padded tensor. The gradient is that of the unpadded part.
+        The padded tensor. Its gradient is the gradient of the unpadded part.
     """
     missing = target_seq_len - tensor.shape[seq_dim]
     if missing <= 0:
@@ -159,7 +160,7 @@ def pad_sequence_tensor(
 
 
 def unpad_sequence_tensor(tensor: Tensor, original_seq_len: int, seq_dim: int = 1) -> Tensor:
-    """The first `original_seq_len` entries along `seq_dim`: a view that undoes the padding.
+    """Returns the first `original_seq_len` entries along `seq_dim`: a view without the padding.
 
     Example:
         >>> import torch

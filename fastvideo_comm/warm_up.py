@@ -12,13 +12,13 @@ from .collective.grouped_heads import form_groups
 from .collective.layout import near_even_sizes
 from .collective.validation import Sizes
 
-# As many elements of float32 as take the way of large tensors on two ranks and more: the copies of
-# long runs are one kernel, whatever their length.
+# So many elements of float32 count as a large tensor on two ranks and more. One length is enough:
+# copies of long runs use the same kernel at every length.
 NUM_ELEMENTS = 2**17
 
 
 class Call(NamedTuple):
-    """One exchange: the shapes of its tensors, their dtype, and whether they come as a sequence."""
+    """One exchange: shapes and dtype of its tensors; `packed` if they are given as a sequence."""
 
     shapes: Sequence[Sequence[int]]
     dtype: torch.dtype
@@ -28,7 +28,7 @@ class Call(NamedTuple):
 def checked_calls(
     shapes: Iterable[Sequence[int] | Sequence[Sequence[int]]], dtypes: Iterable[torch.dtype]
 ) -> list[Call]:
-    """A call for each entry of `shapes` and each dtype.
+    """Returns a call for each entry of `shapes` and each dtype.
 
     Raises:
         ValueError: a shape that is not 4 sizes.
@@ -58,14 +58,14 @@ def there_and_back(
     *,
     heads_first: bool,
 ) -> None:
-    """Heads for sequence, of one tensor or several; the first of them back; and both backward."""
+    """Exchanges tensors before and after attention, forward and backward."""
 
     def zeros(shape: Sequence[int]) -> Tensor:
         batch, sequence, heads, head_dim = shape
         stored = (batch, heads, sequence, head_dim) if heads_first else tuple(shape)
         x = torch.zeros(stored, dtype=call.dtype, device=device)
         x = x.transpose(1, 2) if heads_first else x
-        # torch cannot add fp8, which the gradients of shared heads would need.
+        # The gradients of shared heads are added, and torch cannot add fp8.
         return x.requires_grad_(call.dtype.is_floating_point and call.dtype.itemsize > 1)
 
     def backward(outputs: Sequence[Tensor]) -> None:
@@ -73,7 +73,7 @@ def there_and_back(
             torch.autograd.backward(outputs, [zeros(output.shape).detach() for output in outputs])
 
     xs = [zeros(shape) for shape in call.shapes]
-    # Fewer heads than ranks go to several of them where others are there to use them.
+    # In a sequence of tensors, each of fewer heads than ranks goes to several ranks.
     heads = [x.shape[2] for x in xs]
     uneven = any(each % world_size and (not call.packed or world_size % each) for each in heads)
     sizes: Sizes = None

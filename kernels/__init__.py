@@ -1,7 +1,7 @@
 """The one kernel of this library, and the function that launches it.
 
-Knows of tensors and strides, nothing of ranks. Importing it compiles nothing and needs neither a
-GPU nor triton: kernels compile at their first launch.
+The package knows tensors and strides, but no ranks. An import compiles nothing, and needs neither a
+GPU nor triton: the kernel compiles at its first launch.
 """
 
 from .strided_copy import contiguous_copy, copy_all_valid_, copy_valid_, strided_copy_

@@ -1,7 +1,7 @@
-"""Whether two elements of strided tensors are the same memory: exact, without enumerating them.
+"""Whether elements of strided tensors share memory: exact, without a loop over all elements.
 
-Addresses of a strided tensor are sums `stride * index`. Two of them meet where such a sum has a
-given value, which is a bounded search over few dims.
+An address in a strided tensor is a sum of `stride * index`. Two elements share memory if such a sum
+has a given value. A bounded search over the few dims answers this.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two indices of `tensor` mean one element.
+    """Whether two indices of `tensor` are the same element in memory.
 
     Example:
         >>> import torch
@@ -29,8 +29,8 @@ def overlaps_itself(tensor: Tensor) -> bool:
                 break
             reach += stride * (size - 1)
     else:
-        return False  # every stride steps over all that lies within it: the usual case
-    # Differences of two indices, moved to start at 0. One way to difference 0 is index with itself.
+        return False  # every stride is larger than the extent of the inner dims: the usual case
+    # Differences of two indices, shifted to start at 0. Every index gives difference 0 with itself.
     differences = [(stride, 2 * size - 1) for stride, size in dims]
     zero = sum(stride * (size - 1) for stride, size in dims)
     return _count_ways(zero, differences[::-1], 2) > 1
@@ -50,8 +50,8 @@ def overlap(dst: Tensor, src: Tensor) -> bool:
         return False
     if dst.data_ptr() == src.data_ptr() and dst.stride() == src.stride():
         return False
-    # In elements, dst + i == src + j: with j counted from src's last element, both add up. Dims of
-    # one stride are one dim.
+    # In elements, dst + i == src + j. With j counted down from src's last element, i and j are
+    # added. Dims with the same stride count as one dim.
     sizes: dict[int, int] = {}
     target = (src.data_ptr() - dst.data_ptr()) // dst.element_size()
     for size, *strides in zip(dst.shape, dst.stride(), src.stride(), strict=True):
@@ -62,7 +62,7 @@ def overlap(dst: Tensor, src: Tensor) -> bool:
 
 
 def _count_ways(target: int, dims: list[tuple[int, int]], limit: int) -> int:
-    """How often, up to `limit`, `target` is a sum of `stride * index` with `0 <= index < size`."""
+    """Counts, up to `limit`, how `target` is a sum of `stride * index`, `0 <= index < size`."""
     if not dims:
         return int(target == 0)
     (stride, size), *inner = dims

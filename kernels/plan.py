@@ -1,7 +1,7 @@
 """From two shapes and strides to one kernel launch: coalescing, alignment, tile shape.
 
-Pure functions on integers. Dims are triples `(size, dst_stride, src_stride)`; `coalesce` works in
-bytes, so that the same code serves every dtype.
+The functions are pure and take integers. Dims are triples `(size, dst_stride, src_stride)`.
+`coalesce` counts in bytes, so the same code works for every dtype.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ Dim: TypeAlias = tuple[int, int, int]
 
 # The widest access of one thread: LDG.128, STG.128.
 ACCESS_BYTES = 16
-# Bytes of one tile: with 4 warps four independent 16-byte accesses in flight per thread. Chosen by
-# reasoning, not yet measured on a GPU; bench/NOTES.md keeps the record.
+# Bytes of one tile. With 4 warps, each thread has four independent 16-byte accesses in flight. This
+# was chosen by reasoning and is not measured on a GPU yet: see bench/NOTES.md.
 TILE_BYTES = 8192
 NUM_WARPS = 4
-# Where alignment allows narrow accesses only, 16 per thread; more would spill their addresses.
+# If alignment allows narrow accesses only, 16 per thread: more would spill registers.
 TILE_ACCESSES = 2048
-# Outer dims that the kernel takes; the launcher loops over what is left.
+# The kernel takes so many outer dims; the launcher loops over the other dims.
 MAX_OUTER = 3
 
 
 class Plan(NamedTuple):
-    """One launch of `tile_copy`; sizes and strides as the kernel wants them.
+    """One launch of `tile_copy`, with sizes and strides as the kernel takes them.
 
-    `outer` begins with dst's smallest stride: neighbouring programs write neighbouring memory.
+    `outer` begins with dst's smallest stride, so that neighbouring programs write neighbouring
+    memory.
     """
 
     element_bytes: int
@@ -62,8 +63,8 @@ def coalesce(
         itemsize: bytes of one element.
 
     Returns:
-        The remaining dims in bytes, dst's largest stride first, and the length in bytes of the run
-        that is contiguous on both sides. A copy of a contiguous tensor has no dims left.
+        The remaining dims in bytes, with dst's largest stride first, and the length in bytes of the
+        run that is contiguous on both sides. A copy between contiguous tensors has no dims left.
 
         >>> coalesce((2, 3, 4), (12, 4, 1), (24, 8, 1), 2)  # rows of 4 out of rows of 8
         ([(6, 8, 16)], 8)
@@ -91,7 +92,7 @@ def coalesce(
 def plan_copy(dims: list[Dim], run: int, address: int) -> Plan:
     """Chooses the element, the tile and the programs for coalesced `dims` of runs of `run` bytes.
 
-    `address` is a number with the alignment that dst and src have in common.
+    `address` is a number that has the common alignment of dst and src.
     """
     strides = [stride for _, *pair in dims for stride in pair]
     granule = math.gcd(run, address, ACCESS_BYTES, *strides)
@@ -101,7 +102,7 @@ def plan_copy(dims: list[Dim], run: int, address: int) -> Plan:
 
 
 def _plan_runs(dims: list[Dim], run: int, granule: int) -> Plan:
-    """Columns are the run; rows are the largest of the other dims."""
+    """Plans a copy of runs: columns are the run, rows are the largest of the other dims."""
     element_bytes = min(granule, 8)
     vector = granule // element_bytes
     dims = [(size, dst // granule, src // granule) for size, dst, src in dims]
@@ -117,14 +118,14 @@ def _plan_runs(dims: list[Dim], run: int, granule: int) -> Plan:
 
 
 def _plan_elements(dims: list[Dim], element_bytes: int, address: int) -> Plan:
-    """No common run: columns are dst's innermost dim, rows src's, staged through shared memory."""
+    """Plans a copy without a common run: columns are dst's innermost dim, rows are src's."""
     if element_bytes > 8:  # one granule of 16 bytes is two elements of 8
         return _plan_runs(dims, element_bytes, element_bytes)
     dims = [(size, dst // element_bytes, src // element_bytes) for size, dst, src in dims]
     columns = min(dims, key=lambda dim: dim[1])
     outer = dims[::-1]
     outer.remove(columns)
-    # An expanded dim has stride 0 and is nobody's innermost.
+    # An expanded dim has stride 0 and does not count as innermost.
     rows = min(outer, key=lambda dim: (dim[2] == 0, dim[2]), default=(1, 0, 0))
     if outer:
         outer.remove(rows)
@@ -139,7 +140,7 @@ def _plan_elements(dims: list[Dim], element_bytes: int, address: int) -> Plan:
         columns = (columns[0] // vector, 1, columns[2] // vector)
         outer = [(size, dst // vector, src // vector) for size, dst, src in outer]
     tile = _tile_accesses(vector * element_bytes) * vector
-    side = 1 << tile.bit_length() // 2  # a square, or twice as long along src
+    side = 1 << tile.bit_length() // 2  # a square, or twice as long in src's direction
     row_limit = rows[0] * vector
     block_rows = min(_next_power_of_2(row_limit), side)
     block_columns = min(_next_power_of_2(columns[0] * vector), tile // block_rows)
@@ -152,16 +153,17 @@ def _tile_accesses(access_bytes: int) -> int:
 
 
 def _fitting_block(columns: int, limit: int) -> int:
-    """The power of 2 that wastes fewest lanes of a tile on `columns` granules, the largest such.
+    """Returns the largest power of 2 that wastes few lanes of a tile on `columns` granules.
 
-    At least 8 granules (a 128-byte line) wherever there are as many. A run of 80 granules takes
-    5 blocks of 16 (no lane idle) rather than one of 128 (48 idle).
+    The block has at least 8 granules (a 128-byte line), if the run has that many. For example, a
+    run of 80 granules takes 5 blocks of 16 without an idle lane, and not one block of 128 with 48
+    idle lanes.
     """
     best, best_lanes = 1, math.inf
     block = min(8, _next_power_of_2(columns))
     while block <= min(limit, _next_power_of_2(columns)):
         lanes = math.ceil(columns / block) * block
-        # Long blocks are worth a few idle lanes: fewer programs, longer bursts.
+        # A long block may have a few idle lanes: it needs fewer programs and has longer bursts.
         if lanes <= best_lanes or lanes <= columns * 17 // 16:
             best, best_lanes = block, min(lanes, best_lanes)
         block *= 2

@@ -1,6 +1,6 @@
-"""`strided_copy_`: one tensor into another of the same shape, any strides on both sides.
+"""`strided_copy_`: copies a tensor into another of the same shape, with any strides on both sides.
 
-Triton on an accelerator, torch's `copy_` on the CPU: the same function twice, bit for bit.
+It uses Triton on an accelerator and torch's `copy_` on the CPU. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from .overlap import overlap, overlaps_itself
 Implementation: TypeAlias = Literal["auto", "triton", "torch"]
 
 IMPLEMENTATION_VARIABLE = "FASTVIDEO_COMM_IMPL"
-# Below this many bytes the host time of Triton's launch is longer than what the kernel saves, and
-# "auto" calls torch. A guess until a GPU has measured it; see bench/NOTES.md.
+# Below this many bytes "auto" calls torch: the host time of Triton's launch is longer than the time
+# that the kernel saves. The number is a guess and is not measured on a GPU yet; see bench/NOTES.md.
 SMALL_COPY_BYTES = 1 << 20
 _IMPLEMENTATIONS = get_args(Implementation)
 _TRITON_DEVICES = ("cuda", "xpu")
-# Found, not imported: importing it takes a second that the CPU path need not pay.
+# Only looks for triton: an import takes long, and copies on the CPU do not need it.
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def strided_copy_(dst: Tensor, src: Tensor, *, impl: Implementation = "auto") -> Tensor:
-    """Copies `src` into `dst`, whatever strides the two have, and returns `dst`.
+    """Copies `src` into `dst`, with any strides on both sides, and returns `dst`.
 
-    One pass at the speed of a plain copy: dims are coalesced, bytes move in the widest unit that
-    strides, sizes and addresses allow (16 bytes per thread), true transposes are staged so that
-    both sides stay coalesced. It allocates nothing, does not synchronise with the host and can be
-    captured in a CUDA graph. Autograd does not see it; it counts as an in-place write to `dst`.
+    The copy is one pass. Dims are coalesced. Bytes move in the widest unit that strides, sizes and
+    addresses allow, up to 16 bytes per thread. A transpose goes through shared memory, so that both
+    sides stay coalesced. The copy allocates nothing and does not synchronise with the host, so a
+    CUDA graph can capture it. Autograd does not record the copy; it counts as an in-place write to
+    `dst`.
 
     Example:
         >>> import torch
@@ -45,11 +46,12 @@ def strided_copy_(dst: Tensor, src: Tensor, *, impl: Implementation = "auto") ->
 
     Args:
         dst: any shape, dtype and strides in which no two elements share memory.
-        src: same shape, dtype and device as `dst`; expanded (stride 0) dims are fine. Must not
-            share memory with `dst`, unless it is `dst`.
-        impl: "auto" takes Triton for accelerator tensors of at least `SMALL_COPY_BYTES` and torch
-            for the rest, or what the environment variable FASTVIDEO_COMM_IMPL says. "triton" and
-            "torch" never fall back; "triton" takes CPU tensors only under TRITON_INTERPRET=1.
+        src: same shape, dtype and device as `dst`. Expanded dims (stride 0) are allowed. `src` must
+            not share memory with `dst`, unless `src` is `dst`.
+        impl: "auto" takes what the environment variable FASTVIDEO_COMM_IMPL says. If it is not set,
+            "auto" takes Triton for accelerator tensors of at least `SMALL_COPY_BYTES`, and torch
+            for all others. "triton" and "torch" never fall back. "triton" takes CPU tensors only
+            under TRITON_INTERPRET=1.
 
     Raises:
         ValueError: shapes differ, memory overlaps, or `impl` is unknown or cannot run here.
@@ -60,9 +62,9 @@ def strided_copy_(dst: Tensor, src: Tensor, *, impl: Implementation = "auto") ->
 
 
 def copy_valid_(dst: Tensor, src: Tensor, *, impl: Implementation = "auto") -> Tensor:
-    """`strided_copy_` for a caller who knows that `dst` and `src` are valid: looks at neither.
+    """`strided_copy_` without checks, for a caller who knows that `dst` and `src` are valid.
 
-    On the CPU looking costs more than copying a small tensor.
+    On the CPU the checks cost more than a copy of a small tensor.
     """
     if _triton_runs(impl, (dst,)):
         _launch([(dst, src)])
@@ -72,7 +74,7 @@ def copy_valid_(dst: Tensor, src: Tensor, *, impl: Implementation = "auto") -> T
 
 
 def contiguous_copy(src: Tensor) -> Tensor:
-    """The elements of a view in new contiguous memory; traced, where torch.compile is looking.
+    """Copies the elements of a view into new contiguous memory; torch.compile can trace it.
 
     Example:
         >>> import torch
@@ -88,11 +90,11 @@ def contiguous_copy(src: Tensor) -> Tensor:
 def copy_all_valid_(
     pairs: Sequence[tuple[Tensor, Tensor]], *, impl: Implementation = "auto"
 ) -> None:
-    """`copy_valid_` for several pairs (dst, src) at once: one launch of Triton's for up to eight.
+    """`copy_valid_` for several pairs (dst, src): one Triton launch for up to eight pairs.
 
-    Pairs may differ in shape, strides and dtype. They are copied in any order or at the same time:
-    all are on one device, and no dst shares memory with another pair. "auto" goes by the bytes of
-    all pairs together.
+    Pairs may differ in shape, strides and dtype. All pairs must be on one device, and no dst may
+    share memory with another pair, because pairs are copied in any order or at the same time.
+    "auto" counts the bytes of all pairs together.
 
     Example:
         >>> import torch
@@ -113,13 +115,13 @@ def copy_all_valid_(
 
 
 def _copy(dst: Tensor, src: Tensor) -> None:
-    if torch.is_grad_enabled():  # autograd must not see the copy
+    if torch.is_grad_enabled():  # autograd must not record the copy
         dst, src = dst.detach(), src.detach()
     dst.copy_(src)
 
 
 def _triton_runs(impl: str, dsts: Sequence[Tensor]) -> bool:
-    """Whether Triton's kernel makes these copies, or torch's."""
+    """Whether Triton makes these copies; otherwise torch makes them."""
     if impl == "auto":
         impl = os.environ.get(IMPLEMENTATION_VARIABLE, "auto")
     if impl == "auto":
@@ -142,7 +144,7 @@ def _launch(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         _require_triton(dst)
     from .tile_copy import launch_tile_copies
 
-    # A lazily conjugated or negated source is not the bytes that it shows.
+    # The bytes of a lazily conjugated or negated source are not its values.
     launch_tile_copies([(dst, src.resolve_conj().resolve_neg()) for dst, src in pairs])
     torch.autograd.graph.increment_version([dst for dst, _ in pairs])
 

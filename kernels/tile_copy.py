@@ -1,7 +1,7 @@
-"""The Triton kernel, one tile of a strided copy per program, and its launcher.
+"""The Triton kernel, which copies one tile per program, and its launcher.
 
-One launch moves one pair of tensors or several. Imported at the first launch, so that importing the
-package needs no triton.
+One launch copies one pair of tensors or several. This module is imported at the first launch, so
+the package can be imported without triton.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from . import plan
 from .plan import ACCESS_BYTES, MAX_OUTER, coalesce, plan_copy
 
-# Pairs of one launch. Each is a branch of the code, compiled for its kind of layout.
+# The number of pairs of one launch. Each pair is a branch of the code, compiled for its layout.
 MAX_PAIRS = 8
-# Triton loads a kernel at its first launch, and a second thread could launch it half loaded.
+# Triton loads a kernel at its first launch. A second thread could launch a half-loaded kernel.
 _first_launch = threading.Lock()
 _ELEMENT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -30,8 +30,8 @@ _ELEMENT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int, int]
 
 
-# The bodies are builtins only, no `tl.cdiv`: those are compiled or interpreted as triton was
-# imported.
+# The bodies call builtins only and no `tl.cdiv`: whether such a function is compiled or interpreted
+# was decided when triton was imported.
 @triton.jit
 def tile_copy(dsts, srcs, numbers, TILES: tl.constexpr):
     """Copies one `BLOCK_ROWS x BLOCK_COLUMNS` tile: `dst[o, r, c] = src[o, r, c]` for any strides.
@@ -118,19 +118,21 @@ def _decoded(number):
 
 
 def _encoded(number: int) -> int:
-    """Odd and not 1: Triton compiles anew for integers in a tuple that are 1 or multiples of 16.
+    """Returns an odd number that is not 1.
 
-    Sizes and strides change from call to call; what the code depends on is in the tiles.
+    Triton compiles again for integers in a tuple that are 1 or multiples of 16. Sizes and strides
+    change from call to call, but only the tiles may select the code.
     """
     return 2 * number + 3
 
 
 def launch_tile_copies(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copies each src into its dst, which have one shape, dtype and device; checks nothing else.
+    """Copies each src into its dst; checks nothing.
 
-    All tensors are on one device, and no dst shares memory with another pair. One launch for up to
-    `MAX_PAIRS` pairs; more only for what one cannot take: more than `MAX_OUTER + 2` dims that do
-    not merge, or more than 2**31 tiles.
+    The two tensors of a pair have one shape and dtype. All tensors are on one device, and no dst
+    shares memory with another pair. Up to `MAX_PAIRS` pairs take one launch. They take more
+    launches if a pair has more than `MAX_OUTER + 2` dims that do not merge, or if there are more
+    than 2**31 tiles.
     """
     pairs = [pair for pair in pairs if pair[0].numel()]
     for first in range(0, len(pairs), MAX_PAIRS):
@@ -159,7 +161,7 @@ def _launch(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
                     launch.numbers,
                     TILES=launch.tiles,
                     num_warps=plan.NUM_WARPS,
-                    enable_fp_fusion=False,  # triton 3.9 warns where nothing is said
+                    enable_fp_fusion=False,  # triton 3.9 warns if this is not set
                 )
         else:
             kernel[launch.grid](
@@ -176,11 +178,12 @@ def _layout(dst: Tensor, src: Tensor) -> Layout:
 
 
 class Launch(NamedTuple):
-    """One launch of `tile_copy`: what it takes beside the tensors.
+    """The arguments of one launch of `tile_copy`, without the tensors.
 
-    `kernels` has the compiled kernel of each device on which it was launched. All that Triton
-    specialises on is in the layouts, so that it need not look at the arguments again: that takes
-    longer than the launch. Interpreted, there is none.
+    `kernels` has the compiled kernel of each device on which the launch was made before. Triton
+    specialises only on what the layouts contain. So a later launch calls the compiled kernel
+    directly: the search for it by the arguments takes longer than the launch. Interpreted code has
+    no compiled kernel.
     """
 
     grid: tuple[int, int, int]
@@ -190,11 +193,11 @@ class Launch(NamedTuple):
     kernels: dict[int | None, Any]
 
 
-# Planning takes longer than a launch, and a model has a handful of layouts that it copies again and
-# again. A pure function of integers: what is remembered cannot go stale.
+# Planning takes longer than a launch, and a model copies the same few layouts again and again. The
+# plan depends on its integers only, so a cached plan stays correct.
 @functools.lru_cache(maxsize=256)
 def _plan_launch(*layouts: Layout) -> Launch | None:
-    """The one launch that copies pairs of these layouts, or None where one is not enough."""
+    """Returns the launch that copies pairs of these layouts; None if one launch is not enough."""
     num_programs = 0
     elements, numbers, tiles = [], [], []
     for shape, dst_strides, src_strides, itemsize, *addresses in layouts:

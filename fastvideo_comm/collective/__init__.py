@@ -1,1 +1,1 @@
-"""Collectives of a group: group and tensors in, tensors out, no autograd."""
+"""The collectives of a group: they take a group and tensors and return tensors; no autograd."""

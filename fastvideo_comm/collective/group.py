@@ -1,8 +1,8 @@
 """A process group, its exchanges of contiguous messages, and the buffers that they reuse.
 
-Calls c10d's process group itself: the wrappers in `torch.distributed` and the functional
-collectives cost several times more per call. Assumes what every backend assumes: all ranks of the
-group make the same calls in the same order.
+This module calls c10d's process group directly. The wrappers in `torch.distributed` and the
+functional collectives cost more host time per call. As every backend, it assumes that all ranks of
+the group make the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ Works: TypeAlias = "list[dist.Work | None]"
 
 
 class Transfer(NamedTuple):
-    """Messages to exchange: both contiguous, in rank order.
+    """Messages to exchange. Both tensors are contiguous and in rank order.
 
-    The counts are the elements of each rank's message; empty where all are equal.
+    The counts are the elements of each rank's message. They are empty if all are equal.
     """
 
     output: Tensor
@@ -53,7 +53,7 @@ class Transfer(NamedTuple):
 
 
 class Group:
-    """A process group with its name and its buffers, in the place of a `ProcessGroup`."""
+    """A process group with its name, its buffers and its shared memory."""
 
     def __init__(
         self,
@@ -93,13 +93,14 @@ class Group:
 
     @staticmethod
     def of(group: dist.ProcessGroup | Group) -> Group:
-        """`group` itself, or a process group wrapped for one call."""
+        """Returns `group` itself, or wraps a process group for one call."""
         return group if isinstance(group, Group) else Group(group)
 
     def close(self) -> None:
-        """Lets go of the process group and the buffers; graphs that hold this keep neither alive.
+        """Lets go of the process group, the buffers and the memory.
 
-        A gloo group that lives until the interpreter ends makes torch 2.13 abort there.
+        A graph that still holds this object then keeps none of them alive. If a gloo group lives
+        until the interpreter ends, torch 2.13 may abort.
         """
         self.buffers.clear()
         if self.diagnosis is not None:
@@ -124,12 +125,12 @@ class Group:
         return place(self._rank, self._size, self.name)
 
     def validate(self, validate: Validate) -> None:
-        """Says which calls the ranks compare."""
+        """Sets which calls the ranks compare."""
         if self.diagnosis is not None:
             self.diagnosis.set_validate(validate)
 
     def where(self, op: str) -> str:
-        """Which call on which rank of which group, for errors."""
+        """Names the call, the rank and the group, for errors."""
         return where(op, self._rank, self._size, self.name)
 
     @property
@@ -137,7 +138,7 @@ class Group:
         """The process group.
 
         Raises:
-            ClosedError: it was let go.
+            ClosedError: this object was closed.
         """
         if self._process_group is None:
             raise ClosedError("the communicator was destroyed before a backward that needs it")
@@ -149,7 +150,7 @@ class Group:
         return self.diagnosis is not None and self.diagnosis.validate == "always"
 
     def connects_memory(self) -> bool:
-        """Whether the ranks write into each other's memory; the first call of all ranks decides."""
+        """Whether the ranks write into each other's memory; their first call connects it."""
         if self.memory is not None:
             return True
         if self._memory_mode is None or self._size == 1:
@@ -183,7 +184,7 @@ class Group:
         return MemoryStats(memory.bytes_in_use, memory.high_water_bytes, memory.num_segments, "")
 
     def _everyone(self, payload: bytes) -> list[bytes]:
-        """What every rank gave; all payloads are of one length."""
+        """Gathers the payloads of all ranks; all have the same length."""
         own = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         output = own.new_empty((self._size, len(payload)))
         self.all_gather(output, own)
@@ -198,10 +199,11 @@ class Group:
         sends: bool = True,
         **named: Any,
     ) -> Facts | None:
-        """The ranks compare what they are about to do: with memory in the call that follows.
+        """Lets the ranks compare what they are about to do; by memory, the next call compares it.
 
         Returns:
-            What is to be compared now, in a call of its own: that of an op that `sends` nothing.
+            By memory, an op that `sends` nothing is compared in a call of its own: the facts for
+            that call. Otherwise None.
         """
         if self.memory is None and self.diagnosis is not None:
             self.diagnosis.before(op, tensors, arguments, **named)
@@ -239,7 +241,7 @@ class Group:
     def before_pair(
         self, op: Literal["send", "recv"], shape: Sequence[int], dtype: torch.dtype, peer: int
     ) -> None:
-        """A send and its recv are compared. See `Diagnosis.before_pair`."""
+        """Lets two ranks compare a send with its recv. See `Diagnosis.before_pair`."""
         if self.memory is None and self.diagnosis is not None:
             self.diagnosis.before_pair(op, shape, dtype, peer)
 
@@ -260,7 +262,7 @@ class Group:
         return diagnosis is not None and diagnosis.validate != "off" and diagnosis.counted()
 
     def take_asked(self) -> Facts | None:
-        """What `before` was told of the call that begins now."""
+        """Returns what `before` was told about the call that begins now, and forgets it."""
         asked, self._asked = self._asked, None
         return asked
 
@@ -270,7 +272,7 @@ class Group:
         return call
 
     def all_to_all(self, transfers: Sequence[Transfer], *, async_op: bool) -> Works:
-        """Starts the transfers: one grouped call on NCCL, side by side on gloo."""
+        """Starts the transfers: as one grouped call on NCCL, at the same time on gloo."""
         options = AllToAllOptions()
         options.asyncOp = async_op or len(transfers) > 1
 
@@ -298,7 +300,7 @@ class Group:
         return self._named("all_to_all", start_grouped)
 
     def all_to_all_one(self, output: Tensor, input_: Tensor) -> None:
-        """One even transfer, waited for."""
+        """Makes one even transfer and waits for it."""
         output, input_ = moved(output), moved(input_)
         try:
             work = self.process_group.alltoall_base(output, input_, [], [], self._waiting)
@@ -308,17 +310,17 @@ class Group:
             raise self._failure("all_to_all", error) from error
 
     def wait(self, op: str, works: Works) -> None:
-        """Waits for what a method of this class started."""
+        """Waits for the works that a method of this class started."""
 
         def wait(_: dist.ProcessGroup) -> None:
             for work in works:
-                if work is not None:  # None: the backend is in order with the current stream
+                if work is not None:  # None: the backend works on the current stream, in order
                     work.wait()
 
         self._named(op, wait)
 
     def all_gather(self, output: Tensor, input_: Tensor) -> None:
-        """Every rank's `input_` into `output [P, *input_.shape]`."""
+        """Gathers every rank's `input_` into `output [P, *input_.shape]`."""
         options = AllgatherOptions()
         options.asyncOp = False
         self._finish(
@@ -327,7 +329,7 @@ class Group:
         )
 
     def reduce_scatter(self, output: Tensor, input_: Tensor) -> None:
-        """The sum over ranks of `input_[this rank]` into `output`; `input_` is `[P, *shape]`."""
+        """Writes the sum of all ranks' `input_[rank]` into `output`; `input_` is `[P, *shape]`."""
         options = ReduceScatterOptions()
         options.asyncOp = False
         self._finish(
@@ -374,7 +376,7 @@ class Group:
         self._finish("barrier", lambda group: [group.barrier(options)])
 
     def gather(self, outputs: Sequence[Tensor], input_: Tensor, dst: int) -> None:
-        """Every rank's `input_` into `outputs` on rank `dst`; elsewhere `outputs` is empty."""
+        """Gathers every rank's `input_` into `outputs` on rank `dst`; others give no outputs."""
         options = GatherOptions()
         options.rootRank = dst
         targets = [[moved(output) for output in outputs]] if outputs else []
@@ -404,7 +406,7 @@ class Group:
         self.wait(op, self._named(op, start))
 
     def _named(self, op: str, call: Callable[[dist.ProcessGroup], T]) -> T:
-        """Says which op on which rank it was that failed."""
+        """Calls, and names op and rank if the call fails."""
         try:
             return call(self.process_group)
         except RuntimeError as error:
@@ -417,7 +419,7 @@ class Group:
 
 
 class OperatorGroup(NamedTuple):
-    """What compiled code holds of a group that has connected memory."""
+    """The form of a group with connected memory that compiled code holds."""
 
     process_group: dist.ProcessGroup
     name: str

@@ -1,9 +1,9 @@
-"""How the ranks share the heads of grouped attention: each has the key heads of its query heads.
+"""How the heads of grouped attention are divided: each rank has the key heads of its query heads.
 
-In grouped attention H query heads use K key heads, H a multiple of K: query head i uses key head
-`i // (H // K)`. A rank that shares both counts on its own, as evenly as can be, gets query heads
-whose key heads are on another rank, and its attention is silently wrong. So the heads are shared in
-units of the group, a key head with its H // K query heads:
+In grouped attention H query heads use K key heads, and H is a multiple of K. Query head i uses key
+head `i // (H // K)`. If both counts were divided evenly, each on its own, a rank could get query
+heads whose key heads are on another rank, and its attention would be wrong without an error. So the
+heads are divided in units of a group: a key head with its H // K query heads.
 
     H, K, P     numbers of query heads     key heads
     12, 4, 2    6, 6                       0 1 | 2 3
@@ -22,7 +22,7 @@ HEADS_DIM = 2
 
 
 def form_groups(heads: Sequence[int]) -> bool:
-    """Whether these counts of heads are those of one attention: multiples of the smallest.
+    """Whether these head counts can belong to one attention: all are multiples of the smallest.
 
     Example:
         >>> form_groups([12, 4, 4]), form_groups([12, 5]), form_groups([12, 0])
@@ -33,11 +33,11 @@ def form_groups(heads: Sequence[int]) -> bool:
 
 
 def grouped_splits(heads: Sequence[int], world_size: int) -> list[Split]:
-    """How each of several tensors of one attention is shared; `form_groups` holds for their heads.
+    """Returns how each tensor of one attention is divided; `form_groups` is True for the heads.
 
-    The smallest count is K, the number of groups. Where there are more ranks than groups, and their
-    number is a multiple of K, the ranks of a group divide its query heads among them and all hold
-    its key head. Else each group is on one rank, and the ranks without a group have no heads.
+    The smallest count is K, the number of groups. If there are more ranks than groups and K divides
+    the number of ranks, several ranks share a group: they divide its query heads, and each holds
+    its key head. Otherwise each group is on one rank, and ranks without a group have no heads.
 
     Example:
         >>> [share.sizes for share in grouped_splits([12, 4, 4], 3)]
@@ -46,12 +46,12 @@ def grouped_splits(heads: Sequence[int], world_size: int) -> list[Split]:
         [Split(dim=2, sizes=(2, 1, 2, 1), replicas=1), Split(dim=2, sizes=None, replicas=2)]
 
     Args:
-        heads: the number of heads of each tensor; 0 for a tensor without any.
+        heads: the number of heads of each tensor, which may be 0.
         world_size: P, the number of ranks.
     """
     key_heads = _key_heads(heads)
     replicas = 1
-    # Tensors of one count have no head that several ranks need.
+    # If all counts are equal, no head is needed on several ranks.
     grouped = any(each > key_heads for each in heads)
     if grouped and key_heads < world_size and not world_size % key_heads:
         replicas = world_size // key_heads
@@ -65,7 +65,7 @@ def grouped_splits(heads: Sequence[int], world_size: int) -> list[Split]:
             sizes = near_even_sizes(group, replicas) * key_heads
         else:
             sizes = [groups * group for groups in near_even_sizes(key_heads, world_size)]
-        # Not `set`: what is hashed becomes a constant of a compiled graph.
+        # Not a set: a hashed size would become a constant of a compiled graph.
         uneven = any(size != sizes[0] for size in sizes)
         shares.append(Split(HEADS_DIM, tuple(sizes) if uneven else None))
     return shares

@@ -1,8 +1,8 @@
-"""Where the elements of a tensor stand in the messages of a collective: views, nothing moved.
+"""Where the elements of a tensor are in the messages of a collective. All functions return views.
 
-A collective is a strided copy into messages, an exchange of contiguous messages, and a strided copy
-out of them. Both copies are between a buffer `[.., P, ..]` and `message_view` of a tensor, one
-dim of which holds the parts of P ranks side by side:
+By messages, a collective is a strided copy into messages, an exchange of contiguous messages, and a
+strided copy out of them. Both copies are between a buffer `[.., P, ..]` and `message_view` of a
+tensor. One dim of that tensor holds the parts of P ranks side by side:
 
     all_to_all_4D(x, 2, 1)      sent      message_view(x, 2, P, 1)     b s (P h) d -> b P s h d
                                 received  message_view(out, 1, P, 1)   b (P s) h d -> b P s h d
@@ -13,8 +13,8 @@ dim of which holds the parts of P ranks side by side:
     slice(x, dim)               part r    message_view(x, dim, P, 0)[r]  A (P c) .. -> P A c ..
     split_tensor_along_last_dim chunks    message_view(x, -1, P, 0)        .. (P c) -> P .. c
 
-The two sides of an exchange have the same shape, and where a view is contiguous the exchange reads
-or writes the tensor itself: a copy that is not needed shows in its strides.
+The two sides of an exchange have the same shape. If a view is contiguous, the exchange reads or
+writes the tensor itself, and no copy is needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 
 def message_view(tensor: Tensor, dim: int, world_size: int, position: int) -> Tensor:
-    """Splits `dim` into one part for each rank and moves the axis of ranks to `position`.
+    """Splits `dim` into one part for each rank, and moves the axis of ranks to `position`.
 
     Example:
         >>> import torch
@@ -40,7 +40,7 @@ def message_view(tensor: Tensor, dim: int, world_size: int, position: int) -> Te
         tensor: any shape; the size at `dim` is a multiple of `world_size`.
         dim: the dim that holds the parts of all ranks, in rank order.
         world_size: P, the number of parts.
-        position: where the new axis of size P stands in the result.
+        position: the place of the new axis of size P in the result.
 
     Returns:
         A view of `tensor` with one more dim.
@@ -54,8 +54,8 @@ def message_view(tensor: Tensor, dim: int, world_size: int, position: int) -> Te
 def concatenate_messages(messages: Tensor, dim: int) -> Tensor:
     """The inverse of `message_view(.., position=0)`: `P A c .. -> A (P c) ..`.
 
-    A view where the strides allow it, else a copy; for compiled code, where the compiler fuses it
-    with what reads it.
+    Returns a view if the strides allow it, else a copy. Compiled code uses this function: there the
+    compiler fuses the copy with the code that reads it.
 
     Example:
         >>> import torch
@@ -68,9 +68,9 @@ def concatenate_messages(messages: Tensor, dim: int) -> Tensor:
 def padded_pairs(
     tensor: Tensor, dim: int, sizes: Sequence[int], messages: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Parts of `tensor` of different sizes, and where their elements stand in messages of one size.
+    """Pairs parts of different sizes with their elements in messages of one size.
 
-    A part fills the front of its message; what is behind it belongs to nobody.
+    A part fills the front of its message. The rest of the message is padding.
 
     Example:
         >>> import torch
@@ -85,11 +85,11 @@ def padded_pairs(
         tensor: any shape, with the parts of all ranks side by side at `dim`.
         dim: that dim.
         sizes: every rank's size of it.
-        messages: `[P, slot]`, in which a slot holds the largest part.
+        messages: `[P, slot]`; a slot has the size of the largest part.
 
     Returns:
-        A pair of views of the same shape for each run of equal sizes: for near even sizes two,
-        however many ranks there are.
+        A pair of views of the same shape for each run of equal sizes. Near even sizes have at most
+        two runs, for any number of ranks.
     """
     pairs = []
     rank = start = 0
@@ -104,14 +104,14 @@ def padded_pairs(
 
 
 class Split(NamedTuple):
-    """How one dim of a tensor is dealt out to the ranks.
+    """How one dim of a tensor is divided among the ranks.
 
     Attributes:
         dim: the dim.
-        sizes: rank r's size of it; None means the same for all.
-        replicas: how many ranks hold each entry. More than 1 for the key and value heads of
-            grouped-query attention where there are fewer heads than ranks: rank r's part is the one
-            entry `r // replicas`.
+        sizes: every rank's size of the dim; None means the same size for all.
+        replicas: how many ranks hold each entry. It is more than 1 for the key and value heads of
+            grouped-query attention if there are fewer heads than ranks. Then rank r's part is the
+            one entry `r // replicas`.
     """
 
     dim: int
@@ -119,35 +119,35 @@ class Split(NamedTuple):
     replicas: int = 1
 
     def moved(self, num_dims: int) -> Split:
-        """The same of a tensor with so many dims more in front."""
+        """Returns the same split for a tensor with `num_dims` more dims in front."""
         return self._replace(dim=self.dim + num_dims)
 
     def part(self, size: int, rank: int, world_size: int) -> int:
-        """Rank r's size, of a dim with `size` in all."""
+        """Returns the size of `rank`'s part of a dim that has `size` in all."""
         return size * self.replicas // world_size if self.sizes is None else self.sizes[rank]
 
     def whole(self, size: int, world_size: int) -> int:
-        """The size in all, where this rank's is `size`."""
+        """Returns the size in all of a dim whose part on this rank has `size`."""
         return size * world_size // self.replicas if self.sizes is None else sum(self.sizes)
 
     def replicated_shape(self, shape: Sequence[int]) -> list[int]:
-        """The shape of `replicated_view` of a tensor of this shape."""
+        """Returns the shape of `replicated_view` for a tensor of this shape."""
         dim = self.dim
         return [shape[0], shape[dim], self.replicas, *shape[1:dim], 1, *shape[dim + 1 :]]
 
     def start(self, size: int, rank: int) -> int:
-        """Where rank r's part begins, whose size is `size`."""
+        """Returns where `rank`'s part begins; the part has `size`."""
         return size * rank if self.sizes is None else sum(self.sizes[:rank])
 
     def part_of(self, tensor: Tensor, rank: int, world_size: int) -> Tensor:
-        """Rank r's part of a tensor: a view."""
+        """Returns `rank`'s part of a tensor: a view."""
         if self.replicas > 1:
             return tensor.narrow(self.dim, rank // self.replicas, 1)
         size = self.part(tensor.shape[self.dim], rank, world_size)
         return tensor.narrow(self.dim, self.start(size, rank), size)
 
     def views(self, tensor: Tensor, world_size: int) -> list[Tensor]:
-        """The messages in `tensor`, in rank order: views `[B, ..]`, one or one for each rank."""
+        """Returns the messages in `tensor`, in rank order: one view `[B, ..]`, or one per rank."""
         if self.sizes is not None:
             return list(tensor.split(self.sizes, self.dim))
         if self.replicas > 1:
@@ -155,18 +155,18 @@ class Split(NamedTuple):
         return [message_view(tensor, self.dim, world_size, 1)]
 
     def counts(self, tensor: Tensor, world_size: int) -> list[int]:
-        """Elements of one batch entry's message to or from each rank."""
+        """Returns the number of elements of one batch entry's message, for each rank."""
         size = tensor.shape[self.dim]
         others = math.prod(tensor.shape[1:]) // max(size, 1)
         return [others * self.part(size, rank, world_size) for rank in range(world_size)]
 
 
 class Splits(NamedTuple):
-    """What `all_to_all_4D` trades of each tensor: the dim dealt out, the dim that comes together.
+    """What `all_to_all_4D` trades of each tensor.
 
     Attributes:
-        scatter: for each tensor how its scatter dim is dealt out.
-        gather: for each tensor how its gather dim comes together.
+        scatter: for each tensor, how its scatter dim is divided among the ranks.
+        gather: for each tensor, how its gather dim is joined from the ranks.
     """
 
     scatter: tuple[Split, ...]
@@ -174,7 +174,7 @@ class Splits(NamedTuple):
 
     @property
     def is_even(self) -> bool:
-        """Whether the ranks send and receive parts of one size, of which nobody has replicas."""
+        """Whether all parts have one size and no part has replicas."""
         if self is HEADS_TO_SEQUENCE or self is SEQUENCE_TO_HEADS:  # most calls
             return True
         for split in (*self.scatter, *self.gather):
@@ -183,7 +183,7 @@ class Splits(NamedTuple):
         return True
 
     def reverse(self) -> Splits:
-        """The exchange that undoes this one; with replicated heads, its adjoint."""
+        """Returns the reverse exchange; with replicated heads, the adjoint exchange."""
         if self is HEADS_TO_SEQUENCE:
             return SEQUENCE_TO_HEADS
         if self is SEQUENCE_TO_HEADS:
@@ -194,22 +194,22 @@ class Splits(NamedTuple):
     def output_shape(
         shape: Sequence[int], scatter: Split, gather: Split, rank: int, world_size: int
     ) -> list[int]:
-        """The shape of one tensor behind the exchange."""
+        """Returns the shape of one tensor after the exchange."""
         result = list(shape)
         result[scatter.dim] = scatter.part(shape[scatter.dim], rank, world_size)
         result[gather.dim] = gather.whole(shape[gather.dim], world_size)
         return result
 
 
-# What one tensor trades that is shared evenly: (2, 1) and (1, 2).
+# The splits of one tensor with even sizes, for the dims (2, 1) and (1, 2).
 HEADS_TO_SEQUENCE = Splits((Split(2),), (Split(1),))
 SEQUENCE_TO_HEADS = Splits((Split(1),), (Split(2),))
 
 
 def replicated_view(tensor: Tensor, dim: int, replicas: int) -> Tensor:
-    """Every entry of `dim` as the message for each of its replicas: `b s H d -> b H r s 1 d`.
+    """Repeats every entry of `dim` for each of its replicas: `b s H d -> b H r s 1 d`.
 
-    Nothing is repeated in memory; the new axis has stride 0. H and r together are the ranks.
+    The result is a view: the new axis r has stride 0. H and r together are the ranks.
 
     Example:
         >>> import torch
@@ -221,10 +221,10 @@ def replicated_view(tensor: Tensor, dim: int, replicas: int) -> Tensor:
 
 
 def near_even_sizes(size: int, num_parts: int) -> list[int]:
-    """The sizes of `num_parts` parts that differ by at most 1, the longer ones first.
+    """Divides `size` into `num_parts` sizes that differ by at most 1; the larger sizes come first.
 
-    What `torch.tensor_split` makes of a dim; every rank computes the same, so it can be passed as
-    `scatter_sizes` or `gather_sizes`.
+    `torch.tensor_split` divides a dim in the same way. Every rank computes the same list, so pass
+    the list as `scatter_sizes` or `gather_sizes`.
 
     Example:
         >>> near_even_sizes(10, 4)
@@ -237,6 +237,6 @@ def near_even_sizes(size: int, num_parts: int) -> list[int]:
         raise ValueError(f"size must not be negative, got {size}")
     if num_parts < 1:
         raise ValueError(f"num_parts must be at least 1, got {num_parts}")
-    # Not divmod: torch.compile does not trace it for a size that may change.
+    # Not divmod: torch.compile does not trace divmod for a size that may change.
     shorter, longer_parts = size // num_parts, size % num_parts
     return [shorter + 1 if part < longer_parts else shorter for part in range(num_parts)]

@@ -1,11 +1,11 @@
-"""The collectives by memory, for ranks that can write into each other's: no autograd.
+"""The collectives by memory, for ranks that can write into each other's memory: no autograd.
 
-A rank allocates its output in memory that the others have mapped, and posts its place. Every rank
-copies its part of the input, in whatever strides it has, straight to where it belongs in the
-outputs of the others. Nothing is packed, and every byte is copied once. A post says what its rank
-asks for, so that ranks that disagree are found in every call, before anything is written.
+A rank allocates its output in memory that the other ranks have mapped, and posts where the output
+is. Every rank copies the parts of its input, with any strides, straight into the outputs of the
+others. Nothing is packed, and every byte is copied once. A post also says what its rank asks for.
+So every call finds ranks that disagree, before anything is written.
 
-Sums are made in rank order, by the rank that needs them: they are the same in every run.
+The rank that needs a sum adds the parts in rank order, so a sum is the same in every run.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from ..profiling import span
 from .group import Group
 from .layout import Split, Splits, near_even_sizes, replicated_view
 
-# Up to so many bytes every rank sends its whole tensor to every other in an all_reduce, and all
-# reduce it: one round of posts. Above, each reduces a part and sends it on: P/2 times fewer bytes.
+# In an all_reduce of up to so many bytes, every rank sends its whole tensor to every other rank,
+# and all ranks reduce: one round of posts. Above, each rank reduces a part and sends the part to
+# the others: two rounds, with P/2 times fewer bytes.
 WHOLE_REDUCE_BYTES = 1 << 15
 
 _REDUCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -50,7 +51,7 @@ _REDUCTIONS: dict[str, Callable[..., Tensor]] = {
 
 
 class Work:
-    """A call in flight: what it will give, and what is left to do when it has arrived."""
+    """A call in flight: its outputs, and what is left to do when the outputs are complete."""
 
     __slots__ = ("_complete", "_flight", "_group", "_op", "_outputs")
 
@@ -62,7 +63,7 @@ class Work:
         outputs: list[Tensor],
         complete: Callable[[], None] | None = None,
     ) -> None:
-        """What has been started already; `complete` is called when it has arrived."""
+        """Takes a call that has started; `complete` is called when the outputs have arrived."""
         self._group = group
         self._op = op
         self._flight = flight
@@ -70,7 +71,7 @@ class Work:
         self._complete = complete
 
     def wait(self) -> list[Tensor]:
-        """The outputs, once they are there; called once."""
+        """Waits for the outputs and returns them; called once."""
         with span("exchange", self._group.name):
             _wait(self._group, self._op, self._flight)
         if self._complete is not None:
@@ -91,14 +92,14 @@ def all_to_all(group: Group, inputs: Sequence[Tensor], splits: Splits) -> list[T
 def start_all_to_all(
     group: Group, inputs: Sequence[Tensor], splits: Splits, *, async_op: bool
 ) -> Work:
-    """Posts the outputs; copies at once, or where `async_op` while the caller computes."""
+    """Posts the outputs. Copies at once; with `async_op`, a thread copies meanwhile."""
     memory, rank, size = _memory(group), group.rank(), group.size()
     pairs = list(zip(inputs, splits.scatter, splits.gather, strict=True))
-    is_even = splits.is_even  # then all ranks post the same
+    is_even = splits.is_even  # then all ranks post the same specs
     even_specs: list[Spec] = []
 
     def specs_of(owner: int) -> list[Spec]:
-        """What a rank posts: its outputs, or the parts of those that are sums."""
+        """Returns what a rank posts: its outputs; for an output that is a sum, its terms."""
         if even_specs:
             return even_specs
         specs: list[Spec] = []
@@ -177,7 +178,7 @@ def _reduce_scatter(group: Group, facts: Facts, input_: Tensor, split: Split, op
     memory, rank, size = _memory(group), group.rank(), group.size()
 
     def specs_of(owner: int) -> list[Spec]:
-        """A rank's part, once for every rank."""
+        """Returns the spec of a rank's part, once for every rank that adds to it."""
         shape = list(input_.shape)
         shape[split.dim] = split.part(shape[split.dim], owner, size)
         return [(shape, input_.dtype)] * size
@@ -219,7 +220,7 @@ def add_buckets(group: Group, buckets: Sequence[Sequence[Tensor]]) -> None:
 
 
 def _reduced(parts: list[Tensor], op: str) -> Tensor:
-    """The reduction of what the ranks have brought, in rank order, in the memory of the first."""
+    """Reduces the parts of all ranks in rank order, into the memory of the first part."""
     total = parts[0]
     for part in parts[1:]:
         _REDUCTIONS[op](total, part, out=total)
@@ -274,7 +275,7 @@ def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
 
 
 def send(group: Group, tensor: Tensor, dst: int) -> None:
-    """`tensor` to rank `dst`, which receives at the same time."""
+    """Sends `tensor` to rank `dst`, which receives at the same time."""
     memory = _memory(group)
     specs: list[Spec] = [(tensor.shape, tensor.dtype)]
 
@@ -294,12 +295,12 @@ def recv(
 
 
 def check(group: Group, facts: Facts) -> None:
-    """Compares what the ranks ask for; moves nothing."""
+    """Compares what the ranks ask for; sends nothing else."""
     _run(group, facts, [], _deliver_nothing, targets=[])
 
 
 def _deliver_nothing(*_: object) -> None:
-    """What a rank without targets delivers."""
+    """Delivers nothing, for a rank without targets."""
 
 
 def _run(
@@ -369,7 +370,7 @@ def _pair(
     deliver: Callable[[int, Place], None],
     posted: Posted | None,
 ) -> None:
-    """A send or a recv: the other must do the other of the two, with the same shape and dtype."""
+    """Makes a send or a recv; the peer must make the opposite one, with this shape and dtype."""
     rank = group.rank()
     src, dst = (rank, peer) if op == "send" else (peer, rank)
     other = "recv" if op == "send" else "send"
@@ -411,7 +412,7 @@ def _allocate(
 
 
 def _wait(group: Group, op: str, flight: Flight) -> None:
-    """Waits; says which call on which rank it was that failed."""
+    """Waits; adds op and rank to an error."""
     try:
         flight.wait()
     except Mismatch as mismatch:

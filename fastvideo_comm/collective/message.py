@@ -1,8 +1,9 @@
 """A message: the elements of a tensor that travel, and the memory that they travel from.
 
-Whether a tensor is copied before or behind an exchange is decided here and nowhere else: a view
-that is contiguous is its own wire, and any other view gets a wire buffer. A wire buffer is given
-back only when the exchange is complete: after a failure the backend may still read it.
+Only this module decides whether a tensor is copied before or after an exchange. A contiguous view
+is its own wire, which means that the exchange uses its memory. Any other view gets a wire buffer. A
+wire buffer is given back only when the exchange is complete, because after a failure the backend
+may still read it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class Message:
-    """Elements of a tensor on their way.
+    """Elements of a tensor that travel.
 
     Attributes:
         wire: contiguous memory that holds the messages of all ranks in rank order.
-        pairs: views of the tensor, and where their elements stand in `wire`; empty where `wire` is
-            the tensor's own memory.
+        pairs: views of the tensor, each with its elements in `wire`. Empty if `wire` is the
+            tensor's own memory.
     """
 
     __slots__ = ("_buffers", "pairs", "wire")
@@ -39,14 +40,14 @@ class Message:
         pairs: list[tuple[Tensor, Tensor]],
         buffers: WireBuffers | None = None,
     ) -> None:
-        """`buffers`: where `wire` goes when nobody needs it; None where it is the tensor's own."""
+        """`buffers` takes `wire` back at the end; None if `wire` is the tensor's own memory."""
         self.wire = wire
         self.pairs = pairs
         self._buffers = buffers
 
     @classmethod
     def of(cls, buffers: WireBuffers, view: Tensor) -> Message:
-        """The elements of a view, in the order of the view."""
+        """Makes a message of the elements of a view, in the order of the view."""
         if is_message(view):
             return cls(view, [])
         wire = buffers.take(view.shape, view)
@@ -56,7 +57,7 @@ class Message:
     def of_split(
         cls, buffers: WireBuffers, tensor: Tensor, split: Split, world_size: int
     ) -> Message:
-        """The parts of a tensor `[B, ..]` for the ranks, in rank order in each batch entry."""
+        """Makes a message of the parts of `[B, ..]`, in rank order in each batch entry."""
         if split.sizes is None:
             return cls.of(buffers, split.views(tensor, world_size)[0])
         if split.dim == 1 and is_message(tensor[0]):
@@ -72,7 +73,7 @@ class Message:
 
     @classmethod
     def of_part(cls, buffers: WireBuffers, tensor: Tensor, slot: int) -> Message:
-        """A tensor in the front of a slot that holds `slot` elements."""
+        """Makes a message of a tensor, padded to `slot` elements."""
         if tensor.numel() == slot:
             return cls.of(buffers, tensor)
         wire = buffers.take((slot,), tensor)
@@ -95,43 +96,43 @@ class Message:
     def of_parts(
         cls, buffers: WireBuffers, tensor: Tensor, dim: int, sizes: Sequence[int]
     ) -> Message:
-        """The parts of `dim` of a tensor, each in the front of a slot that holds the largest."""
+        """Makes a message of the parts of `dim`, each padded to the size of the largest part."""
         slot = tensor.numel() // tensor.shape[dim] * max(sizes)
         wire = buffers.take((len(sizes), slot), tensor)
         return cls(wire, padded_pairs(tensor, dim, sizes, wire), buffers)
 
     def complete(self) -> None:
-        """What is left to do when the messages have been unpacked."""
+        """Does what is left after the messages have been unpacked: here nothing."""
 
     def release(self) -> None:
-        """Gives the wire buffer back: the exchange is complete."""
+        """Gives the wire buffer back, when the exchange is complete."""
         if self._buffers is not None:
             self._buffers.give_back(self.wire)
 
 
 class SummedMessage(Message):
-    """Received parts that several ranks have of the same entries: they are added."""
+    """A received message in which several ranks send the same entries; the parts are added."""
 
     __slots__ = ("_sum",)
 
     def __init__(self, buffers: WireBuffers, tensor: Tensor, split: Split) -> None:
-        """For a tensor whose entries of `split.dim` are held by several ranks each."""
+        """Makes the message for a tensor whose entries of `split.dim` come from several ranks."""
         view = replicated_view(tensor, split.dim, split.replicas)
         super().__init__(buffers.take(view.shape, tensor), [], buffers)
         self._sum = view[:, :, 0]
 
     def complete(self) -> None:
-        """Adds what the ranks of each entry have sent."""
+        """Adds the parts of each entry."""
         torch.sum(self.wire, 2, out=self._sum)
 
 
 def is_message(view: Tensor) -> bool:
-    """Whether the memory of a view is its elements in order, not lazily conjugated or negated."""
+    """Whether the memory of a view holds its elements in order, and no lazy conjugation or sign."""
     return view.is_contiguous() and not (view.is_conj() or view.is_neg())
 
 
 def pack(messages: Sequence[Message], name: str) -> None:
-    """Copies into the wires what is not there yet: one launch for all messages.
+    """Copies the pairs of all messages into the wires, in one launch.
 
     `name` is the group's, for the profiler.
     """
@@ -142,7 +143,7 @@ def pack(messages: Sequence[Message], name: str) -> None:
 
 
 def unpack(messages: Sequence[Message], name: str) -> None:
-    """Copies out of the wires what is not where it belongs yet, and gives the wires back."""
+    """Copies the pairs of all messages out of the wires, and gives the wires back."""
     pairs = [pair for message in messages for pair in message.pairs]
     if pairs:
         with span("unpack", name):

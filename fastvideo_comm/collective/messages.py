@@ -1,11 +1,12 @@
 """The collectives by messages, for ranks that can only send: no autograd.
 
-Each is a strided copy into messages, an exchange of contiguous messages by the process group, and a
-strided copy out of them. `Message` leaves a copy out where the tensor's own memory is the message.
+Each collective is a strided copy into messages, an exchange of contiguous messages by the process
+group, and a strided copy out of them. `Message` leaves out a copy if the tensor's own memory is the
+message.
 
-Parts of different sizes are padded to the largest in `all_gather` and `reduce_scatter`: gloo and
-NCCL gather and reduce equal parts only, and in an all_to_all a part would cross between two hosts
-once for every rank over there.
+`all_gather` and `reduce_scatter` pad parts of different sizes to the largest part, because gloo and
+NCCL gather and reduce equal parts only. An all_to_all would need no padding, but it would send a
+part to another host once for every rank there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TOGETHER_BYTES = 1 << 20
 
 
 class Work:
-    """An exchange in flight: what it will give, and what is left to do when it has arrived."""
+    """An exchange in flight: its outputs, and what is left to do when the messages arrive."""
 
     __slots__ = ("_group", "_outputs", "_received", "_sent", "_works")
 
@@ -44,7 +45,7 @@ class Work:
         sent: list[Message],
         received: list[Message],
     ) -> None:
-        """What has been started already."""
+        """Takes an exchange that has started."""
         self._group = group
         self._works = works
         self._outputs = outputs
@@ -52,7 +53,7 @@ class Work:
         self._received = received
 
     def wait(self) -> list[Tensor]:
-        """The outputs, once they are there; called once."""
+        """Waits for the outputs and returns them; called once."""
         with span("exchange", self._group.name):
             self._group.wait("all_to_all", self._works)
         unpack(self._received, self._group.name)
@@ -75,14 +76,14 @@ def all_to_all(group: Group, inputs: Sequence[Tensor], splits: Splits) -> list[T
 
 
 def _all_to_all_as_one(group: Group, input_: Tensor, scatter_dim: int, gather_dim: int) -> Tensor:
-    """Trades one tensor in one exchange: what `start_all_to_all` does, in half of its host time."""
+    """Trades one tensor in one exchange: as `start_all_to_all`, with less host time."""
     size, shape = group.size(), list(input_.shape)
     shape[scatter_dim] //= size
     shape[gather_dim] *= size
     output = input_.new_empty(shape)
     if not output.numel():
         return output
-    # For a batch of one both positions are the same order, and one of the views costs less.
+    # For a batch of one, both positions give the same order, and position 1 costs less.
     position = 1 if shape[0] == 1 else 0
     sent = Message.of(group.buffers, message_view(input_, scatter_dim, size, position))
     received = Message.of(group.buffers, message_view(output, gather_dim, size, position))
@@ -102,8 +103,8 @@ def start_all_to_all(
 ) -> Work:
     """Packs and sends; the caller may compute until it waits.
 
-    Every batch entry of a tensor is a message of its own, which the exchange reads or writes where
-    it stands: one local pass, however large the batch. A small batch travels as one message.
+    Every batch entry of a tensor is a message of its own, and the exchange reads or writes it in
+    place: one local pass for a batch of any size. A small batch travels as one message.
     """
     size, buffers = group.size(), group.buffers
     outputs: list[Tensor] = []
@@ -275,7 +276,7 @@ def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
 
 
 def send(group: Group, tensor: Tensor, dst: int) -> None:
-    """`tensor` to rank `dst`."""
+    """Sends `tensor` to rank `dst`."""
     sent = Message.of(group.buffers, tensor)
     pack([sent], group.name)
     with span("exchange", group.name):
@@ -286,7 +287,7 @@ def send(group: Group, tensor: Tensor, dst: int) -> None:
 def recv(
     group: Group, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device
 ) -> Tensor:
-    """A tensor of `size` from rank `src`."""
+    """Receives a tensor of `size` from rank `src`."""
     tensor = torch.empty(size, dtype=dtype, device=device)
     with span("exchange", group.name):
         group.recv(tensor, src)

@@ -1,10 +1,10 @@
 """The exchange by memory as torch.compile sees it: one operator of its own.
 
-The operator does what `memory.all_to_all` does, so that compiled code writes straight into the
-other ranks' outputs too. The other collectives go as in `traced`.
+The operator does what `memory.all_to_all` does, so compiled code writes straight into the other
+ranks' outputs too. The other collectives do what `traced` does.
 
-The compiler may move an operator, and ranks whose graphs differ may move it differently: compile
-the same code with the same shapes on every rank of a group.
+The compiler may move an operator. If the graphs of the ranks differ, the ranks may move it
+differently. So compile the same code with the same shapes on every rank of a group.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from . import memory, traced
 from .group import Group, OperatorGroup
 from .layout import Split, Splits
 
-# An operator is given its group by name, as torch's own collectives are.
+# An operator gets its group by name, as torch's own collectives do.
 _groups: weakref.WeakValueDictionary[str, Group] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 def register(group: Group) -> str:
-    """A name for a group that has connected memory, by which the operator finds it."""
+    """Returns a name by which the operator finds a group that has connected memory."""
     name = f"group {next(_numbers)}"
     _groups[name] = group
     return name
@@ -68,7 +68,7 @@ def reduce(group: OperatorGroup, input_: Tensor, dst: int) -> Tensor:
 
 @torch.library.custom_op("fastvideo_comm::all_to_all", mutates_args=())
 def _all_to_all(inputs: Sequence[Tensor], group: str, splits: Sequence[int]) -> list[Tensor]:
-    """`inputs` on every rank -> what `Splits` says of them; `splits` as `_encoded` gives them."""
+    """Exchanges `inputs` as the `Splits` say that `_encoded` turned into `splits`."""
     found = _group(group)
     return memory.all_to_all(found, inputs, _decoded(splits, len(inputs), found.size()))
 
@@ -108,7 +108,7 @@ def _group(name: str) -> Group:
 
 
 def _encoded(splits: Splits) -> list[int]:
-    """As integers: for each split its dim, its replicas, and how many sizes follow."""
+    """Returns integers: for each split its dim, its replicas, the number of sizes, the sizes."""
     numbers: list[int] = []
     for split in (*splits.scatter, *splits.gather):
         sizes = split.sizes or ()

@@ -1,4 +1,4 @@
-"""Which way a collective goes: one function decides, from what is the same on all ranks."""
+"""Which way a collective goes. One function decides, from facts that all ranks share."""
 
 from __future__ import annotations
 
@@ -42,13 +42,16 @@ def memory_mode(
 
 
 def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
-    """The module with the collectives, and the group in the form that the module takes.
+    """Returns the module with the collectives, and the group in the form that the module takes.
 
-    `traced` where torch.compile is looking: the compiler plans copies and buffers itself; or
-    `operator`, once the communicator has connected memory (its first eager call does).
-    `memory` where the ranks of a communicator can write into each other's memory, whatever the
-    sizes: at every size that was measured it is the fastest (bench/NOTES.md, "Exchange by
-    memory"). `messages` everywhere else.
+    The module is one of these:
+
+    - `traced` in compiled code: there the compiler plans copies and buffers.
+    - `operator` in compiled code of a communicator that has connected memory. The first eager call
+      connects it.
+    - `memory` if the ranks of a communicator can write into each other's memory, for every size: it
+      is the fastest at every size that was measured (bench/NOTES.md, "Exchange by memory").
+    - `messages` otherwise.
 
     Example (inside a rank):
         >>> way, group = route(group)  # doctest: +SKIP
@@ -56,7 +59,7 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
     """
     if torch.compiler.is_compiling():
         return (operator if isinstance(group, OperatorGroup) else traced), group
-    if isinstance(group, OperatorGroup):  # what was compiled runs eagerly, under a debugger say
+    if isinstance(group, OperatorGroup):  # compiled code runs eagerly, for example in a debugger
         group = group.process_group
     group = Group.of(group)
     if not group.connects_memory():
@@ -67,12 +70,12 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
 
 
 def traced_form(group: Group) -> ProcessGroup | OperatorGroup:
-    """What compiled code holds of a group."""
+    """Returns the form of a group that compiled code holds."""
     if group.memory is None:
         return group.process_group
     return OperatorGroup(group.process_group, group.operator_name)
 
 
 def route_of_pair(group: Group) -> ModuleType:
-    """As `route`, for two ranks alone: they use memory that all ranks have connected before."""
+    """As `route`, for two ranks: they use memory only if all ranks have connected it before."""
     return memory if group.memory is not None else messages

@@ -1,11 +1,11 @@
-"""The collectives as torch.compile sees them: functional, nothing written in place.
+"""The collectives as torch.compile sees them: functional, without writes in place.
 
-The copies are views and `contiguous()`, which the compiler fuses with what stands before and
-behind; the exchanges are torch's functional operators, named by their group. A batch is exchanged
-in one call, since here the copy behind it costs nothing of its own.
+The copies are views and `contiguous()`. The compiler fuses them with the code before and after. The
+exchanges are torch's functional operators, which get their group by name. A batch is exchanged in
+one call, because the compiler fuses the copy after it with other code.
 
-The compiler may move an exchange, and ranks whose graphs differ may move it differently: compile
-the same code with the same shapes on every rank of a group.
+The compiler may move an exchange. If the graphs of the ranks differ, the ranks may move it
+differently. So compile the same code with the same shapes on every rank of a group.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .wire import moved, moved_back, moved_counts
 
 
 def all_to_all(group: ProcessGroup, inputs: Sequence[Tensor], splits: Splits) -> list[Tensor]:
-    """As `messages.all_to_all`: one exchange for all tensors of a dtype."""
+    """As `messages.all_to_all`, with one exchange for all tensors of a dtype."""
     inputs = [resolved(input_) for input_ in inputs]
     outputs: dict[int, Tensor] = {}
     for dtype in dict.fromkeys([input_.dtype for input_ in inputs]):
@@ -39,7 +39,7 @@ def _all_to_all(
 ) -> list[Tensor]:
     size, rank, dtype = group.size(), group.rank(), inputs[0].dtype
     parts = [_parts(*each, size) for each in zip(inputs, scatter, strict=True)]
-    # [rank][tensor]: what goes to each rank, and the shapes of what comes from each.
+    # [rank][tensor]: the message to each rank, and the shape of the message from each rank.
     sent = list(zip(*parts, strict=True))
     shapes = [
         [_shape_from(other, *each) for each in zip(sent[rank], gather, strict=True)]
@@ -63,7 +63,7 @@ def _all_to_all(
 
 
 def _parts(tensor: Tensor, split: Split, size: int) -> list[Tensor]:
-    """The message to each rank."""
+    """Returns the message to each rank."""
     if split.replicas > 1:
         return [tensor.narrow(split.dim, rank // split.replicas, 1) for rank in range(size)]
     sizes = split.sizes or [tensor.shape[split.dim] // size] * size
@@ -71,12 +71,12 @@ def _parts(tensor: Tensor, split: Split, size: int) -> list[Tensor]:
 
 
 def _shape_from(rank: int, own: Tensor, split: Split) -> list[int]:
-    """The shape of a rank's message to this one, given this rank's to itself."""
+    """Returns the shape of `rank`'s message to this rank; `own` is the message to itself."""
     return list(own.shape) if split.sizes is None else _with_size(own, split.dim, split.sizes[rank])
 
 
 def _together(messages: list[Tensor], split: Split) -> Tensor:
-    """The message from each rank in its place; those for one head are added."""
+    """Joins the messages from all ranks; messages for the same head are added."""
     if split.replicas > 1:
         heads = range(0, len(messages), split.replicas)
         messages = [torch.stack(messages[i : i + split.replicas]).sum(0) for i in heads]
@@ -90,8 +90,8 @@ def all_gather(group: ProcessGroup, input_: Tensor, split: Split) -> Tensor:
         return _all_gather_padded(group, input_, split.dim, split.sizes)
     received = _gathered(group, input_.contiguous())
     output = concatenate_messages(received.view(group.size(), *input_.shape), split.dim)
-    # Not `contiguous()` alone, which may be `output` itself: torch 2.11 makes every intermediate of
-    # an autograd Function an output, and of one tensor under two names one loses its gradient.
+    # `contiguous()` alone may return `output` itself. torch 2.11 makes every intermediate tensor of
+    # an autograd Function an output. If one tensor has two names, one name loses its gradient.
     return output if output.is_contiguous() else output.contiguous()
 
 
@@ -107,7 +107,7 @@ def _all_gather_padded(
 
 
 def _gathered(group: ProcessGroup, message: Tensor) -> Tensor:
-    """The messages of all ranks, in a row."""
+    """Gathers the messages of all ranks, in a row."""
     received = _wait(
         torch.ops._c10d_functional.all_gather_into_tensor(
             moved(message), group.size(), group.group_name
@@ -117,7 +117,7 @@ def _gathered(group: ProcessGroup, message: Tensor) -> Tensor:
 
 
 def reduce_scatter(group: ProcessGroup, input_: Tensor, split: Split) -> Tensor:
-    """As `messages.reduce_scatter`: always along dim 0, the one that every backend has."""
+    """As `messages.reduce_scatter`; the operator reduces along dim 0, which every backend can."""
     input_ = resolved(input_)
     if split.sizes is not None:
         return _reduce_scatter_padded(group, input_, split.dim, split.sizes)
@@ -136,7 +136,7 @@ def _reduce_scatter_padded(
 
 
 def _reduced_part(group: ProcessGroup, sent: Tensor) -> Tensor:
-    """The sum over ranks of this rank's part of dim 0."""
+    """Returns the sum over ranks of this rank's part of dim 0."""
     return _wait(
         torch.ops._c10d_functional.reduce_scatter_tensor(
             sent, "sum", group.size(), group.group_name
@@ -145,7 +145,7 @@ def _reduced_part(group: ProcessGroup, sent: Tensor) -> Tensor:
 
 
 def _padded(part: Tensor, slot: int) -> Tensor:
-    """The elements in a row, and zeros up to `slot`."""
+    """Returns the elements in a row, with zeros up to `slot` elements."""
     flat = part.reshape(-1)
     return torch.cat((flat, flat.new_zeros(slot - flat.numel())))
 
@@ -157,7 +157,7 @@ def _with_size(tensor: Tensor, dim: int, size: int) -> list[int]:
 
 
 def all_reduce(group: ProcessGroup, input_: Tensor, op: str) -> Tensor:
-    """As `messages.all_reduce`; gloo has no average, so it is a sum and a division."""
+    """As `messages.all_reduce`. gloo has no average, so an average is a sum and a division."""
     reduced = _wait(
         torch.ops._c10d_functional.all_reduce(
             resolved(input_).contiguous(), "sum" if op == "avg" else op, group.group_name
@@ -197,7 +197,7 @@ def reduce(group: ProcessGroup, input_: Tensor, dst: int) -> Tensor:
 
 
 def resolved(tensor: Tensor) -> Tensor:
-    """Not lazily conjugated or negated; torch cannot ask a traced tensor whether it is."""
+    """Resolves a lazy conjugation or sign; a traced tensor cannot be asked whether it has one."""
     return tensor.resolve_conj().resolve_neg()
 
 

@@ -1,7 +1,7 @@
-"""What every op asks of its arguments, checked before anything is sent.
+"""The checks of every op's arguments, before anything is sent.
 
-Each function raises the small fact, `<argument> must <rule>, got <value>`, and returns the
-arguments in their normal form; the communicator adds op, group and rank.
+Each function raises a short error, `<argument> must <rule>, got <value>`, or returns the arguments
+in their normal form. The communicator adds op, group and rank to the error.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from .grouped_heads import HEADS_DIM, form_groups, grouped_splits
 from .layout import HEADS_TO_SEQUENCE, SEQUENCE_TO_HEADS, Split, Splits, near_even_sizes
 from .wire import REDUCED
 
-# Every rank's size of a dim, for all tensors or one list for each; "auto": found out.
+# Every rank's size of a dim: one list for all tensors, or one list for each tensor. "auto": the
+# library finds the sizes.
 Sizes: TypeAlias = "Sequence[int] | Sequence[Sequence[int] | None] | Literal['auto'] | None"
 
 _BITWISE = ("band", "bor", "bxor")
 
 
 def check_tensor(name: str, value: Tensor) -> None:
-    """A dense tensor that is all here."""
+    """Checks for a dense tensor that is whole on this rank."""
     if value is None:
         raise TypeError(
             f"{name} must be a tensor, got None; a parameter that the loss does not depend on has "
@@ -45,7 +46,7 @@ def check_tensor(name: str, value: Tensor) -> None:
 
 
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
-    """A tensor on the communicator's device; a device without an index means any of its type."""
+    """Checks the device of a tensor; a device without an index allows every device of its type."""
     if value.device.type != device.type or (
         device.index is not None and value.device.index != device.index
     ):
@@ -53,19 +54,19 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def check_world_size(group: AnyGroup, world_size: int) -> None:
-    """The caller's world size is the group's."""
+    """Checks that the caller's world size is the group's."""
     if group.size() != world_size:
         raise ValueError(f"world_size must be the group's {group.size()}, got {world_size}")
 
 
 def check_int(name: str, value: int) -> None:
-    """An int, and not a bool."""
+    """Checks for an int that is not a bool."""
     if type(value) is not int and (not isinstance(value, int) or isinstance(value, bool)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
 def normal_dim(input_: Tensor, dim: int) -> int:
-    """`dim` counted from the front."""
+    """Checks `dim`; returns it counted from the front."""
     check_int("dim", dim)
     if input_.dim() == 0:
         raise ValueError("input_ must have at least 1 dim, got a 0-d tensor")
@@ -78,7 +79,7 @@ def normal_dim(input_: Tensor, dim: int) -> int:
 
 
 def check_divisible(input_: Tensor, name: str, dim: int, world_size: int, remedy: str = "") -> None:
-    """World size divides the size at `dim`."""
+    """Checks that the world size divides the size at `dim`."""
     if input_.shape[dim] % world_size:
         raise ValueError(
             f"input_ must have a size at {name}={dim} that world_size={world_size} divides, "
@@ -87,7 +88,7 @@ def check_divisible(input_: Tensor, name: str, dim: int, world_size: int, remedy
 
 
 def all_to_all_4D_dims(input_: Tensor, scatter_dim: int, gather_dim: int) -> tuple[int, int]:
-    """A 4-d tensor, and heads against sequence; the dims counted from the front."""
+    """Checks a 4-d tensor and its two dims; returns the dims counted from the front."""
     check_tensor("input_", input_)
     check_int("scatter_dim", scatter_dim)
     check_int("gather_dim", gather_dim)
@@ -105,7 +106,7 @@ def all_to_all_4D_dims(input_: Tensor, scatter_dim: int, gather_dim: int) -> tup
 
 
 def all_to_all_4D(input_: Tensor, world_size: int, scatter_dim: int, gather_dim: int) -> Splits:
-    """`all_to_all_4D_dims`, and a size that the ranks can share evenly."""
+    """As `all_to_all_4D_dims`; also checks that P divides the size, and returns even splits."""
     dims = all_to_all_4D_dims(input_, scatter_dim, gather_dim)
     check_divisible(
         input_, "scatter_dim", dims[0], world_size, "; scatter_sizes= shares it unevenly"
@@ -114,7 +115,7 @@ def all_to_all_4D(input_: Tensor, world_size: int, scatter_dim: int, gather_dim:
 
 
 def tensors(input_: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """One tensor or at least one, as a tuple."""
+    """Returns one tensor, or a sequence of at least one, as a tuple."""
     if isinstance(input_, Tensor):
         return (input_,)
     if not isinstance(input_, list | tuple):
@@ -127,7 +128,7 @@ def tensors(input_: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 def scatter_splits(
     inputs: tuple[Tensor, ...], dim: int, sizes: Sizes, world_size: int, *, packed: bool
 ) -> tuple[Split, ...]:
-    """How `dim` of each tensor is dealt out; "auto" keeps heads and their key heads together."""
+    """Returns how `dim` of each tensor is divided; "auto" keeps groups of heads together."""
     of_each = sizes_of_each("scatter_sizes", sizes, len(inputs))
     remedy = "; scatter_sizes= shares it unevenly"
     if dim == HEADS_DIM:
@@ -151,7 +152,7 @@ def scatter_splits(
 def gather_splits(
     inputs: tuple[Tensor, ...], dim: int, of_each: Sequence[Any], rank: int, world_size: int
 ) -> tuple[Split, ...]:
-    """How `dim` of each tensor comes together, from every rank's sizes of it."""
+    """Returns how `dim` of each tensor is joined, given every rank's sizes of it."""
     return tuple(
         gather_split(input_, dim, sizes, rank, world_size)
         for input_, sizes in zip(inputs, of_each, strict=True)
@@ -159,7 +160,7 @@ def gather_splits(
 
 
 def sizes_of_each(name: str, sizes: Sizes, num_tensors: int) -> list[Any]:
-    """One entry for each tensor: None, "auto", or every rank's size."""
+    """Returns one entry for each tensor: None, "auto", or every rank's size."""
     if sizes is None:
         return [None] * num_tensors
     if isinstance(sizes, str) and sizes != "auto":
@@ -176,7 +177,7 @@ def sizes_of_each(name: str, sizes: Sizes, num_tensors: int) -> list[Any]:
 
 
 def uneven_split(name: str, dim: int, sizes: Sequence[int], world_size: int) -> Split:
-    """A size of at least 0 for every rank; equal ones are an even split."""
+    """Checks for a size of at least 0 for every rank; equal sizes make an even split."""
     sizes = tuple(sizes)
     for size in sizes:
         check_int(f"every entry of {name}", size)
@@ -184,16 +185,16 @@ def uneven_split(name: str, dim: int, sizes: Sequence[int], world_size: int) -> 
         raise ValueError(
             f"{name} must hold world_size={world_size} sizes of at least 0, got {list(sizes)}"
         )
-    # Not `set`: what is hashed becomes a constant of a compiled graph.
+    # Not a set: a hashed size would become a constant of a compiled graph.
     return Split(dim, sizes if any(size != sizes[0] for size in sizes) else None)
 
 
 def scatter_split(
     input_: Tensor, dim: int, sizes: Any, world_size: int, *, packed: bool, remedy: str
 ) -> Split:
-    """How `dim` of a tensor is dealt out; a split is taken as it is.
+    """Returns how `dim` of a tensor is divided; `sizes` may be a finished `Split`.
 
-    Among several tensors, scarce heads are replicated.
+    In a sequence of tensors, a tensor of fewer heads than ranks is replicated.
     """
     if isinstance(sizes, Split):
         return sizes
@@ -207,7 +208,7 @@ def scatter_split(
 
 
 def _given_scatter_split(input_: Tensor, name: str, dim: int, sizes: Any, world_size: int) -> Split:
-    """Sizes that add up to that of `dim`, which errors call `name`; or near even ones."""
+    """Checks that sizes add up to the size of `dim`; errors call the dim `name`."""
     size = input_.shape[dim]
     if sizes == "auto":
         return uneven_split("scatter_sizes", dim, near_even_sizes(size, world_size), world_size)
@@ -227,7 +228,7 @@ def gather_split(
     world_size: int,
     name: str = "gather_dim",
 ) -> Split:
-    """What every rank has of the dim that comes together, which errors call `name`."""
+    """Checks every rank's size of the dim that is joined; errors call the dim `name`."""
     if sizes is None:
         return Split(dim)
     result = uneven_split("gather_sizes", dim, sizes, world_size)
@@ -240,7 +241,7 @@ def gather_split(
 
 
 def all_gather(input_: Tensor, dim: int) -> Split:
-    """Any tensor with at least one dim."""
+    """Checks for a tensor with at least one dim."""
     check_tensor("input_", input_)
     return Split(normal_dim(input_, dim))
 
@@ -248,24 +249,24 @@ def all_gather(input_: Tensor, dim: int) -> Split:
 def all_gather_sizes(
     input_: Tensor, dim: int, sizes: Sequence[int] | None, rank: int, world_size: int
 ) -> Split:
-    """`all_gather`, and what every rank has of `dim`."""
+    """As `all_gather`, with every rank's size of `dim`."""
     return gather_split(input_, normal_dim(input_, dim), sizes, rank, world_size, "dim")
 
 
 def parts(input_: Tensor, world_size: int, dim: int, remedy: str = "") -> Split:
-    """A tensor whose `dim` holds a part for every rank."""
+    """Checks for a tensor whose `dim` holds a part of the same size for every rank."""
     result = all_gather(input_, dim)
     check_divisible(input_, "dim", result.dim, world_size, remedy)
     return result
 
 
 def slice_(input_: Tensor, world_size: int, dim: int) -> Split:
-    """`parts`, for a caller who can say what the parts are."""
+    """As `parts`, for a caller who can also give `scatter_sizes`."""
     return parts(input_, world_size, dim, "; scatter_sizes= shares it unevenly")
 
 
 def slice_sizes(input_: Tensor, dim: int, sizes: Sizes, world_size: int) -> Split:
-    """`slice_`, and what every rank gets of `dim`."""
+    """As `slice_`, with every rank's part of `dim`."""
     dim = all_gather(input_, dim).dim
     (of_each,) = sizes_of_each("scatter_sizes", sizes, 1)
     if of_each is None:
@@ -290,7 +291,7 @@ def check_reduced(input_: Tensor) -> None:
 
 
 def all_reduce(input_: Tensor, op: ReduceOp | None) -> str:
-    """A dtype that can be reduced by `op`; returns the name of `op`."""
+    """Checks that `op` can reduce the dtype; returns the name of `op`."""
     check_tensor("input_", input_)
     name = reduce_op_name(op)
     if name is None:
@@ -306,13 +307,13 @@ def all_reduce(input_: Tensor, op: ReduceOp | None) -> str:
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """One of a few words."""
+    """Checks that `value` is one of a few words."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def peer(name: str, value: int, rank: int, world_size: int, *, others_only: bool) -> None:
-    """A rank of the group; for send and recv another than this one."""
+    """Checks for a rank of the group; for send and recv it must be another rank."""
     check_int(name, value)
     if not 0 <= value < world_size:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""What a dtype travels as, and how it is reduced: one table for eager and for compiled code.
+"""The dtype in which a tensor travels and is reduced: one table for eager and for compiled code.
 
-gloo and NCCL move and add only some dtypes. The others (fp8, int16, complex, ..) travel as bytes,
-and complex numbers are added as pairs of real ones.
+gloo and NCCL move and add only some dtypes. The others (fp8, int16, ..) travel as bytes. Complex
+numbers travel, and are added, as pairs of real numbers.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGER = (torch.uint8, torch.int8, torch.int32, torch.int64)
-# What gloo and NCCL both move; the rest travels as bytes.
+# gloo and NCCL both move these dtypes. The other dtypes are viewed as one of them.
 _MOVED = frozenset({torch.bool, *_INTEGER, *_REAL})
-# What gloo and NCCL both reduce, complex numbers as pairs of real ones.
+# gloo and NCCL both reduce these dtypes; complex numbers as pairs of real numbers.
 REDUCED = frozenset({*_INTEGER, *_REAL, torch.complex64, torch.complex128})
 
 
 def moved(tensor: Tensor) -> Tensor:
-    """The elements of a contiguous tensor in a row, in a dtype that every backend moves: a view.
+    """Views a contiguous tensor as a row of elements of a dtype that every backend moves.
 
     Example:
         >>> moved(torch.zeros(2, 3, dtype=torch.float8_e4m3fn)).dtype
@@ -31,14 +31,14 @@ def moved(tensor: Tensor) -> Tensor:
         return flat
     if tensor.is_complex():
         return torch.view_as_real(flat).view(-1)
-    # A single element is contiguous with any stride, and cannot be viewed as bytes with it.
+    # A single element is contiguous with any stride, but only stride 1 can be viewed as bytes.
     if flat.stride() != (1,):
         flat = flat.as_strided(flat.shape, (1,))
     return flat.view(torch.uint8)
 
 
 def moved_back(flat: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `moved`: elements of `dtype` in a row.
+    """The inverse of `moved`: views a row as elements of `dtype`.
 
     Example:
         >>> x = torch.tensor([1, -2], dtype=torch.int16)
@@ -53,7 +53,7 @@ def moved_back(flat: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def moved_counts(dtype: torch.dtype, counts: Sequence[int]) -> list[int]:
-    """Counts of elements as counts of what `moved` gives."""
+    """Turns counts of elements into counts of the elements that `moved` gives."""
     if dtype in _MOVED:
         return list(counts)
     each = 2 if dtype.is_complex else dtype.itemsize
@@ -61,5 +61,5 @@ def moved_counts(dtype: torch.dtype, counts: Sequence[int]) -> list[int]:
 
 
 def reduced(tensor: Tensor) -> Tensor:
-    """The elements of a contiguous tensor in a row, in a dtype that every backend adds: a view."""
+    """Views a contiguous tensor as a row of elements of a dtype that every backend adds."""
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).view(-1)

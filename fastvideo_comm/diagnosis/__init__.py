@@ -1,4 +1,4 @@
-"""Ranks compare what they are about to do, so that a mistake is an error and not a hang."""
+"""Ranks compare their calls before they send, so that a mistake is an error and not a hang."""
 
 from ..errors import MismatchError
 from .comparison import Diagnosis, Validate, is_due

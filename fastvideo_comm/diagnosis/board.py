@@ -1,7 +1,7 @@
-"""Where ranks leave their records for each other: the group's store, and what /proc tells.
+"""The place where ranks leave records for each other, in the group's store, and facts from /proc.
 
-Keys are those of one communicator on one group and one call. A rank removes its record of the call
-before the last when the last was complete: by then everyone has read it.
+A key names the communicator, the call and the rank. When the records of call n+1 are complete, a
+rank removes its record of call n: by then every rank has read it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class AbsentError(Exception):
     """Ranks did not arrive.
 
     Attributes:
-        states: what is known about each of them.
-        lost: they are dead, so waiting on would be in vain.
+        states: what is known about each of these ranks.
+        lost: True if the ranks are dead and will never arrive.
     """
 
     def __init__(self, states: dict[int, str], *, lost: bool) -> None:
-        """Keeps both."""
+        """Keeps `states` and `lost`."""
         super().__init__(str(states))
         self.states = states
         self.lost = lost
@@ -48,7 +48,7 @@ class Board:
     """The records of one communicator, seen from one rank."""
 
     def __init__(self, store: Store, rank: int) -> None:
-        """Takes a number of its own in the store and says which process this is."""
+        """Takes a number in the store for this communicator, and says which process this is."""
         self._store = store
         self._rank = rank
         self._prefix = f"fastvideo_comm/{store.add(f'fastvideo_comm/instances/{rank}', 1)}"
@@ -57,9 +57,9 @@ class Board:
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> Board | None:
-        """A board on the group's store, over a connection of its own; None without a store.
+        """Makes a board on the group's store, with a connection of its own; None without a store.
 
-        None for torch's "fake" backend too: its store answers nothing, and no other rank is there.
+        Returns None for torch's "fake" backend too, which has no other ranks.
         """
         if dist.get_backend(group) == "fake":
             return None
@@ -71,7 +71,7 @@ class Board:
             return None
         clone = getattr(store, "clone", None)
         if clone is not None:
-            store = clone()  # waits here do not keep other users of the store waiting
+            store = clone()  # other users of the store need not wait while this board waits
         return cls(store, group.rank())
 
     def put(self, call: str, record: bytes) -> None:
@@ -79,7 +79,7 @@ class Board:
         self._store.set(self._key(call, self._rank), record.decode())
 
     def collect(self, call: str, ranks: Sequence[int], seconds: float) -> dict[int, bytes]:
-        """The records of all `ranks` for a call.
+        """Waits for the records of all `ranks` for a call, and returns them.
 
         Raises:
             AbsentError: a rank is dead, or did not leave its record in time.
@@ -93,7 +93,7 @@ class Board:
                 look = now + _LOOK_FOR_DEAD_EVERY
                 states = {rank: self.state_of(rank) for rank, key in keys.items() if self._no(key)}
                 dead = {rank: state for rank, state in states.items() if "dead" in state}
-                # What a rank left just before it died counts.
+                # A record that a rank left just before it died is valid.
                 dead = {rank: state for rank, state in dead.items() if self._no(keys[rank])}
                 if dead:
                     raise AbsentError(dead, lost=True)
@@ -109,7 +109,7 @@ class Board:
         return records
 
     def state_of(self, rank: int) -> str:
-        """What can be said about a rank that has not arrived."""
+        """Says what is known about a rank that has not arrived."""
         key = f"{self._prefix}/process/{rank}"
         if self._no(key):
             return "has not made this communicator"
@@ -125,7 +125,7 @@ class Board:
         return f"{self._prefix}/call/{call}/{rank}"
 
     def _forget_older(self, call: str) -> None:
-        """Collective calls are one line of succession, each pair of ranks is another."""
+        """Removes this rank's last record for the collectives, or for the same pair of ranks."""
         line = call.rpartition("/")[0]
         older = self._stale.pop(line, None)
         if older is not None:
@@ -144,13 +144,13 @@ def group_timeout(group: dist.ProcessGroup) -> float:
 
 
 def own_process() -> dict[str, str | int]:
-    """What other processes need to know to find this one."""
+    """Returns what other processes need to find this process."""
     pid = os.getpid()
     return {"pid": pid, "host": os.uname().nodename, "space": _space(), "start": _start(pid)}
 
 
 def process_state(process: dict[str, str | int]) -> str:
-    """`is dead`, `is stopped`, or nothing where all is well or this host cannot see it."""
+    """Returns "is dead", "is stopped", or "" if the process runs or is not visible from here."""
     if not process["space"] or process["space"] != _space():
         return ""
     pid = int(process["pid"])
@@ -161,7 +161,7 @@ def process_state(process: dict[str, str | int]) -> str:
 
 
 def _space() -> str:
-    """Where a process id means something: this boot of this machine, this pid namespace."""
+    """Names the space of process ids: this boot of this machine, and this pid namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -170,12 +170,12 @@ def _space() -> str:
 
 
 def _start(pid: int) -> int:
-    """When a process began, in ticks since boot: a pid may be used again."""
+    """Returns when a process began, in ticks since boot; a pid alone may be used again."""
     return int(_stat(pid)[19])
 
 
 def _stat(pid: int) -> list[str]:
-    """`/proc/pid/stat` from the state on, or the values of a process that is gone."""
+    """Returns `/proc/pid/stat` from the state on; for a process that is gone, made-up values."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,18 +1,19 @@
-"""Ranks compare what they are about to do, so that a mistake is an error and not a hang.
+"""Ranks compare their calls before they send by messages: a mistake is an error and not a hang.
 
-Before a collective each rank writes a record of its call (`diagnosis_record`) into the group's
-store and reads those of the others (`diagnosis_board`). If they differ, every rank raises the same
-table. The store is used and not a collective: a collective of ranks that disagree is what hangs.
+Before a collective each rank writes a record of its call (`record.py`) into the group's store, and
+reads the records of the others (`board.py`). If the records differ, every rank raises the same
+table. The ranks use the store because a collective would hang if the ranks disagree. Ranks that
+exchange by memory do not need this module: there every call compares itself.
 
-Which calls are compared under "auto" follows from the call's number alone, which all ranks share:
-numbers 0 to 8, then 16, 32, 64, .. A memory of what was compared already would differ between
-ranks and leave one of them waiting. Calls between those cost an increment and a comparison. The
-collectives of a backward are calls like those of a forward, in the same line of numbers. Nothing is
-compared at world size 1, nor in compiled code.
+Under "auto", the number of a call decides whether it is compared: 0 to 8, then 16, 32, 64, .. All
+ranks have the same numbers. They do not remember what they have compared: such a memory could
+differ between ranks, and one of them would wait forever. A call that is not compared costs an
+increment and a test of its number. The collectives of a backward are numbered together with those
+of the forward. Nothing is compared at world size 1 or in compiled code.
 
-Assumes what every backend assumes, one call at a time per communicator, and that the ranks of a
-group make their communicators on it in the same order. A comparison makes the host wait for the
-other ranks, as gloo does anyway.
+This module assumes one call at a time per communicator, as every backend does. It assumes that the
+ranks of a group make their communicators in the same order. A comparison makes the host wait for
+the other ranks, as gloo does anyway.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from .record import Record, describe, dtype_text, shape_text, table
 
 Validate: TypeAlias = Literal["auto", "always", "off"]
 _MODES = ("auto", "always", "off")
-# Every one of the first calls is compared, later those with a power of two as their number.
+# All calls up to this number are compared, and later those whose number is a power of two.
 _FIRST_CALLS = 8
-# What the store may take beyond the timeout before it counts as unreachable.
+# The store counts as unreachable if it takes so much longer than the timeout.
 _STORE_GRACE_SECONDS = 1.0
 
 
 def is_due(number: int) -> bool:
-    """Whether "auto" compares the call with this number, counted from 0.
+    """Whether "auto" compares the call with this number; numbers start at 0.
 
     Example:
         >>> [number for number in range(100) if is_due(number)]
@@ -50,7 +51,7 @@ def is_due(number: int) -> bool:
 
 
 class Diagnosis:
-    """The comparisons of one communicator; `before` each call, `failed` where arguments are bad.
+    """The comparisons of one communicator: `before` each call, or `failed` for bad arguments.
 
     Example (inside a rank):
         >>> diagnosis = Diagnosis(group, "sp")  # doctest: +SKIP
@@ -69,11 +70,12 @@ class Diagnosis:
 
         Args:
             group: the group whose ranks are compared; `cpu_group` of the communicator.
-            name: what errors call the communicator.
+            name: the name of the communicator in errors.
             validate: "auto", "always" or "off", the same on all ranks. "always" compares every
-                call, and also whether tensors are contiguous on all ranks or on none, which
-                nothing depends on but which should rarely differ.
-            timeout: seconds that a compared call waits for the other ranks; the group's if None.
+                call. It also compares whether tensors are contiguous: no result depends on this,
+                but a difference is often a mistake.
+            timeout: seconds that a compared call waits for the other ranks. None means the group's
+                timeout.
 
         Raises:
             ValueError: another `validate`, a timeout that is not positive, or "always" for a group
@@ -91,7 +93,7 @@ class Diagnosis:
         self.set_validate(validate)
 
     def set_validate(self, validate: Validate) -> None:
-        """Says which calls are compared, before the first call; the same on all ranks.
+        """Sets which calls are compared. All ranks set the same value, before the first call.
 
         Raises:
             ValueError: As for the constructor.
@@ -115,14 +117,14 @@ class Diagnosis:
         uneven_dim: int | None = None,
         **named: Any,
     ) -> None:
-        """Compares a collective of the whole group, if its turn has come.
+        """Compares a collective of the whole group, if its number is one that is compared.
 
         Args:
             op: the op's name.
             tensors: this rank's input, or inputs.
-            arguments: dims, reduce op and whatever else must be the same on all ranks.
+            arguments: dims, reduce op and other arguments that must be the same on all ranks.
             uneven_dim: a dim whose size may differ between the ranks.
-            named: more such arguments, which the table shows with their names; None is not shown.
+            named: more such arguments. The table shows their names, and leaves out None.
 
         Raises:
             MismatchError: the ranks asked for different things, or one had bad arguments.
@@ -143,9 +145,9 @@ class Diagnosis:
         uneven_dim: int | None = None,
         **named: Any,
     ) -> None:
-        """As `before`, for the collective by which the backward of `op` begins.
+        """As `before`, for the first collective of the backward of `op`.
 
-        The strides of gradients are left out: they follow from each rank's own loss.
+        The strides of gradients are not compared, because they depend on each rank's own loss.
 
         Raises:
             ClosedError: the communicator was destroyed; the other ranks are told.
@@ -164,7 +166,7 @@ class Diagnosis:
         self._compare(self._board, record, str(self._number - 1), range(self._size))
 
     def close(self) -> None:
-        """The communicator was destroyed: a backward that still comes is an error."""
+        """Closes: a later backward is an error."""
         self._group = None
 
     def before_pair(
@@ -174,7 +176,7 @@ class Diagnosis:
         dtype: torch.dtype,
         peer: int,
     ) -> None:
-        """Compares a send with its recv, if the turn of this pair of ranks has come.
+        """Compares a send with its recv, if its number for this pair is one that is compared.
 
         Args:
             op: "send" or "recv".
@@ -183,7 +185,7 @@ class Diagnosis:
             peer: the other rank.
 
         Raises:
-            MismatchError: the two do not fit.
+            MismatchError: the send and the recv do not fit.
             PeerLostError: the other rank is dead.
             CommunicationTimeoutError: the other rank did not arrive in time.
         """
@@ -204,7 +206,7 @@ class Diagnosis:
         return self._number
 
     def compares_next(self) -> bool:
-        """Whether the ranks compare the next collective; its arguments must be known good then."""
+        """Whether the ranks compare the next collective."""
         if self._board is None:
             return False
         return self.validate == "always" or is_due(self._number)
@@ -212,8 +214,9 @@ class Diagnosis:
     def failed(self, op: str, error: Exception) -> None:
         """Tells the others, if they are about to compare, that this rank's arguments were bad.
 
-        For a collective that raised before it came to `before`: the others would wait for it. Waits
-        for nobody. A bad `send` or `recv` is not told: no other rank's collective waits for it.
+        Call this for a collective that raised before it called `before`: the others would wait for
+        it. `failed` waits for nobody. It does not tell of a bad `send` or `recv`, because no
+        collective of another rank waits for those.
         """
         board, number = self._board, self._number
         if board is None or op in ("send", "recv"):
@@ -226,7 +229,7 @@ class Diagnosis:
         self._guarded(op, lambda: board.put(str(number), record.encode()), self.timeout)
 
     def counted(self) -> bool:
-        """Takes the next number; whether the call with it is compared."""
+        """Takes the next number; returns whether the call with this number is compared."""
         if self._board is None:
             return False
         compared = self.compares_next()
@@ -264,7 +267,7 @@ class Diagnosis:
         )
 
     def _guarded(self, op: str, action: Callable[[], Any], seconds: float) -> Any:
-        """`action()` in a thread: torch's store client can hang where its server is stopped."""
+        """Runs `action` in a thread: torch's store client can hang if its server is stopped."""
         outcome: list[Any] = []
 
         def run() -> None:

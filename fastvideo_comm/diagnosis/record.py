@@ -17,7 +17,7 @@ from ..reduce_ops import reduce_op_name
 _COLUMNS = ("op", "shape", "dtype", "strides", "arguments", "requires_grad")
 
 
-# What a `Record` is made of: see `facts_of`.
+# The parts of a `Record`, before they are text: see `facts_of`.
 Facts: TypeAlias = tuple[Any, ...]
 
 
@@ -27,12 +27,12 @@ class Record:
 
     Attributes:
         op: the op's name.
-        shape: the tensor's, or the tensors'; `*` stands for a size that may differ between ranks.
-        dtype: the tensor's, or the tensors'.
-        strides: "contiguous" or "strided"; compared only where asked for.
+        shape: the shape of each tensor; `*` stands for a size that may differ between ranks.
+        dtype: the dtype of the tensors.
+        strides: "contiguous" or "strided"; compared only if the caller asks for it.
         arguments: dims, reduce op and the like.
         requires_grad: whether there will be a backward.
-        error: what was wrong with this rank's arguments, if something was.
+        error: the error of this rank's arguments; empty if they are good.
     """
 
     op: str
@@ -44,12 +44,12 @@ class Record:
     error: str = ""
 
     def encode(self) -> bytes:
-        """As bytes for the store."""
+        """Returns the record as bytes."""
         return json.dumps(dataclasses.asdict(self)).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Record:
-        """From the bytes of another rank."""
+        """Makes a record from the bytes of another rank."""
         return cls(**json.loads(data))
 
     def cells(self) -> list[str]:
@@ -72,7 +72,7 @@ def describe(
     uneven_dim: int | None = None,
     **named: Any,
 ) -> Record:
-    """The record of a collective.
+    """Makes the record of a collective.
 
     Example:
         >>> import torch
@@ -93,9 +93,9 @@ def facts_of(
     has_strides: bool = False,
     **named: Any,
 ) -> Facts:
-    """What makes up the record of a collective, as fast as it can be told: for every call.
+    """Collects the parts of a collective's record. Every call does this, so it is fast.
 
-    `has_strides`: the strides are the caller's own choice, and belong to what may be compared.
+    `has_strides`: the caller chose the strides, so they may be compared.
     """
     tensors = (tensors,) if isinstance(tensors, Tensor) else tensors
     return (
@@ -111,7 +111,7 @@ def facts_of(
 
 
 def record_of(facts: Facts) -> Record:
-    """The record that some facts make up."""
+    """Makes the record of some facts."""
     op, shapes, dtypes, uneven_dim, is_contiguous, requires_grad, arguments, named = facts
     num_dims = len(shapes[0]) if shapes else 0
     return Record(
@@ -127,10 +127,10 @@ def record_of(facts: Facts) -> Record:
     )
 
 
-# A model makes the same few calls again and again. A pure function of what it is given.
+# A model makes the same few calls again and again, and the result depends on the arguments only.
 @functools.lru_cache(maxsize=1024)
 def question_of(facts: Facts, *, strict: bool) -> bytes:
-    """What must be the same on all ranks, as bytes; with the strides where `strict`.
+    """Returns what must be the same on all ranks, as bytes; with the strides if `strict`.
 
     Example:
         >>> import torch
@@ -162,7 +162,7 @@ def dtype_text(dtype: torch.dtype) -> str:
 
 
 def table(records: Mapping[int, Record], *, strict: bool) -> str | None:
-    """A line for each rank where they differ, None where they do not.
+    """Returns a table with a line for each rank if the records differ, else None.
 
     Example:
         >>> records = {0: Record("all_gather", "[2]"), 1: Record("all_gather", "[3]")}
@@ -173,11 +173,11 @@ def table(records: Mapping[int, Record], *, strict: bool) -> str | None:
 
     Args:
         records: by rank; a send and a recv are compared with each other.
-        strict: strides must be the same too.
+        strict: whether strides must be the same too.
     """
     rows = {rank: _comparable(record, strict=strict) for rank, record in records.items()}
     counts = collections.Counter(rows.values()).most_common(2)
-    # Half against half says nothing about who is right: then every line is marked.
+    # If two records are equally common, nobody knows which is right: then every line is marked.
     usual = (
         set(rows.values()) if len(counts) == 2 and counts[0][1] == counts[1][1] else {counts[0][0]}
     )
@@ -201,7 +201,7 @@ def table(records: Mapping[int, Record], *, strict: bool) -> str | None:
         return None
     lines = [["rank", *_COLUMNS, ""]]
     lines += [[str(rank), *record.cells(), marks[rank]] for rank, record in records.items()]
-    # A rank's error may be long: it takes no part in the widths.
+    # A rank's error may be long, so it does not count for the widths of the columns.
     sized = [line for line in lines[1:] if not records[int(line[0])].error]
     widths = [max(len(line[i]) for line in [lines[0], *sized]) for i in range(len(lines[0]))]
     return "\n".join(
@@ -217,17 +217,17 @@ def _comparable(record: Record, *, strict: bool) -> tuple[Any, ...]:
 
 
 def _fixed(value: Any) -> Any:
-    """Sequences as tuples, which can be looked up."""
+    """Turns sequences into tuples, which can be hashed."""
     return tuple([_fixed(each) for each in value]) if isinstance(value, list | tuple) else value
 
 
 def _listed(value: Any) -> Any:
-    """Sizes as lists, whatever sequence each rank gave."""
+    """Turns sequences into lists, so that lists and tuples look the same."""
     return [_listed(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _word(argument: Any, num_dims: int) -> str:
-    """Negative dims as they are counted from the front, reduce ops by their names."""
+    """Writes negative dims counted from the front, and reduce ops by their names."""
     if isinstance(argument, int) and not isinstance(argument, bool):
         return str(argument + num_dims if -num_dims <= argument < 0 else argument)
     return reduce_op_name(argument) or str(argument)
