@@ -89,6 +89,14 @@ def _last(communicator: DeviceCommunicatorBase) -> int:
     return communicator.world_size - 1
 
 
+def _reduced(communicator: DeviceCommunicatorBase, x: Tensor) -> Tensor:
+    """The gradient of `broadcast`, which is no op itself."""
+    group = communicator._runner.group
+    taken = group.process_group if torch.compiler.is_compiling() else group
+    reduced: Tensor = run(functions.Reduce, taken, x, _last(communicator))
+    return reduced
+
+
 # By a name that begins with the op's.
 CALLS: dict[str, OpCall] = {
     "all_to_all_4D heads": OpCall(lambda c, x: c.all_to_all_4D(x), "any", "sum"),
@@ -148,10 +156,7 @@ CALLS: dict[str, OpCall] = {
         lambda c, x: c.reduce_scatter(x, 2, scatter_sizes=_heads(c)), "large", "sum"
     ),
     "broadcast": OpCall(lambda c, x: c.broadcast(x, _last(c)), "any", "sum"),
-    # Not an op itself: the gradient of one.
-    "broadcast's gradient": OpCall(
-        lambda c, x: run(functions.Reduce, c._runner.group, x, _last(c)), "any", "sum"
-    ),
+    "broadcast's gradient": OpCall(_reduced, "any", "sum"),
     "slice": OpCall(lambda c, x: c.slice(x, 1, scale_grad=True), "any", "whole"),
     "slice uneven": OpCall(lambda c, x: c.slice(x, 2, scatter_sizes=_heads(c)), "large", "whole"),
 }
