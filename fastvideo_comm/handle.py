@@ -15,8 +15,8 @@ class AsyncHandle(Generic[T]):
     Between the call and `wait()` the caller computes while the data travels; the backward does the
     same in the other direction. Several handles may be in flight, and are waited for in any order.
     The order must be the same on all ranks where gradients flow, because it is the order of the
-    backward, and where the ranks use messages. A handle that is dropped without `wait()` is reported by a
-    `RuntimeWarning`: its exchange went on, and its result is lost.
+    backward, and where the ranks use messages. A handle that is dropped without `wait()` is
+    reported by a `RuntimeWarning`: its exchange went on, and its result is lost.
 
     Example:
         >>> handle = communicator.all_to_all_4D(q, async_op=True)  # doctest: +SKIP
