@@ -526,7 +526,8 @@ class DeviceCommunicatorBase:
             if self.world_size == 1:
                 return
             gradients = call.gradients_of(checked)
-            call.count(*gradients)
+            for gradient in gradients:
+                call.count(gradient)
             size = gradient_buckets.BUCKET_BYTES
             call.run_unrecorded("add_buckets", gradient_buckets.buckets(gradients, size))
             if average and gradients:
