@@ -205,7 +205,7 @@ def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
     split = Split(0, sizes)
     flat = contiguous_copy(input_).view(-1)
     part = _reduce_scatter(group, facts, flat, split, op)
-    return all_gather(group, part, split).view(input_.shape)
+    return all_gather(group, part, split).resize_(input_.shape)
 
 
 def add_buckets(group: Group, buckets: Sequence[Sequence[Tensor]]) -> None:

@@ -302,7 +302,8 @@ class _PeerSegment:
 
 def _tensors(views: Sequence[memoryview | None], specs: Sequence[Spec]) -> list[Tensor]:
     return [
-        torch.frombuffer(view, dtype=dtype).view(shape)
+        # No view: what an autograd Function returns could not be written in place then.
+        torch.frombuffer(view, dtype=dtype).resize_(shape)
         if view is not None
         else _empty(shape, dtype)
         for view, (shape, dtype) in zip(views, specs, strict=True)

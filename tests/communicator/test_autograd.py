@@ -262,6 +262,23 @@ def test_vmap_is_refused_and_what_nobody_differentiates_is_not_recorded(ranks: R
     ranks.run(2, watched_by_others, op)
 
 
+def written_in_place(communicator: DeviceCommunicatorBase, op: str) -> None:
+    x = torch.rand(2, 4, 4, 3, requires_grad=True)
+    output = OPS[op](communicator, x)
+    assert not output._is_view()
+    output.mul_(2)
+    output.sum().backward()
+    assert x.grad is not None
+    large = torch.rand(2, 32, 128, 4, requires_grad=True)
+    assert not OPS[op](communicator, large)._is_view()
+
+
+# MAX and MIN keep their output for the backward, as torch's own exp does.
+@pytest.mark.parametrize("op", [op for op in OPS if "max" not in op and "min" not in op])
+def test_an_output_may_be_written_in_place_before_its_backward(ranks: Ranks, op):
+    ranks.run(2, written_in_place, op)
+
+
 def forward_mode(communicator: DeviceCommunicatorBase, op: str) -> None:
     torch.manual_seed(communicator.rank)
     x, tangent = torch.rand(2, 2, 4, 4, 3, dtype=torch.float64).unbind(0)

@@ -128,7 +128,7 @@ def made_anew(communicator: DeviceCommunicatorBase) -> None:
         # Named after its ranks. One rank: two would find each other's old addresses in the store.
         group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         names.append(group.group_name)
-        communicators.exchange(group, torch.zeros(1, 2, 4, 1), 2, 1)
+        communicators.of(group, torch.zeros(1)).all_to_all_4D(torch.zeros(1, 2, 4, 1), 2, 1)
         assert communicators._by_name[group.group_name].device_group is group
         dist.destroy_process_group(group)
     assert names[0] == names[1]
@@ -139,18 +139,25 @@ def test_a_group_that_was_made_anew_under_its_name_is_another_group(ranks: Ranks
     ranks.run(1, made_anew)
 
 
+NAMES = {
+    yunchang: ["SeqAllToAll4D"],
+    diffusers: ["SeqAllToAllDim", "TemplatedUlyssesAnythingAttention", "TemplatedUlyssesAttention"],
+}
+
+
 def uninstalled(communicator: DeviceCommunicatorBase, name: str) -> None:
     integration = {"yunchang": yunchang, "diffusers": diffusers}[name]
     function = {"yunchang": "SeqAllToAll4D", "diffusers": "SeqAllToAllDim"}[name]
     module = types.ModuleType(integration._MODULE)
-    setattr(module, function, "theirs")
+    for each in NAMES[integration]:
+        setattr(module, each, "theirs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, integration._MODULE, module)
         patch.setattr(importlib.metadata, "version", lambda _: integration.KNOWN_VERSIONS[0])
         with integration.install():
             communicators = getattr(module, function)._communicators
             x = torch.zeros(1, 2, communicator.world_size, 2)
-            communicators.exchange(communicator.device_group, x, 2, 1)
+            communicators.of(communicator.device_group, x).all_to_all_4D(x)
             (kept,) = communicators._by_name.values()
             kept.all_gather(x)
         with pytest.raises(ClosedError, match="was destroyed"):
@@ -171,7 +178,7 @@ def replaced_and_undone(communicator: DeviceCommunicatorBase) -> None:
         unique_name="sp:0",
         device_communicator="theirs",
     )
-    installation = Installation("fastvideo", "0.2.1")
+    installation = Installation("fastvideo", "0.2.1", ())
     fastvideo._replace_communicator(installation, coordinator)
     ours = coordinator.device_communicator
     x = torch.zeros(2)
@@ -184,12 +191,6 @@ def replaced_and_undone(communicator: DeviceCommunicatorBase) -> None:
 
 def test_uninstall_destroys_the_communicator_of_a_group_that_existed(ranks: Ranks):
     ranks.run(2, replaced_and_undone)
-
-
-NAMES = {
-    yunchang: ["SeqAllToAll4D"],
-    diffusers: ["SeqAllToAllDim", "TemplatedUlyssesAnythingAttention", "TemplatedUlyssesAttention"],
-}
 
 
 @pytest.fixture(params=NAMES, ids=["yunchang", "diffusers"])
