@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 from ranks import Ranks
-
-# pytest calls a test module `tests.<folder>.<name>`, and so do the processes that get one of its
-# functions. At the end of the path, because the folder `kernels` must not hide a package.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 # `ci` is the same examples every time; `thorough` looks for new ones:
 # HYPOTHESIS_PROFILE=thorough make test

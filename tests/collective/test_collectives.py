@@ -260,7 +260,7 @@ class WrittenBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function.name()
-        allocates = any(word in name for word in ("empty", "set_", "detach"))
+        allocates = any(word in name for word in ("empty", "set_", "detach", "resize_"))
         if not (function.is_view or allocates or name.startswith("c10d::")):
             for tensor in result if isinstance(result, list | tuple) else (result,):
                 self.count += tensor.numel() * tensor.element_size()

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib
 import multiprocessing
 import os
 import pickle
-import sys
 import tempfile
 import time
 import traceback
@@ -57,16 +55,13 @@ def run(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "fastvideo_comm"])
-    module = job.__module__.rpartition(".")[2]
     processes, connections = [], []
     with tempfile.TemporaryDirectory() as folder:
         try:
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
                 place = (rank, world_size, folder, timeout, memory, theirs)
-                process = context.Process(
-                    target=_work, args=(place, sys.path, module, job.__name__, arguments)
-                )
+                process = context.Process(target=_work, args=(place, job, arguments))
                 process.start()
                 theirs.close()
                 processes.append(process)
@@ -102,9 +97,8 @@ def run(
                 connection.close()
 
 
-def _work(place: tuple[Any, ...], path: list[str], module: str, name: str, arguments: Any) -> None:
+def _work(place: tuple[Any, ...], job: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     rank, world_size, folder, timeout, memory, connection = place
-    sys.path[:] = path
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -121,7 +115,6 @@ def _work(place: tuple[Any, ...], path: list[str], module: str, name: str, argum
         communicator = DeviceCommunicatorBase(
             dist.group.WORLD, unique_name="mortal", memory=memory, validate="off"
         )
-        job = getattr(importlib.import_module(module), name)
         answer = (False, job(communicator, *arguments))
     except BaseException:
         answer = (True, traceback.format_exc())

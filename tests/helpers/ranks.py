@@ -9,7 +9,6 @@ fails the test with its own traceback, and the next job gets new processes.
 from __future__ import annotations
 
 import datetime
-import importlib
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -77,9 +76,7 @@ class Ranks:
         members = tuple(range(ranks)) if isinstance(ranks, int) else tuple(ranks)
         if not self._processes:
             self._start()
-        # By name: pytest's name for a test module is not the one that another process imports.
-        module = job.__module__.rpartition(".")[2]
-        message = pickle.dumps((members, way, module, job.__name__, arguments))
+        message = pickle.dumps((members, way, job, arguments))
         for member in members:
             self._connections[member].send_bytes(message)
         answers: dict[int, Any] = {}
@@ -161,11 +158,10 @@ def _work(rank: int, folder: str, connection: multiprocessing.connection.Connect
                     )
     while True:
         try:
-            members, way, module, name, arguments = pickle.loads(connection.recv_bytes())
+            members, way, job, arguments = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
-            job = getattr(importlib.import_module(module), name)
             answer = (False, job(communicators[members, way], *arguments))
         except BaseException:
             answer = (True, traceback.format_exc())
