@@ -46,8 +46,10 @@ class LinkPair:
     def queue(
         self, index: int, kind: Kind, ident: int, meta: bytes, parts: Sequence[Buffer]
     ) -> None:
-        """Queue a frame on one of the connections."""
-        self._links[index].queue(kind, ident, meta, parts)
+        """Queue a frame on one of the connections; where there is none, the next `hear` says so."""
+        # A signal handler may close at any time, so nothing is asked first.
+        with contextlib.suppress(IndexError):
+            self._links[index].queue(kind, ident, meta, parts)
 
     def own_unsent(self) -> None:
         """Copy what could not be sent yet, so that the caller may change its objects."""
@@ -58,15 +60,20 @@ class LinkPair:
         """Send what can be sent, then wait for something to arrive, or for `wake`.
 
         Raises:
-            EOFError: A connection ended.
+            EOFError: A connection ended, or there is none.
             FrameError: What came is no frame.
             OSError: A connection is gone.
         """
+        # Read before the connections are looked at: after a `close` by a signal handler in between
+        # it returns at once, where a new one without connections would wait.
+        poll = self._poll
+        if not self._links:
+            raise EOFError("it was closed here")
         for link in self._links:
             if link.has_unsent:
                 events = select.POLLIN if link.flush() else select.POLLIN | select.POLLOUT
-                self._poll.modify(link.sock, events)
-        ready = {number for number, _events in self._poll.poll(milliseconds)}
+                poll.modify(link.sock, events)
+        ready = {number for number, _events in poll.poll(milliseconds)}
         # The lifeline first: it says who is lost, the other one only that it is closed.
         for link in reversed(self._links):
             if link.sock.fileno() in ready:

@@ -124,13 +124,18 @@ def test_a_group_keeps_its_communicator_from_call_to_call(ranks: Ranks, size: in
 def made_anew(communicator: DeviceCommunicatorBase) -> None:
     communicators = Communicators("test")
     names = []
+    world = dist.distributed_c10d._world
+    count = world.group_count
     for _ in range(2):
-        # Named after its ranks. One rank: two would find each other's old addresses in the store.
+        # torch names it after its ranks and, from 2.15 on, after the number of groups so far, in
+        # which the ranks have to agree again afterwards.
+        # One rank: two would find each other's old addresses in the store.
         group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         names.append(group.group_name)
         communicators.of(group, torch.zeros(1)).all_to_all_4D(torch.zeros(1, 2, 4, 1), 2, 1)
         assert communicators._by_name[group.group_name].device_group is group
         dist.destroy_process_group(group)
+        world.group_count = count
     assert names[0] == names[1]
     communicators.clear()
 
