@@ -1,55 +1,25 @@
-"""A process group, its exchanges of contiguous messages, and the buffers that they reuse.
-
-This module calls c10d's process group directly. The wrappers in `torch.distributed` and the
-functional collectives cost more host time per call. As every backend, it assumes that all ranks of
-the group make the same calls in the same order.
-"""
+"""A group of ranks: its calls, its buffers and its memory, and what its ranks compare."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import (
-    AllgatherOptions,
-    AllreduceOptions,
-    AllToAllOptions,
-    BarrierOptions,
-    BroadcastOptions,
-    GatherOptions,
-    ReduceOptions,
-    ReduceScatterOptions,
-)
 
 from ..diagnosis import Diagnosis, Validate
 from ..diagnosis.board import group_timeout
 from ..diagnosis.record import Facts, Record, facts_of
-from ..errors import ClosedError, CollectiveError, place, where
+from ..errors import CollectiveError, place, where
 from ..memory.host import HostMemory
 from ..profiling import MemoryStats
-from ..reduce_ops import ReduceOp
 from .buffers import WireBuffers
-from .wire import moved, moved_counts, reduced
+from .c10d import C10d
 
-T = TypeVar("T")
 MemoryMode: TypeAlias = Literal["auto", "on", "off"]
 MEMORY_MODES: tuple[MemoryMode, ...] = ("auto", "on", "off")
-Works: TypeAlias = "list[dist.Work | None]"
-
-
-class Transfer(NamedTuple):
-    """Messages to exchange. Both tensors are contiguous and in rank order.
-
-    The counts are the elements of each rank's message. They are empty if all are equal.
-    """
-
-    output: Tensor
-    input: Tensor
-    output_counts: list[int]
-    input_counts: list[int]
 
 
 class Group:
@@ -74,6 +44,7 @@ class Group:
                 differ in it. None: not at all, and the same on all ranks.
         """
         self.name = name
+        self.c10d = C10d(process_group, name)
         self.buffers = WireBuffers()
         self.diagnosis = diagnosis
         self.memory: HostMemory | None = None
@@ -84,12 +55,8 @@ class Group:
         self.last_call: int | None = None  # the number of the last call by memory
         self._asked: Facts | None = None
         self._asked_of: int | None = None
-        self._process_group: dist.ProcessGroup | None = process_group
         self._rank = process_group.rank()
         self._size = process_group.size()
-        self._backends: dict[str, str] = {}
-        self._waiting = AllToAllOptions()
-        self._waiting.asyncOp = False
 
     @staticmethod
     def of(group: dist.ProcessGroup | Group) -> Group:
@@ -99,8 +66,7 @@ class Group:
     def close(self) -> None:
         """Lets go of the process group, the buffers and the memory.
 
-        A graph that still holds this object then keeps none of them alive. If a gloo group lives
-        until the interpreter ends, torch 2.13 may abort.
+        A graph that still holds this object then keeps none of them alive.
         """
         self.buffers.clear()
         if self.diagnosis is not None:
@@ -109,7 +75,7 @@ class Group:
             self.memory.close()
             self.memory = None
             self.refusal = "the communicator was destroyed"
-        self._process_group = None
+        self.c10d.close()
 
     def rank(self) -> int:
         """This process's rank in the group."""
@@ -140,9 +106,7 @@ class Group:
         Raises:
             ClosedError: this object was closed.
         """
-        if self._process_group is None:
-            raise ClosedError("the communicator was destroyed before a backward that needs it")
-        return self._process_group
+        return self.c10d.process_group
 
     @property
     def is_strict(self) -> bool:
@@ -187,7 +151,7 @@ class Group:
         """Gathers the payloads of all ranks; all have the same length."""
         own = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         output = own.new_empty((self._size, len(payload)))
-        self.all_gather(output, own)
+        self.c10d.all_gather(output, own)
         return [bytes(row.tolist()) for row in output]
 
     def before(
@@ -270,152 +234,6 @@ class Group:
         """The number of the call whose backward begins now."""
         call, self._asked_of = self._asked_of, None
         return call
-
-    def all_to_all(self, transfers: Sequence[Transfer], *, async_op: bool) -> Works:
-        """Starts the transfers: as one grouped call on NCCL, at the same time on gloo."""
-        options = AllToAllOptions()
-        options.asyncOp = async_op or len(transfers) > 1
-
-        def start(group: dist.ProcessGroup) -> Works:
-            return [
-                group.alltoall_base(
-                    moved(to),
-                    moved(from_),
-                    moved_counts(to.dtype, to_counts),
-                    moved_counts(to.dtype, counts),
-                    options,
-                )
-                for to, from_, to_counts, counts in transfers
-            ]
-
-        device = transfers[0].output.device
-        if len(transfers) == 1 or not self._coalesces(device):
-            return self._named("all_to_all", start)
-
-        def start_grouped(group: dist.ProcessGroup) -> Works:
-            group._start_coalescing(device)
-            start(group)
-            return [group._end_coalescing(device)]
-
-        return self._named("all_to_all", start_grouped)
-
-    def all_to_all_one(self, output: Tensor, input_: Tensor) -> None:
-        """Makes one even transfer and waits for it."""
-        output, input_ = moved(output), moved(input_)
-        try:
-            work = self.process_group.alltoall_base(output, input_, [], [], self._waiting)
-            if work is not None:
-                work.wait()
-        except RuntimeError as error:
-            raise self._failure("all_to_all", error) from error
-
-    def wait(self, op: str, works: Works) -> None:
-        """Waits for the works that a method of this class started."""
-
-        def wait(_: dist.ProcessGroup) -> None:
-            for work in works:
-                if work is not None:  # None: the backend works on the current stream, in order
-                    work.wait()
-
-        self._named(op, wait)
-
-    def all_gather(self, output: Tensor, input_: Tensor) -> None:
-        """Gathers every rank's `input_` into `output [P, *input_.shape]`."""
-        options = AllgatherOptions()
-        options.asyncOp = False
-        self._finish(
-            "all_gather",
-            lambda group: [group._allgather_base(moved(output), moved(input_), options)],
-        )
-
-    def reduce_scatter(self, output: Tensor, input_: Tensor) -> None:
-        """Writes the sum of all ranks' `input_[rank]` into `output`; `input_` is `[P, *shape]`."""
-        options = ReduceScatterOptions()
-        options.asyncOp = False
-        self._finish(
-            "reduce_scatter",
-            lambda group: [group._reduce_scatter_base(reduced(output), reduced(input_), options)],
-        )
-
-    def all_reduce(self, tensor: Tensor, op: ReduceOp) -> None:
-        """Reduces `tensor` in place."""
-        options = AllreduceOptions()
-        options.asyncOp = False
-        average_here = bool(op == dist.ReduceOp.AVG) and not self._averages(tensor.device)
-        reduce_op: Any = dist.ReduceOp.SUM if average_here else op  # either type is taken
-        options.reduceOp = reduce_op
-        self._finish("all_reduce", lambda group: [group.allreduce([reduced(tensor)], options)])
-        if average_here:
-            tensor.div_(self._size)
-
-    def start_sum(self, tensor: Tensor) -> Works:
-        """Starts to add `tensor` up over ranks, in place."""
-        options = AllreduceOptions()
-        options.asyncOp = True
-        return self._named(
-            "all_reduce", lambda group: [group.allreduce([reduced(tensor)], options)]
-        )
-
-    def broadcast(self, tensor: Tensor, src: int) -> None:
-        """Rank `src`'s `tensor` into that of every rank."""
-        options = BroadcastOptions()
-        options.rootRank = src
-        self._finish("broadcast", lambda group: [group.broadcast([moved(tensor)], options)])
-
-    def reduce(self, tensor: Tensor, dst: int) -> None:
-        """The sum over ranks into `tensor` on rank `dst`; elsewhere it is undefined afterwards."""
-        options = ReduceOptions()
-        options.rootRank = dst
-        self._finish("reduce", lambda group: [group.reduce([reduced(tensor)], options)])
-
-    def barrier(self, device: torch.device) -> None:
-        """Returns when every rank has come here; the host waits."""
-        options = BarrierOptions()
-        if device.type != "cpu":  # or NCCL guesses a device from the rank
-            options.device = device
-        self._finish("barrier", lambda group: [group.barrier(options)])
-
-    def gather(self, outputs: Sequence[Tensor], input_: Tensor, dst: int) -> None:
-        """Gathers every rank's `input_` into `outputs` on rank `dst`; others give no outputs."""
-        options = GatherOptions()
-        options.rootRank = dst
-        targets = [[moved(output) for output in outputs]] if outputs else []
-        self._finish("gather", lambda group: [group.gather(targets, [moved(input_)], options)])
-
-    def send(self, tensor: Tensor, dst: int) -> None:
-        """Sends a contiguous tensor to rank `dst`; returns when its memory may be reused."""
-        self._finish("send", lambda group: [group.send([moved(tensor)], dst, 0)])
-
-    def recv(self, tensor: Tensor, src: int) -> None:
-        """Receives into a contiguous tensor from rank `src`."""
-        self._finish("recv", lambda group: [group.recv([moved(tensor)], src, 0)])
-
-    def _coalesces(self, device: torch.device) -> bool:
-        group = self._process_group
-        return group is not None and group._get_backend(device).supports_coalescing
-
-    def _averages(self, device: torch.device) -> bool:
-        return self._named("all_reduce", lambda group: self._backend(group, device)) == "nccl"
-
-    def _backend(self, group: dist.ProcessGroup, device: torch.device) -> str:
-        if device.type not in self._backends:
-            self._backends[device.type] = group._get_backend(device).name()
-        return self._backends[device.type]
-
-    def _finish(self, op: str, start: Callable[[dist.ProcessGroup], Works]) -> None:
-        self.wait(op, self._named(op, start))
-
-    def _named(self, op: str, call: Callable[[dist.ProcessGroup], T]) -> T:
-        """Calls, and names op and rank if the call fails."""
-        try:
-            return call(self.process_group)
-        except RuntimeError as error:
-            raise self._failure(op, error) from error
-
-    def _failure(self, op: str, error: RuntimeError) -> Exception:
-        if isinstance(error, ClosedError):
-            return ClosedError(f"{self.where(op)}: {error}")
-        return CollectiveError(f"{self.where(op)} failed: {error}")
 
 
 class OperatorGroup(NamedTuple):

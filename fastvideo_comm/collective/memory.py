@@ -10,28 +10,25 @@ The rank that needs a sum adds the parts in rank order, so a sum is the same in 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..diagnosis.record import (
-    Facts,
-    Record,
-    dtype_text,
-    facts_of,
-    question_of,
-    record_of,
-    shape_text,
-    table,
-)
-from ..errors import ClosedError, CommunicationError, MismatchError
+from ..diagnosis.record import Facts, facts_of
 from ..kernels import contiguous_copy, copy_all_valid_, copy_valid_
-from ..memory.host import Ask, Flight, HostMemory, Mismatch, Place, Posted, Spec
-from ..profiling import span
+from ..memory.host import Place, Spec
 from .group import Group
 from .layout import Split, Splits, near_even_sizes, replicated_view
+from .memory_call import (
+    Work,
+    allocate,
+    deliver_nothing,
+    memory_of,
+    run_call,
+    run_pair,
+    start_call,
+)
 
 # In an all_reduce of up to so many bytes, every rank sends its whole tensor to every other rank,
 # and all ranks reduce: one round of posts. Above, each rank reduces a part and sends the part to
@@ -50,40 +47,6 @@ _REDUCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class Work:
-    """A call in flight: its outputs, and what is left to do when the outputs are complete."""
-
-    __slots__ = ("_complete", "_flight", "_group", "_op", "_outputs")
-
-    def __init__(
-        self,
-        group: Group,
-        op: str,
-        flight: Flight,
-        outputs: list[Tensor],
-        complete: Callable[[], None] | None = None,
-    ) -> None:
-        """Takes a call that has started; `complete` is called when the outputs have arrived."""
-        self._group = group
-        self._op = op
-        self._flight = flight
-        self._outputs = outputs
-        self._complete = complete
-
-    def wait(self) -> list[Tensor]:
-        """Waits for the outputs and returns them; called once."""
-        with span("exchange", self._group.name):
-            _wait(self._group, self._op, self._flight)
-        if self._complete is not None:
-            with span("unpack", self._group.name):
-                self._complete()
-        return self._outputs
-
-    def is_completed(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self._flight.is_completed()
-
-
 def all_to_all(group: Group, inputs: Sequence[Tensor], splits: Splits) -> list[Tensor]:
     """Trades `inputs` and waits for the outputs, each contiguous."""
     return start_all_to_all(group, inputs, splits, async_op=False).wait()
@@ -93,7 +56,7 @@ def start_all_to_all(
     group: Group, inputs: Sequence[Tensor], splits: Splits, *, async_op: bool
 ) -> Work:
     """Posts the outputs. Copies at once; with `async_op`, a thread copies meanwhile."""
-    memory, rank, size = _memory(group), group.rank(), group.size()
+    memory, rank, size = memory_of(group), group.rank(), group.size()
     pairs = list(zip(inputs, splits.scatter, splits.gather, strict=True))
     is_even = splits.is_even  # then all ranks post the same specs
     even_specs: list[Spec] = []
@@ -134,8 +97,8 @@ def start_all_to_all(
     own_specs = specs_of(rank)
     if is_even:
         even_specs = own_specs
-    posted = _allocate(group, "all_to_all_4D", own_specs)
-    flight = _start_call(group, facts, deliver, posted, async_op=async_op)
+    posted = allocate(group, "all_to_all_4D", own_specs)
+    flight = start_call(group, facts, deliver, posted, async_op=async_op)
     if is_even:
         return Work(group, "all_to_all_4D", flight, posted.tensors)
     sums = [(part, index) for index, part in enumerate(splits.gather) if part.replicas > 1]
@@ -154,7 +117,7 @@ def start_all_to_all(
 
 def all_gather(group: Group, input_: Tensor, split: Split) -> Tensor:
     """`[A, c, ..] -> [A, P*c, ..]`: every rank's tensor side by side along the split's dim."""
-    memory, rank, length = _memory(group), group.rank(), input_.shape[split.dim]
+    memory, rank, length = memory_of(group), group.rank(), input_.shape[split.dim]
     shape = list(input_.shape)
     shape[split.dim] = split.whole(length, group.size())
     specs: list[Spec] = [(shape, input_.dtype)]
@@ -165,7 +128,7 @@ def all_gather(group: Group, input_: Tensor, split: Split) -> Tensor:
 
     uneven_dim = None if split.sizes is None else split.dim
     facts = facts_of("all_gather", input_, (split,), uneven_dim=uneven_dim)
-    return _run(group, facts, specs, deliver)[0]
+    return run_call(group, facts, specs, deliver)[0]
 
 
 def reduce_scatter(group: Group, input_: Tensor, split: Split) -> Tensor:
@@ -175,7 +138,7 @@ def reduce_scatter(group: Group, input_: Tensor, split: Split) -> Tensor:
 
 
 def _reduce_scatter(group: Group, facts: Facts, input_: Tensor, split: Split, op: str) -> Tensor:
-    memory, rank, size = _memory(group), group.rank(), group.size()
+    memory, rank, size = memory_of(group), group.rank(), group.size()
 
     def specs_of(owner: int) -> list[Spec]:
         """Returns the spec of a rank's part, once for every rank that adds to it."""
@@ -187,20 +150,20 @@ def _reduce_scatter(group: Group, facts: Facts, input_: Tensor, split: Split, op
         parts = memory.tensors_at(target, place, specs_of(target))
         copy_valid_(parts[rank], split.part_of(input_, target, size))
 
-    return _reduced(_run(group, facts, specs_of(rank), deliver), op)
+    return _reduced(run_call(group, facts, specs_of(rank), deliver), op)
 
 
 def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
     """The reduction over ranks, element by element, into a new tensor."""
     facts = facts_of("all_reduce", input_, (op,))
     if input_.nbytes <= WHOLE_REDUCE_BYTES:
-        memory, rank = _memory(group), group.rank()
+        memory, rank = memory_of(group), group.rank()
         specs: list[Spec] = [(input_.shape, input_.dtype)] * group.size()
 
         def deliver(target: int, place: Place) -> None:
             copy_valid_(memory.tensors_at(target, place, specs)[rank], input_)
 
-        return _reduced(_run(group, facts, specs, deliver), op)
+        return _reduced(run_call(group, facts, specs, deliver), op)
     sizes = tuple(near_even_sizes(input_.numel(), group.size()))
     split = Split(0, sizes)
     flat = contiguous_copy(input_).view(-1)
@@ -229,7 +192,7 @@ def _reduced(parts: list[Tensor], op: str) -> Tensor:
 
 def broadcast(group: Group, input_: Tensor, src: int) -> Tensor:
     """Rank `src`'s tensor, as a new tensor on every rank."""
-    memory = _memory(group)
+    memory = memory_of(group)
     specs: list[Spec] = [(input_.shape, input_.dtype)]
 
     def deliver(target: int, place: Place) -> None:
@@ -237,19 +200,19 @@ def broadcast(group: Group, input_: Tensor, src: int) -> Tensor:
 
     facts = facts_of("broadcast", input_, (src,))
     targets = range(group.size()) if group.rank() == src else []
-    return _run(group, facts, specs, deliver, targets, sources=[src])[0]
+    return run_call(group, facts, specs, deliver, targets, sources=[src])[0]
 
 
 def reduce(group: Group, input_: Tensor, dst: int) -> Tensor:
     """The sum over ranks on rank `dst`, zeros elsewhere."""
-    memory, rank = _memory(group), group.rank()
+    memory, rank = memory_of(group), group.rank()
     specs: list[Spec] = [(input_.shape, input_.dtype)] * group.size()
 
     def deliver(target: int, place: Place) -> None:
         copy_valid_(memory.tensors_at(target, place, specs)[rank], input_)
 
     facts = facts_of("reduce", input_, (dst,))
-    parts = _run(group, facts, specs if rank == dst else [], deliver, targets=[dst])
+    parts = run_call(group, facts, specs if rank == dst else [], deliver, targets=[dst])
     return _reduced(parts, "sum") if parts else input_.new_zeros(input_.shape)
 
 
@@ -260,7 +223,7 @@ def barrier(group: Group, _: torch.device) -> None:
 
 def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
     """As `all_gather`, on rank `dst` only; None elsewhere."""
-    memory, rank, length = _memory(group), group.rank(), input_.shape[dim]
+    memory, rank, length = memory_of(group), group.rank(), input_.shape[dim]
     shape = list(input_.shape)
     shape[dim] *= group.size()
     specs: list[Spec] = [(shape, input_.dtype)]
@@ -270,161 +233,30 @@ def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
         copy_valid_(output.narrow(dim, rank * length, length), input_)
 
     facts = facts_of("gather", input_, (dst, dim))
-    outputs = _run(group, facts, specs if rank == dst else [], deliver, targets=[dst])
+    outputs = run_call(group, facts, specs if rank == dst else [], deliver, targets=[dst])
     return outputs[0] if outputs else None
 
 
 def send(group: Group, tensor: Tensor, dst: int) -> None:
     """Sends `tensor` to rank `dst`, which receives at the same time."""
-    memory = _memory(group)
+    memory = memory_of(group)
     specs: list[Spec] = [(tensor.shape, tensor.dtype)]
 
     def deliver(target: int, place: Place) -> None:
         copy_valid_(memory.tensors_at(target, place, specs)[0], tensor)
 
-    _pair(group, "send", tensor.shape, tensor.dtype, dst, deliver, None)
+    run_pair(group, "send", tensor.shape, tensor.dtype, dst, deliver, None)
 
 
 def recv(
     group: Group, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device
 ) -> Tensor:
     """A tensor of `size` from rank `src`."""
-    posted = _allocate(group, "recv", [(size, dtype)], (group.rank(), src))
-    _pair(group, "recv", size, dtype, src, _deliver_nothing, posted)
+    posted = allocate(group, "recv", [(size, dtype)], (group.rank(), src))
+    run_pair(group, "recv", size, dtype, src, deliver_nothing, posted)
     return posted.tensors[0].to(device)
 
 
 def check(group: Group, facts: Facts) -> None:
     """Compares what the ranks ask for; sends nothing else."""
-    _run(group, facts, [], _deliver_nothing, targets=[])
-
-
-def _deliver_nothing(*_: object) -> None:
-    """Delivers nothing, for a rank without targets."""
-
-
-def _run(
-    group: Group,
-    facts: Facts,
-    specs: list[Spec],
-    deliver: Callable[[int, Place], None],
-    targets: Sequence[int] | None = None,
-    sources: Sequence[int] | None = None,
-) -> list[Tensor]:
-    """Posts outputs of `specs`, delivers to `targets`, and waits for `sources`; None: all ranks."""
-    posted = _allocate(group, facts[0], specs)
-    flight = _start_call(group, facts, deliver, posted, targets, sources)
-    with span("exchange", group.name):
-        _wait(group, facts[0], flight)
-    return posted.tensors
-
-
-def _start_call(
-    group: Group,
-    facts: Facts,
-    deliver: Callable[[int, Place], None],
-    posted: Posted,
-    targets: Sequence[int] | None = None,
-    sources: Sequence[int] | None = None,
-    *,
-    async_op: bool = False,
-) -> Flight:
-    """A call of all ranks. What the op's caller asked for is compared, where it is known."""
-    asked, asked_of = group.take_asked() or facts, group.take_asked_of()
-    question = question_of(asked, strict=group.is_strict)
-    if asked_of is not None:
-        question += b" of call %d" % asked_of
-    everyone = range(group.size())
-    if sources is None:
-        sources = everyone if posted.tensors else ()
-
-    def detail() -> bytes:
-        record = record_of(asked)
-        if asked_of is not None:
-            words = [record.arguments] if record.arguments else []
-            arguments = ", ".join([*words, f"of call {asked_of}"])
-            record = dataclasses.replace(record, arguments=arguments)
-        return record.encode()
-
-    ask = Ask(
-        asked[0],
-        question,
-        question,
-        deliver,
-        detail,
-        posted=posted,
-        sources=sources,
-        targets=everyone if targets is None else targets,
-    )
-    flight = _memory(group).start(ask, background=async_op)
-    group.last_call = flight.key[1]
-    return flight
-
-
-def _pair(
-    group: Group,
-    op: str,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    peer: int,
-    deliver: Callable[[int, Place], None],
-    posted: Posted | None,
-) -> None:
-    """Makes a send or a recv; the peer must make the opposite one, with this shape and dtype."""
-    rank = group.rank()
-    src, dst = (rank, peer) if op == "send" else (peer, rank)
-    other = "recv" if op == "send" else "send"
-    records = {
-        each: Record(each, shape_text(shape), dtype_text(dtype), arguments=f"{src} -> {dst}")
-        for each in (op, other)
-    }
-    ask = Ask(
-        op,
-        records[op].encode(),
-        records[other].encode(),
-        deliver,
-        records[op].encode,
-        ranks=(rank, peer),
-        posted=posted,
-        sources=(peer,) if op == "recv" else (),
-        targets=(peer,) if op == "send" else (),
-    )
-    with span("exchange", group.name):
-        _wait(group, op, _memory(group).start(ask))
-
-
-def _memory(group: Group) -> HostMemory:
-    if group.memory is None:
-        raise ClosedError(f"{group.where('a call')}: the communicator was destroyed during it")
-    return group.memory
-
-
-def _allocate(
-    group: Group, op: str, specs: list[Spec], ranks: tuple[int, int] | None = None
-) -> Posted:
-    """Outputs; where there is no memory for them the others hear it, or the other of a pair."""
-    memory = _memory(group)
-    try:
-        return memory.allocate(specs)
-    except MemoryError as error:
-        memory.fail_next(str(error).encode(), ranks, failure="memory")
-        raise MemoryError(f"{group.where(op)}: {error}") from None
-
-
-def _wait(group: Group, op: str, flight: Flight) -> None:
-    """Waits; adds op and rank to an error."""
-    try:
-        flight.wait()
-    except Mismatch as mismatch:
-        records = {rank: Record.decode(text) for rank, text in sorted(mismatch.details.items())}
-        # None where all that was heard agrees: the rank that does not has left without a word.
-        lines = table(records, strict=group.is_strict) or str(records[group.rank()])
-        silent = [str(rank) for rank in sorted(flight.others) if rank not in records]
-        if silent:
-            lines += f"\nand no word in time from rank {', '.join(silent)}"
-        raise MismatchError(
-            f"{group.where(op)}: the ranks must ask for the same thing in call "
-            f"{flight.key[1]}, got\n{lines}"
-        ) from None
-    except CommunicationError as error:
-        raise type(error)(f"{group.where(op)}: {error}", peers=error.peers) from None
+    run_call(group, facts, [], deliver_nothing, targets=[])

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..kernels import copy_valid_
 from ..profiling import span
 from ..reduce_ops import REDUCE_OPS
-from .group import Group, Transfer
+from .c10d import Transfer
+from .group import Group
 from .layout import Split, Splits, message_view
 from .message import Message, SummedMessage, pack, unpack
 
@@ -55,7 +56,7 @@ class Work:
     def wait(self) -> list[Tensor]:
         """Waits for the outputs and returns them; called once."""
         with span("exchange", self._group.name):
-            self._group.wait("all_to_all", self._works)
+            self._group.c10d.wait("all_to_all", self._works)
         unpack(self._received, self._group.name)
         for message in self._sent:
             message.release()
@@ -91,7 +92,7 @@ def _all_to_all_as_one(group: Group, input_: Tensor, scatter_dim: int, gather_di
         with span("pack", group.name):
             copy_valid_(sent.wire, sent.pairs[0][0])
     with span("exchange", group.name):
-        group.all_to_all_one(received.wire, sent.wire)
+        group.c10d.all_to_all_one(received.wire, sent.wire)
     sent.release()
     if received.pairs:
         unpack([received], group.name)
@@ -141,7 +142,7 @@ def start_all_to_all(
     works: list[dist.Work | None] = []
     if transfers:
         with span("exchange", group.name):
-            works = group.all_to_all(transfers, async_op=async_op)
+            works = group.c10d.all_to_all(transfers, async_op=async_op)
     return Work(group, works, outputs, sent, received)
 
 
@@ -168,7 +169,7 @@ def all_gather(group: Group, input_: Tensor, split: Split) -> Tensor:
         received = Message.of_parts(group.buffers, output, split.dim, split.sizes)
     pack([sent], group.name)
     with span("exchange", group.name):
-        group.all_gather(received.wire, sent.wire)
+        group.c10d.all_gather(received.wire, sent.wire)
     sent.release()
     unpack([received], group.name)
     return output
@@ -190,7 +191,7 @@ def reduce_scatter(group: Group, input_: Tensor, split: Split) -> Tensor:
         received = Message.of_part(group.buffers, output, slot)
     pack([sent], group.name)
     with span("exchange", group.name):
-        group.reduce_scatter(received.wire, sent.wire)
+        group.c10d.reduce_scatter(received.wire, sent.wire)
     sent.release()
     unpack([received], group.name)
     return output
@@ -202,7 +203,7 @@ def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
         output = copy_valid_(input_.new_empty(input_.shape), input_)
     if output.numel():
         with span("exchange", group.name):
-            group.all_reduce(output, REDUCE_OPS[op])
+            group.c10d.all_reduce(output, REDUCE_OPS[op])
     return output
 
 
@@ -213,13 +214,13 @@ def add_buckets(group: Group, buckets: Sequence[Sequence[Tensor]]) -> None:
     def land() -> None:
         works, bucket = in_flight.pop()
         with span("exchange", group.name):
-            group.wait("all_reduce", works)
+            group.c10d.wait("all_reduce", works)
         unpack([bucket], group.name)
 
     for tensors in buckets:
         bucket = Message.of_tensors(group.buffers, tensors)
         pack([bucket], group.name)
-        works = group.start_sum(bucket.wire)
+        works = group.c10d.start_sum(bucket.wire)
         if in_flight:
             land()
         in_flight.append((works, bucket))
@@ -235,7 +236,7 @@ def broadcast(group: Group, input_: Tensor, src: int) -> Tensor:
             copy_valid_(output, input_)
     if output.numel():
         with span("exchange", group.name):
-            group.broadcast(output, src)
+            group.c10d.broadcast(output, src)
     return output
 
 
@@ -245,14 +246,14 @@ def reduce(group: Group, input_: Tensor, dst: int) -> Tensor:
         output = copy_valid_(input_.new_empty(input_.shape), input_)
     if output.numel():
         with span("exchange", group.name):
-            group.reduce(output, dst)
+            group.c10d.reduce(output, dst)
     return output if group.rank() == dst else output.zero_()
 
 
 def barrier(group: Group, device: torch.device) -> None:
     """Returns when every rank has come here."""
     with span("exchange", group.name):
-        group.barrier(device)
+        group.c10d.barrier(device)
 
 
 def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
@@ -269,7 +270,7 @@ def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
         received = [Message.of(group.buffers, message_view(output, dim, group.size(), 0))]
     wires = [wire for message in received for wire in message.wire.unbind(0)]
     with span("exchange", group.name):
-        group.gather(wires, sent.wire, dst)
+        group.c10d.gather(wires, sent.wire, dst)
     sent.release()
     unpack(received, group.name)
     return output
@@ -280,7 +281,7 @@ def send(group: Group, tensor: Tensor, dst: int) -> None:
     sent = Message.of(group.buffers, tensor)
     pack([sent], group.name)
     with span("exchange", group.name):
-        group.send(sent.wire, dst)
+        group.c10d.send(sent.wire, dst)
     sent.release()
 
 
@@ -290,5 +291,5 @@ def recv(
     """Receives a tensor of `size` from rank `src`."""
     tensor = torch.empty(size, dtype=dtype, device=device)
     with span("exchange", group.name):
-        group.recv(tensor, src)
+        group.c10d.recv(tensor, src)
     return tensor

@@ -67,14 +67,14 @@ def failing(communicator: DeviceCommunicatorBase, batch: int) -> None:
         def _get_backend(self, device):
             return communicator.device_group._get_backend(device)
 
-    group._process_group = Broken()
+    group.c10d._process_group = Broken()
     try:
         with pytest.raises(RuntimeError, match=r"all_to_all on rank 0 of 1 in group 'test' failed"):
             messages.all_to_all(group, [x], all_to_all_4D(x, 1, 2, 1))
         # What the backend may still be reading is not given to the next exchange.
         assert buffers._free == []
     finally:
-        group._process_group = communicator.device_group
+        group.c10d._process_group = communicator.device_group
 
 
 @pytest.mark.parametrize("batch", [1, 2])

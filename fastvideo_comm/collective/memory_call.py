@@ -1,0 +1,189 @@
+"""A call by memory: how it is started, what its ranks compare, and what its errors say."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..diagnosis.record import (
+    Facts,
+    Record,
+    dtype_text,
+    question_of,
+    record_of,
+    shape_text,
+    table,
+)
+from ..errors import ClosedError, CommunicationError, MismatchError
+from ..memory.host import Ask, Flight, HostMemory, Mismatch, Place, Posted, Spec
+from ..profiling import span
+from .group import Group
+
+
+class Work:
+    """A call in flight: its outputs, and what is left to do when the outputs are complete."""
+
+    __slots__ = ("_complete", "_flight", "_group", "_op", "_outputs")
+
+    def __init__(
+        self,
+        group: Group,
+        op: str,
+        flight: Flight,
+        outputs: list[Tensor],
+        complete: Callable[[], None] | None = None,
+    ) -> None:
+        """Takes a call that has started; `complete` is called when the outputs have arrived."""
+        self._group = group
+        self._op = op
+        self._flight = flight
+        self._outputs = outputs
+        self._complete = complete
+
+    def wait(self) -> list[Tensor]:
+        """Waits for the outputs and returns them; called once."""
+        with span("exchange", self._group.name):
+            wait_for(self._group, self._op, self._flight)
+        if self._complete is not None:
+            with span("unpack", self._group.name):
+                self._complete()
+        return self._outputs
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._flight.is_completed()
+
+
+def deliver_nothing(*_: object) -> None:
+    """Delivers nothing, for a rank without targets."""
+
+
+def run_call(
+    group: Group,
+    facts: Facts,
+    specs: list[Spec],
+    deliver: Callable[[int, Place], None],
+    targets: Sequence[int] | None = None,
+    sources: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """Posts outputs of `specs`, delivers to `targets`, and waits for `sources`; None: all ranks."""
+    posted = allocate(group, facts[0], specs)
+    flight = start_call(group, facts, deliver, posted, targets, sources)
+    with span("exchange", group.name):
+        wait_for(group, facts[0], flight)
+    return posted.tensors
+
+
+def start_call(
+    group: Group,
+    facts: Facts,
+    deliver: Callable[[int, Place], None],
+    posted: Posted,
+    targets: Sequence[int] | None = None,
+    sources: Sequence[int] | None = None,
+    *,
+    async_op: bool = False,
+) -> Flight:
+    """A call of all ranks. What the op's caller asked for is compared, where it is known."""
+    asked, asked_of = group.take_asked() or facts, group.take_asked_of()
+    question = question_of(asked, strict=group.is_strict)
+    if asked_of is not None:
+        question += b" of call %d" % asked_of
+    everyone = range(group.size())
+    if sources is None:
+        sources = everyone if posted.tensors else ()
+
+    def detail() -> bytes:
+        record = record_of(asked)
+        if asked_of is not None:
+            words = [record.arguments] if record.arguments else []
+            arguments = ", ".join([*words, f"of call {asked_of}"])
+            record = dataclasses.replace(record, arguments=arguments)
+        return record.encode()
+
+    ask = Ask(
+        asked[0],
+        question,
+        question,
+        deliver,
+        detail,
+        posted=posted,
+        sources=sources,
+        targets=everyone if targets is None else targets,
+    )
+    flight = memory_of(group).start(ask, background=async_op)
+    group.last_call = flight.key[1]
+    return flight
+
+
+def run_pair(
+    group: Group,
+    op: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    peer: int,
+    deliver: Callable[[int, Place], None],
+    posted: Posted | None,
+) -> None:
+    """Makes a send or a recv; the peer must make the opposite one, with this shape and dtype."""
+    rank = group.rank()
+    src, dst = (rank, peer) if op == "send" else (peer, rank)
+    other = "recv" if op == "send" else "send"
+    records = {
+        each: Record(each, shape_text(shape), dtype_text(dtype), arguments=f"{src} -> {dst}")
+        for each in (op, other)
+    }
+    ask = Ask(
+        op,
+        records[op].encode(),
+        records[other].encode(),
+        deliver,
+        records[op].encode,
+        ranks=(rank, peer),
+        posted=posted,
+        sources=(peer,) if op == "recv" else (),
+        targets=(peer,) if op == "send" else (),
+    )
+    with span("exchange", group.name):
+        wait_for(group, op, memory_of(group).start(ask))
+
+
+def memory_of(group: Group) -> HostMemory:
+    """The connected memory; a ClosedError where the communicator was destroyed meanwhile."""
+    if group.memory is None:
+        raise ClosedError(f"{group.where('a call')}: the communicator was destroyed during it")
+    return group.memory
+
+
+def allocate(
+    group: Group, op: str, specs: list[Spec], ranks: tuple[int, int] | None = None
+) -> Posted:
+    """Outputs; where there is no memory for them the others hear it, or the other of a pair."""
+    memory = memory_of(group)
+    try:
+        return memory.allocate(specs)
+    except MemoryError as error:
+        memory.fail_next(str(error).encode(), ranks, failure="memory")
+        raise MemoryError(f"{group.where(op)}: {error}") from None
+
+
+def wait_for(group: Group, op: str, flight: Flight) -> None:
+    """Waits; adds op and rank to an error."""
+    try:
+        flight.wait()
+    except Mismatch as mismatch:
+        records = {rank: Record.decode(text) for rank, text in sorted(mismatch.details.items())}
+        # None where all that was heard agrees: the rank that does not has left without a word.
+        lines = table(records, strict=group.is_strict) or str(records[group.rank()])
+        silent = [str(rank) for rank in sorted(flight.others) if rank not in records]
+        if silent:
+            lines += f"\nand no word in time from rank {', '.join(silent)}"
+        raise MismatchError(
+            f"{group.where(op)}: the ranks must ask for the same thing in call "
+            f"{flight.key[1]}, got\n{lines}"
+        ) from None
+    except CommunicationError as error:
+        raise type(error)(f"{group.where(op)}: {error}", peers=error.peers) from None
