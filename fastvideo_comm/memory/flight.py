@@ -189,14 +189,13 @@ class Flight:
 
 
 def error_of(failure: int, origin: int, text: str) -> Exception:
-    """What this rank raises when rank `origin` has given the call up."""
+    """What this rank raises when another has told it that the call failed. See `Ledger.fail`."""
     if failure == line.LOST:
         return PeerLostError(text, peers=(origin,))
+    if failure == line.TIMED_OUT:
+        return CommunicationTimeoutError(text, peers=(origin,))
     if failure == line.CLOSED:
         return PeerLostError(
             f"rank {origin} closed its communicator during the call", peers=(origin,)
         )
-    message = f"rank {origin} gave the call up: {text}"
-    if failure == line.TIMED_OUT:
-        return CommunicationTimeoutError(message, peers=(origin,))
-    return CollectiveError(message, peers=(origin,))
+    return CollectiveError(f"rank {origin} gave the call up: {text}", peers=(origin,))

@@ -193,7 +193,7 @@ class Ledger:
             flight: The flight; nothing happens where it is over.
             error: What this rank raises.
             failure: The reason that the others hear, one of those in `line.py`.
-            origin: The rank where it began.
+            origin: The rank where it began; of a timeout, a rank that did not come or finish.
             text: What the others are told.
         """
         if flight.is_over:
@@ -219,9 +219,12 @@ class Ledger:
             undone = sorted(flight.undone - flight.unposted)
             parts = [f"{_ranks(absent)} did not come"] if absent else []
             parts += [f"{_ranks(undone)} came and did not finish"] if undone else []
+            missing = [*absent, *undone] or [self.rank]
+            parts = parts or ["its own copies are not finished"]
             text = f"{flight.op} waited {seconds:g} s: {' and '.join(parts)}"
-            error = CommunicationTimeoutError(text, peers=(*absent, *undone))
-            self.fail(flight, error, records.TIMED_OUT, self.rank, text)
+            error = CommunicationTimeoutError(text, peers=tuple(missing))
+            told = f"rank {self.rank} gave the call up: {text}"
+            self.fail(flight, error, records.TIMED_OUT, missing[0], told)
 
     def tell(self, flight: Flight) -> None:
         """Sends FAIL or DETAIL, once no thread copies for the flight."""

@@ -43,7 +43,7 @@ class Record(NamedTuple):
     is_pair: int = 0  # whether the call number counts the calls of this pair of ranks
     failure: int = 0  # of FAIL: why
     flag: int = 0  # of POST: there is a place; of a text: more pieces follow
-    origin: int = 0  # of FAIL: the rank that failed first
+    origin: int = 0  # of FAIL: the rank that failed first, or for which another waited in vain
     segment: int = 0
     piece: int = 0  # of a text: the number of this piece
     number: int = 0  # of the call; of SEGMENT: its bytes
