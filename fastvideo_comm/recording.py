@@ -54,7 +54,7 @@ def _refuse_vmap(*_: Any) -> Any:
 
 
 def last_call(group: AnyGroup) -> int | None:
-    """The number of the last call by memory, which a backward names; None where there is none."""
+    """The number of the last call, which a backward names; None where calls have no number."""
     return group.last_call if isinstance(group, Group) else None
 
 

@@ -52,7 +52,7 @@ class Group:
         self._memory_mode = memory
         self.operator_name = ""  # by which compiled code finds this, once memory is connected
         self._insists_on_memory = False  # some rank does
-        self.last_call: int | None = None  # the number of the last call by memory
+        self.last_call: int | None = None  # its number, which a backward of it names
         self._asked: Facts | None = None
         self._asked_of: int | None = None
         self._rank = process_group.rank()
@@ -171,6 +171,7 @@ class Group:
         """
         if self.memory is None and self.diagnosis is not None:
             self.diagnosis.before(op, tensors, arguments, **named)
+            self.last_call = self.diagnosis.number - 1
         if self.memory is None and not self._may_connect():
             return None
         asked = facts_of(op, tensors, arguments, has_strides=True, **named)
@@ -200,7 +201,8 @@ class Group:
             self._asked_of = of_call
             self._asked = facts_of(f"{op} backward", gradients, arguments, **named)
         elif self.diagnosis is not None:
-            self.diagnosis.before_backward(op, gradients, arguments, **named)
+            self.diagnosis.before_backward(op, gradients, arguments, of_call=of_call, **named)
+            self.last_call = self.diagnosis.number - 1
 
     def before_pair(
         self, op: Literal["send", "recv"], shape: Sequence[int], dtype: torch.dtype, peer: int

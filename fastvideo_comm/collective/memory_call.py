@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -97,12 +96,7 @@ def start_call(
         sources = everyone if posted.tensors else ()
 
     def detail() -> bytes:
-        record = record_of(asked)
-        if asked_of is not None:
-            words = [record.arguments] if record.arguments else []
-            arguments = ", ".join([*words, f"of call {asked_of}"])
-            record = dataclasses.replace(record, arguments=arguments)
-        return record.encode()
+        return record_of(asked).of_call(asked_of).encode()
 
     ask = Ask(
         asked[0],

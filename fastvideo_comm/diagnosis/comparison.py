@@ -142,12 +142,14 @@ class Diagnosis:
         gradients: Tensor | Sequence[Tensor],
         arguments: Sequence[Any] = (),
         *,
+        of_call: int | None = None,
         uneven_dim: int | None = None,
         **named: Any,
     ) -> None:
         """As `before`, for the first collective of the backward of `op`.
 
-        The strides of gradients are not compared, because they depend on each rank's own loss.
+        The strides of gradients are not compared, because they depend on each rank's own loss. But
+        `of_call` is, the number of the forward's call: two backwards may ask for the same.
 
         Raises:
             ClosedError: the communicator was destroyed; the other ranks are told.
@@ -162,7 +164,7 @@ class Diagnosis:
         if self._board is None or not self.counted():
             return
         record = describe(f"{op} backward", gradients, arguments, uneven_dim=uneven_dim, **named)
-        record = dataclasses.replace(record, strides="")
+        record = dataclasses.replace(record, strides="").of_call(of_call)
         self._compare(self._board, record, str(self._number - 1), range(self._size))
 
     def close(self) -> None:

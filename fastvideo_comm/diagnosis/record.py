@@ -59,6 +59,13 @@ class Record:
         gradient = str(self.requires_grad)
         return [self.op, self.shape, self.dtype, self.strides, self.arguments, gradient]
 
+    def of_call(self, number: int | None) -> Record:
+        """The record of a backward, with the number of the call that it belongs to."""
+        if number is None:
+            return self
+        words = [self.arguments] if self.arguments else []
+        return dataclasses.replace(self, arguments=", ".join([*words, f"of call {number}"]))
+
     def __str__(self) -> str:
         """The columns in a row."""
         return " ".join(cell for cell in self.cells()[:-1] if cell)

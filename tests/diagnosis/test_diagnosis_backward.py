@@ -49,6 +49,13 @@ def other_order(c: DeviceCommunicatorBase, mine: bool) -> None:
         loss.backward()
 
 
+def other_order_of_one_shape(c: DeviceCommunicatorBase, mine: bool) -> None:
+    """Their gradients would be traded for each other, without an error of the backend."""
+    x = leaf(2, 3)
+    losses = [c.all_gather(x, 0).sum() for _ in range(2)]
+    losses[mine].backward()
+
+
 def other_exchange(c: DeviceCommunicatorBase, mine: bool) -> None:
     """Handles whose gradients are sent in another order."""
     x = leaf(1, 2, c.world_size, 2)
@@ -103,6 +110,10 @@ MISTAKES: dict[str, tuple[Program, str, str]] = {
     "order": (
         *(other_order, r"all_reduce backward +\[2, 3\] +float32 +max"),
         r"all_gather backward +\[6, 3\]",
+    ),
+    "order of one shape": (
+        *(other_order_of_one_shape, r"all_gather backward +\[6, 3\] .*of call 1"),
+        r"all_gather backward +\[6, 3\] .*of call 0",
     ),
     "skips an extreme": (
         *(extreme_of_one_loss, r"slice +\[3\]"),
