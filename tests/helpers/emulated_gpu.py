@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import shutil
 import subprocess
 import threading
@@ -133,11 +132,10 @@ def emulated_gpu(directory: Path, capability: int = 90) -> Iterator[EmulatedGPU]
         # Not set_active: its inverse asks for a GPU.
         patch.setattr(triton.runtime.driver, "_active", active)
         patch.setattr(strided_copy, "_TRITON_DEVICES", (*strided_copy._TRITON_DEVICES, "cpu"))
-        try:
-            with _module_launching_on(gpu):
-                yield gpu
-        finally:
-            gc.collect()  # a kernel that dies asks the active driver to unload it
+        # A kernel that dies asks the active driver to unload it, which may be another by then.
+        triton.compiler.CompiledKernel.__del__ = lambda _: None
+        with _module_launching_on(gpu):
+            yield gpu
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ class Ranks:
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._connections: list[multiprocessing.connection.Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._num_jobs = 0
 
     def run(
         self,
@@ -76,7 +77,8 @@ class Ranks:
         members = tuple(range(ranks)) if isinstance(ranks, int) else tuple(ranks)
         if not self._processes:
             self._start()
-        message = pickle.dumps((members, way, job, arguments))
+        self._num_jobs += 1
+        message = pickle.dumps((self._num_jobs, members, way, job, arguments))
         for member in members:
             self._connections[member].send_bytes(message)
         answers: dict[int, Any] = {}
@@ -158,9 +160,12 @@ def _work(rank: int, folder: str, connection: multiprocessing.connection.Connect
                     )
     while True:
         try:
-            members, way, job, arguments = pickle.loads(connection.recv_bytes())
+            number, members, way, job, arguments = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
+        # torch names a new group after the number of groups so far, which the ranks of an earlier
+        # job have made without the others.
+        dist.distributed_c10d._world.group_count = 1000 * number
         try:
             answer = (False, job(communicators[members, way], *arguments))
         except BaseException:
