@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that test; each has four ranks of its own.
+WORKERS ?= 2
 READY := $(VENV)/.ready
 
 .PHONY: demo test versions check format lint types mutants gpu bench wheels docs build clean
@@ -12,7 +14,7 @@ demo: $(READY)  ## train a small video transformer in one process, then over 2 r
 # The peers are optional: without them their tests are skipped, and say so.
 test: $(READY)  ## every test that needs no GPU
 	@$(MAKE) --no-print-directory wheels || echo "no wheels of the peers: their tests are skipped"
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 versions: $(READY)  ## the same on every supported pair of torch and triton
 	@$(MAKE) --no-print-directory wheels || echo "no wheels of the peers: their tests are skipped"

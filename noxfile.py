@@ -2,7 +2,7 @@
 
 Each pair has an environment of its own in `.nox/`. One pair, and arguments for pytest:
 
-    make versions ARGS="-s 'suite(oldest)' -- tests/test_utils.py"
+    make versions ARGS="-s 'suite(oldest)' -- tests/project/test_utils.py"
 """
 
 from __future__ import annotations
@@ -22,4 +22,4 @@ PAIRS = {
 def suite(session: nox.Session, pair: tuple[str, ...]) -> None:
     session.install("pip==26.3")  # 25.1 is the first that reads dependency groups
     session.install(*pair, "--group", "test", "--group", "demo", "-e", ".")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "2", "--dist", "loadfile", *session.posargs)
