@@ -6,6 +6,8 @@ import copy
 import inspect
 import pickle
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from ranks import RankError, Ranks
 
 import fastvideo_comm
 from fastvideo_comm import DeviceCommunicatorBase, DistributedAutograd
+from fastvideo_comm.collective.validation import check_device
 from fastvideo_comm.device_communicators import base_device_communicator
 from fastvideo_comm.errors import ClosedError, CommunicationError
 from fastvideo_comm.kernels import strided_copy_
@@ -352,3 +355,19 @@ def test_a_job_that_fails_on_one_rank_fails_the_test(ranks: Ranks):
     """The harness itself: without this, no test of ranks could fail."""
     with pytest.raises(RankError, match="on purpose"):
         ranks.run(2, raises)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "fits"),
+    [
+        ("cuda", "cuda:1", True),
+        ("cuda:1", "cuda:1", True),
+        ("cuda:0", "cuda:1", False),
+        ("cuda:0", "cpu", False),
+        ("cpu", "cpu", True),
+    ],
+)
+def test_a_device_without_an_index_stands_for_every_device_of_its_type(own, given, fits):
+    tensor = SimpleNamespace(device=torch.device(given))
+    with nullcontext() if fits else pytest.raises(ValueError, match=f"{own}, got {given}"):
+        check_device("input_", tensor, torch.device(own))

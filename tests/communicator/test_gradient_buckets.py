@@ -75,6 +75,20 @@ def test_every_gradient_is_the_sum_over_ranks_in_its_own_memory(
     ranks.run(group, summed, specs, bucket_bytes, average)
 
 
+def wide(communicator: DeviceCommunicatorBase) -> None:
+    """Gradients of float32 of a parameter of bfloat16, which one rank does not have."""
+    parameter = torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)
+    parameter.grad_dtype = torch.float32
+    if communicator.rank != 1:
+        parameter.grad = torch.full((3,), 1.0 + 2.0**-20)
+    communicator.reduce_gradients([parameter])
+    assert torch.equal(parameter.grad, torch.full((3,), 2.0 + 2.0**-19))
+
+
+def test_a_rank_without_a_gradient_takes_part_in_the_dtype_of_the_others(ranks: Ranks):
+    ranks.run(3, wide)
+
+
 def bad(communicator: DeviceCommunicatorBase) -> None:
     good = torch.zeros(2, requires_grad=True)
     good.grad = torch.ones(2)
