@@ -167,7 +167,7 @@ def made_and_destroyed(communicator: DeviceCommunicatorBase) -> None:
     dist.barrier(group)
     several = [
         DeviceCommunicatorBase(group, unique_name=name, memory=memory)
-        for name in "abc"
+        for name in "ab"
         for memory in ("off", "on")
     ]
     for made in several[:-1]:
@@ -182,7 +182,15 @@ def made_and_destroyed(communicator: DeviceCommunicatorBase) -> None:
         time.sleep(0.01 * ((rank + index) % 4))
         made.destroy()
     dist.barrier(group)
-    assert store.num_keys() == before
+    await_num_keys(store, before)
+
+
+def await_num_keys(store: dist.Store, expected: int) -> None:
+    # A rank goes on in the background where the store needs more than the second it waits.
+    deadline = time.monotonic() + 20
+    while (found := store.num_keys()) != expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert found == expected
 
 
 def test_a_communicator_that_compares_no_longer_leaves_nothing(ranks: Ranks):
@@ -200,13 +208,13 @@ def switched_off(communicator: DeviceCommunicatorBase) -> None:
     for _ in range(3):
         diagnosis.set_validate("off")
         dist.barrier(group)
-        assert store.num_keys() == before
+        await_num_keys(store, before)
         dist.barrier(group)
         diagnosis.set_validate("always")
         diagnosis.before("a", torch.ones(1))
     diagnosis.close()
     dist.barrier(group)
-    assert store.num_keys() == before
+    await_num_keys(store, before)
 
 
 class Spy:
