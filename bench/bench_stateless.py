@@ -31,12 +31,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgpack
 import torch
 from by_file import find, load_file, stand_ins
 from torch.distributed import TCPStore
 
+from fastvideo_comm.object_channel import message_seal
 from fastvideo_comm.object_channel.codec import ObjectCodec
 from fastvideo_comm.stateless import StatelessProcessGroup
 
@@ -46,6 +48,9 @@ MIB_64 = 1 << 26
 OURS, SECRET, UPSTREAM = "fastvideo_comm", "fastvideo_comm, secret", "fastvideo"
 # With the package cryptography, `SECRET` is encrypted, and this one authenticated only.
 READABLE = "fastvideo_comm, secret, encryption off"
+# As where the package cryptography is missing: authenticated by HMAC-SHA256.
+HMAC = "fastvideo_comm, secret, no cryptography"
+SECRETS = (SECRET, READABLE, HMAC)
 UPSTREAM_LARGE = "fastvideo, no libuv"
 ROUNDS = {"quick": 2, "normal": 10, "full": 30}
 GROWTH = {"quick": 1_000, "normal": 100_000, "full": 1_000_000}
@@ -84,14 +89,16 @@ def open_group(system: str, upstream: type | None, port: int, rank: int, size: i
     if system == UPSTREAM_LARGE:
         store = TCPStore("127.0.0.1", port, size, rank == 0, use_libuv=False)
         return upstream(rank, size, store)  # type: ignore[misc]
-    return StatelessProcessGroup.create(
-        "127.0.0.1",
-        port,
-        rank,
-        size,
-        secret=None if system == OURS else b"a secret for the benchmark",
-        encryption="off" if system == READABLE else "auto",
-    )
+    no_cryptography = mock.patch.object(message_seal, "has_cryptography", return_value=False)
+    with no_cryptography if system == HMAC else contextlib.nullcontext():
+        return StatelessProcessGroup.create(
+            "127.0.0.1",
+            port,
+            rank,
+            size,
+            secret=b"a secret for the benchmark" if system in SECRETS else None,
+            encryption="off" if system == READABLE else "auto",
+        )
 
 
 def round_trip(group: Any, obj: Any, answer: Any) -> None:
@@ -122,8 +129,8 @@ def barrier(group: Any) -> None:
 
 # Name, ranks, systems, what one call does, calls in a batch, messages in a call, bytes.
 CASES: list[tuple[str, int, list[str], Callable[[Any], None], int, int, int]] = [
-    ("send+recv 1 KiB", 2, [OURS, SECRET, READABLE, UPSTREAM], kib_both_ways, 300, 2, 1024),
-    ("send+recv 64 MiB", 2, [OURS, SECRET, READABLE, UPSTREAM_LARGE], tensor_there, 1, 1, MIB_64),
+    ("send+recv 1 KiB", 2, [OURS, *SECRETS, UPSTREAM], kib_both_ways, 300, 2, 1024),
+    ("send+recv 64 MiB", 2, [OURS, *SECRETS, UPSTREAM_LARGE], tensor_there, 1, 1, MIB_64),
     ("barrier, 8 ranks", 8, [OURS, SECRET, UPSTREAM], barrier, 60, 1, 0),
 ]
 
@@ -132,7 +139,7 @@ def time_case(index: int, upstream_file: Path | None, rounds: int) -> dict[str, 
     """Return the seconds of single calls by system, taken in turn in the same processes."""
     _name, size, systems, *_rest = CASES[index]
     has_upstream = upstream_file is not None
-    ports = {s: free_port() for s in systems if has_upstream or s in (OURS, SECRET, READABLE)}
+    ports = {s: free_port() for s in systems if has_upstream or s in (OURS, *SECRETS)}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "fastvideo_comm.stateless"])
     results = context.SimpleQueue()

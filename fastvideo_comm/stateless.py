@@ -317,7 +317,6 @@ class StatelessProcessGroup:
             self._messenger.begin(call)
             call.number = number = self._gather_counter
             if self._gathers_begun == number:
-                self._gathers_begun += 1
                 self._send(Address(Op.GATHER, self.rank, EVERYONE, number), parts, call.deadline)
             others = self._messenger.others
             addresses = [Address(Op.GATHER, rank, EVERYONE, number) for rank in others]
@@ -392,4 +391,6 @@ class StatelessProcessGroup:
             self.send_dst_counter[address.dst] += 1
         elif address.op is Op.BROADCAST:
             self.broadcast_send_counter += 1
+        else:
+            self._gathers_begun += 1
         self._messenger.send(address, parts, deadline)

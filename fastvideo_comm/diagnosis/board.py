@@ -1,7 +1,9 @@
 """The place where ranks leave records for each other, in the group's store, and facts from /proc.
 
 A key names the communicator, the call and the rank. When the records of call n+1 are complete, a
-rank removes its record of call n: by then every rank has read it.
+rank removes its records of earlier calls: no rank reads them any more. A rank that destroys its
+communicator leaves a list of its keys that are still there and counts itself out. The last rank to
+do so removes the keys of all ranks. Nothing of the communicator is then left in the store.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import json
 import logging
 import os
 import time
+import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +31,9 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.02
 _LOOK_FOR_DEAD_EVERY = 0.25
 _SAY_WAITING_AFTER = 30.0
 _DEFAULT_TIMEOUT = 1800.0
+
+# How many boards this process has made for each group: torch's groups take no attributes.
+_num_boards: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
 class AbsentError(Exception):
@@ -47,13 +54,24 @@ class AbsentError(Exception):
 class Board:
     """The records of one communicator, seen from one rank."""
 
-    def __init__(self, store: Store, rank: int) -> None:
-        """Takes a number in the store for this communicator, and says which process this is."""
+    def __init__(self, store: Store, rank: int, size: int, number: int) -> None:
+        """Says in the store which process this is.
+
+        Args:
+            store: the store of the group.
+            rank: this rank.
+            size: how many ranks have a board like this one.
+            number: which board of these ranks this is; the same on all of them.
+        """
         self._store = store
         self._rank = rank
-        self._prefix = f"fastvideo_comm/{store.add(f'fastvideo_comm/instances/{rank}', 1)}"
-        self._stale: dict[str, str] = {}
-        store.set(f"{self._prefix}/process/{rank}", json.dumps(own_process()))
+        self._size = size
+        self._prefix = f"fastvideo_comm/{number}"
+        process = f"{self._prefix}/process/{rank}"
+        # What this rank has set and not removed: its process, then records by their line of calls.
+        self._keys: defaultdict[str, list[str]] = defaultdict(list, process=[process])
+        self._has_left = False
+        store.set(process, json.dumps(own_process()))
 
     @classmethod
     def of(cls, group: dist.ProcessGroup) -> Board | None:
@@ -72,11 +90,35 @@ class Board:
         clone = getattr(store, "clone", None)
         if clone is not None:
             store = clone()  # other users of the store need not wait while this board waits
-        return cls(store, group.rank())
+        number = _num_boards[group] = _num_boards.get(group, 0) + 1
+        return cls(store, group.rank(), group.size(), number)
 
     def put(self, call: str, record: bytes) -> None:
-        """Leaves this rank's record of a call."""
-        self._store.set(self._key(call, self._rank), record.decode())
+        """Leaves this rank's record of a call, also after `leave`."""
+        key = self._key(call, self._rank)
+        self._keys[_line(call)].append(key)
+        if self._has_left:
+            self._list_keys()
+        self._store.set(key, record.decode())
+        # The last rank removes the counter before it reads the lists. If the counter is still
+        # there, that rank will find this key in the list.
+        if self._has_left and self._no(f"{self._prefix}/left"):
+            self._delete(*self._all_keys(), self._list_of(self._rank))
+
+    def leave(self) -> None:
+        """Counts this rank out; the last rank removes the keys of all. Waits for nobody."""
+        if self._has_left:
+            return
+        self._has_left = True
+        self._list_keys()
+        if self._store.add(f"{self._prefix}/left", 1) < self._size:
+            return
+        self._delete(f"{self._prefix}/left")
+        for rank in range(self._size):
+            listed = self._list_of(rank)
+            # Unlike `get` this does not wait, should that rank's `put` remove the list just now.
+            keys = self._store.compare_set(listed, "", "").decode()
+            self._delete(*keys.split(), listed)
 
     def collect(self, call: str, ranks: Sequence[int], seconds: float) -> dict[int, bytes]:
         """Waits for the records of all `ranks` for a call, and returns them.
@@ -125,13 +167,30 @@ class Board:
         return f"{self._prefix}/call/{call}/{rank}"
 
     def _forget_older(self, call: str) -> None:
-        """Removes this rank's last record for the collectives, or for the same pair of ranks."""
-        line = call.rpartition("/")[0]
-        older = self._stale.pop(line, None)
-        if older is not None:
-            with contextlib.suppress(RuntimeError):  # a store that cannot delete
-                self._store.delete_key(older)
-        self._stale[line] = self._key(call, self._rank)
+        """Removes this rank's earlier records for the collectives, or for this pair of ranks."""
+        keys = self._keys[_line(call)]
+        while len(keys) > 1:
+            self._delete(keys.pop(0))
+
+    def _list_keys(self) -> None:
+        """Tells the last rank to leave which keys it has to remove."""
+        self._store.set(self._list_of(self._rank), " ".join(self._all_keys()))
+
+    def _list_of(self, rank: int) -> str:
+        return f"{self._prefix}/left/{rank}"
+
+    def _all_keys(self) -> list[str]:
+        return [key for keys in self._keys.values() for key in keys]
+
+    def _delete(self, *keys: str) -> None:
+        with contextlib.suppress(RuntimeError):  # a store that cannot delete
+            for key in keys:
+                self._store.delete_key(key)
+
+
+def _line(call: str) -> str:
+    """Returns which calls follow one another: those of one pair of ranks, or the collectives."""
+    return call.rpartition("/")[0]
 
 
 def group_timeout(group: dist.ProcessGroup) -> float:

@@ -18,6 +18,7 @@ the other ranks, as gloo does anyway.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -28,7 +29,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ClosedError, CommunicationTimeoutError, MismatchError, PeerLostError, where
+from ..errors import (
+    ClosedError,
+    CommunicationError,
+    CommunicationTimeoutError,
+    MismatchError,
+    PeerLostError,
+    where,
+)
 from .board import AbsentError, Board, group_timeout
 from .record import Record, describe, dtype_text, shape_text, table
 
@@ -102,6 +110,7 @@ class Diagnosis:
             raise ValueError(f"validate must be one of {', '.join(_MODES)}, got {validate!r}")
         self.validate = validate
         if validate == "off" or self._size == 1 or self._group is None:
+            self._leave()
             self._board = None
         elif self._board is None:
             self._board = Board.of(self._group)
@@ -168,8 +177,19 @@ class Diagnosis:
         self._compare(self._board, record, str(self._number - 1), range(self._size))
 
     def close(self) -> None:
-        """Closes: a later backward is an error."""
+        """Closes: a later backward is an error. The last rank that closes clears the store."""
         self._group = None
+        self._leave()
+
+    def _leave(self) -> None:
+        """Leaves the board. It waits for no rank, and 1 s for a store that does not answer.
+
+        It does nothing at the end of the process: the process that serves the store may have ended
+        before, and torch would print a warning.
+        """
+        if self._board is not None and threading.main_thread().is_alive():
+            with contextlib.suppress(CommunicationError):
+                self._guarded("destroy", self._board.leave, 0.0)
 
     def before_pair(
         self,

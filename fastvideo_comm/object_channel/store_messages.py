@@ -14,8 +14,9 @@ _JOIN = struct.Struct(f"<?i{TOKEN_BYTES}s")
 _NUMBER = struct.Struct("<q")
 _ORIGIN = struct.Struct("<iq")
 
-# What fits into a frame's meta beside the ranks, whatever a rank has put into the text.
+# So much fits into the meta of a frame, however many ranks there are and whatever the text says.
 _MAX_TEXT_BYTES = 4096
+_MAX_NAMED_RANKS = 8192
 
 _OPS = {int(op): op for op in (Op.SEND, Op.BROADCAST, Op.GATHER)}
 
@@ -97,7 +98,11 @@ def unpack_origin(meta: bytes) -> tuple[int, int, bytes]:
 
 
 def pack_text(ranks: list[int], text: str = "") -> bytes:
-    """Return ranks and a text: what LOST, LEFT, REFUSED and the answer to MISSING carry."""
+    """Return ranks and a text: what LOST, LEFT, REFUSED and the answer to MISSING carry.
+
+    Of more than 8192 ranks only the first are named.
+    """
+    ranks = ranks[:_MAX_NAMED_RANKS]
     short = text.encode()[:_MAX_TEXT_BYTES].decode(errors="ignore")  # no half character
     return struct.pack(f"<H{len(ranks)}i", len(ranks), *ranks) + short.encode()
 

@@ -281,7 +281,7 @@ def two(communicator: DeviceCommunicatorBase) -> None:
 
 def test_records_are_removed_from_the_store():
     store = dist.HashStore()
-    boards = [Board(store, rank) for rank in range(2)]
+    boards = [Board(store, rank, 2, 1) for rank in range(2)]
 
     def calls(rank: int) -> None:
         for number in range(50):
@@ -293,7 +293,7 @@ def test_records_are_removed_from_the_store():
         thread.start()
     for thread in threads:
         thread.join()
-    assert store.num_keys() <= 2 * (1 + 1 + 2)  # instances, process, the last records
+    assert store.num_keys() <= 2 * (1 + 2)  # process, the last records
 
 
 def test_the_number_of_dims_from_the_end_is_the_one_from_the_front():

@@ -66,6 +66,15 @@ def test_different_world_sizes_are_an_error_on_every_rank():
         assert "rank 2 joined with world_size=4 (rank 0 has world_size=3)" in str(outcome)
 
 
+@pytest.mark.parametrize("world_size", [20_000, 100_000])
+def test_more_missing_ranks_than_an_answer_can_name_are_a_join_timeout_all_the_same(world_size):
+    (outcome,) = join_outcomes([{"rank": 0, "world_size": world_size}], timeout=0.5, within=3.0)
+    assert isinstance(outcome, JoinTimeoutError)
+    assert "did not join before the time of rank 0 was up" not in str(outcome)[:60]
+    assert outcome.peers[:2] == (0, 1)
+    assert outcome.peers[-1] == len(outcome.peers) - 1 == 8191
+
+
 def test_different_limits_and_groups_are_errors():
     for option in ({"max_message_bytes": 5}, {"group": "elsewhere"}):
         for outcome in join_outcomes([{"rank": 0}, {"rank": 1, **option}]):

@@ -39,6 +39,23 @@ def test_an_all_gather_without_a_rank_that_left_may_be_repeated(secret):
     run_own(3, program, secret=secret)
 
 
+def test_an_all_gather_that_timed_out_before_it_sent_anything_may_be_repeated():
+    def program(group):
+        if group.rank == 0:
+            expire = group._messenger.outbox.expire
+
+            def time_out_once(age, deadline):
+                group._messenger.outbox.expire = expire
+                raise CommunicationTimeoutError("timed out before the store had it")
+
+            group._messenger.outbox.expire = time_out_once
+            with pytest.raises(CommunicationTimeoutError, match="before the store had it"):
+                group.all_gather_obj("a")
+        return group.all_gather_obj("ab"[group.rank], timeout=10)
+
+    assert run_own(2, program) == [["a", "b"]] * 2
+
+
 def test_an_all_gather_fails_at_once_though_another_rank_is_slow():
     def program(group):
         group.barrier()
