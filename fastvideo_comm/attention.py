@@ -117,8 +117,12 @@ def ulysses_attention(
     Raises:
         ValueError: shapes that do not fit each other, `pipeline` below 1, `gather_sizes` that do
             not fit, another device, or an attention that returns another shape.
-        TypeError: not tensors, or an attention that cannot be called.
+        TypeError: not tensors, or an attention that cannot be called or returns no tensor.
     """
+    if not isinstance(communicator, DeviceCommunicatorBase):
+        raise TypeError(
+            f"communicator must be a DeviceCommunicatorBase, got {type(communicator).__name__}"
+        )
     with communicator._runner.call(_OP):
         _check_video(query, key, value)
         if joint is not None:
@@ -203,8 +207,12 @@ class _Layer:
             # recomputes as far as the last of these, which must be as far on every rank.
             return value[:, :, :0] * (1 + query.sum() + key[:, :, :0].sum())
         attended = self.attention(query, key, value)
-        if attended.dim() != 4 or attended.shape[:3] != query.shape[:3]:
+        is_tensor = isinstance(attended, Tensor)
+        if not is_tensor or attended.dim() != 4 or attended.shape[:3] != query.shape[:3]:
             where = self.communicator._runner.group.where(_OP)
+            if not is_tensor:
+                got = type(attended).__name__
+                raise TypeError(f"{where}: attention must return a tensor, got {got}")
             raise ValueError(
                 f"{where}: attention must return [B, S, h, E] for query of shape "
                 f"{list(query.shape)}, got shape {list(attended.shape)}"

@@ -174,7 +174,10 @@ class DeviceCommunicatorBase:
         device = torch.device(device_mesh.device_type)
         if device.type != "cpu":
             device = torch.device(device.type, torch.accelerator.current_device_index())
-        name = unique_name or str(mesh_dim or "")
+        dim_names = device_mesh.mesh_dim_names
+        if dim_names is not None and not isinstance(mesh_dim, str):
+            mesh_dim = dim_names[mesh_dim or 0]
+        name = unique_name or str("" if mesh_dim is None else mesh_dim)
         return cls._made(group, device, name, validate)
 
     @classmethod
