@@ -103,7 +103,7 @@ def of_attention(communicator: DeviceCommunicatorBase) -> None:
         with pytest.raises(TypeError, match=f"{place}attention must return a tensor, got {kind}$"):
             ulysses_attention(communicator, X, X, X, lambda q, k, v, r=returned: r)
     group = communicator.device_group
-    with pytest.raises(TypeError, match=r"^communicator must be a DeviceCommunicatorBase, got Proc"):
+    with pytest.raises(TypeError, match=r"^communicator must be a DeviceCommunicatorBase, got P"):
         ulysses_attention(group, X, X, X)
 
 
