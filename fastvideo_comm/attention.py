@@ -67,12 +67,14 @@ def ulysses_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the whole sequence, of which every rank brings its part and takes it away.
 
-    Example (inside a rank; H = 6 heads on P = 2 ranks):
+    Example (inside a rank, of 2; H = 6 heads):
         >>> q, k, v = (torch.randn(1, 5, 6, 8) for _ in "qkv")  # this rank's 5 tokens of 10
-        >>> ulysses_attention(communicator, q, k, v).shape  # doctest: +SKIP
+        >>> ulysses_attention(communicator, q, k, v).shape
         torch.Size([1, 5, 6, 8])
-        >>> text = tuple(torch.randn(1, 7, 6, 8) for _ in "qkv")  # same on all  # doctest: +SKIP
-        >>> out, text_out = ulysses_attention(communicator, q, k, v, joint=text)  # doctest: +SKIP
+        >>> text = tuple(torch.ones(1, 7, 6, 8) for _ in "qkv")  # the same on every rank
+        >>> out, text_out = ulysses_attention(communicator, q, k, v, joint=text)
+        >>> text_out.shape
+        torch.Size([1, 7, 6, 8])
 
     query, key and value travel in one exchange, so that each rank has all tokens of some heads;
     `attention` computes them; one exchange brings the result back. Any number of heads works:
