@@ -67,12 +67,14 @@ def ulysses_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the whole sequence, of which every rank brings its part and takes it away.
 
-    Example (inside a rank; H = 6 heads on P = 2 ranks):
+    Example (inside a rank, of 2; H = 6 heads):
         >>> q, k, v = (torch.randn(1, 5, 6, 8) for _ in "qkv")  # this rank's 5 tokens of 10
-        >>> ulysses_attention(communicator, q, k, v).shape  # doctest: +SKIP
+        >>> ulysses_attention(communicator, q, k, v).shape
         torch.Size([1, 5, 6, 8])
-        >>> text = tuple(torch.randn(1, 7, 6, 8) for _ in "qkv")  # same on all  # doctest: +SKIP
-        >>> out, text_out = ulysses_attention(communicator, q, k, v, joint=text)  # doctest: +SKIP
+        >>> text = tuple(torch.ones(1, 7, 6, 8) for _ in "qkv")  # the same on every rank
+        >>> out, text_out = ulysses_attention(communicator, q, k, v, joint=text)
+        >>> text_out.shape
+        torch.Size([1, 7, 6, 8])
 
     query, key and value travel in one exchange, so that each rank has all tokens of some heads;
     `attention` computes them; one exchange brings the result back. Any number of heads works:
@@ -117,8 +119,12 @@ def ulysses_attention(
     Raises:
         ValueError: shapes that do not fit each other, `pipeline` below 1, `gather_sizes` that do
             not fit, another device, or an attention that returns another shape.
-        TypeError: not tensors, or an attention that cannot be called.
+        TypeError: not tensors, or an attention that cannot be called or returns no tensor.
     """
+    if not isinstance(communicator, DeviceCommunicatorBase):
+        raise TypeError(
+            f"communicator must be a DeviceCommunicatorBase, got {type(communicator).__name__}"
+        )
     with communicator._runner.call(_OP):
         _check_video(query, key, value)
         if joint is not None:
@@ -203,8 +209,12 @@ class _Layer:
             # recomputes as far as the last of these, which must be as far on every rank.
             return value[:, :, :0] * (1 + query.sum() + key[:, :, :0].sum())
         attended = self.attention(query, key, value)
-        if attended.dim() != 4 or attended.shape[:3] != query.shape[:3]:
+        is_tensor = isinstance(attended, Tensor)
+        if not is_tensor or attended.dim() != 4 or attended.shape[:3] != query.shape[:3]:
             where = self.communicator._runner.group.where(_OP)
+            if not is_tensor:
+                got = type(attended).__name__
+                raise TypeError(f"{where}: attention must return a tensor, got {got}")
             raise ValueError(
                 f"{where}: attention must return [B, S, h, E] for query of shape "
                 f"{list(query.shape)}, got shape {list(attended.shape)}"

@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 class DeviceCommunicatorBase:
     """The collectives of one group of ranks on one device, differentiable and compilable.
 
-    Example:
-        >>> communicator = DeviceCommunicatorBase(group)  # doctest: +SKIP
-        >>> q = communicator.all_to_all_4D(q)  # [B, s, H, D] -> [B, S, h, D]  # doctest: +SKIP
+    Example (inside a rank, of 2):
+        >>> sp = DeviceCommunicatorBase(group, unique_name="sp")
+        >>> sp.all_to_all_4D(torch.ones(1, 5, 6, 8)).shape  # [B, s, H, D] -> [B, S, h, D]
+        torch.Size([1, 10, 3, 8])
 
     All ranks of the group make the same calls in the same order, with the same shapes, dtypes and
     `requires_grad`. The loss is the sum over ranks of each rank's local loss. Each op states its
@@ -126,12 +127,20 @@ class DeviceCommunicatorBase:
     ) -> Self:
         """A communicator on one group.
 
+        Example (inside a rank, of 2):
+            >>> DeviceCommunicatorBase.from_group(group, unique_name="sp").world_size
+            2
+
         Args:
             group: a group that this process is in.
             device: where the tensors will be. By default the current accelerator if the group's
                 backend is NCCL or XCCL, else the CPU.
             unique_name: what errors call this communicator.
             validate: which calls the ranks compare: "auto", "always" or "off".
+
+        Raises:
+            ValueError: another `validate`.
+            TypeError: not a process group that this process is in.
         """
         if device is None and isinstance(group, ProcessGroup):
             accelerated = dist.get_backend(group) in ("nccl", "xccl")
@@ -174,7 +183,10 @@ class DeviceCommunicatorBase:
         device = torch.device(device_mesh.device_type)
         if device.type != "cpu":
             device = torch.device(device.type, torch.accelerator.current_device_index())
-        name = unique_name or str(mesh_dim or "")
+        dim_names = device_mesh.mesh_dim_names
+        if dim_names is not None and not isinstance(mesh_dim, str):
+            mesh_dim = dim_names[mesh_dim or 0]
+        name = unique_name or str("" if mesh_dim is None else mesh_dim)
         return cls._made(group, device, name, validate)
 
     @classmethod
@@ -246,11 +258,11 @@ class DeviceCommunicatorBase:
     ) -> Any:
         """Trades this rank's slice of one dim for its slice of another dim: heads for sequence.
 
-        Example (inside a rank; H = 6 heads on P = 2 ranks):
-            >>> x = torch.randn(1, 5, 6, 8)  # doctest: +SKIP
-            >>> communicator.all_to_all_4D(x).shape  # doctest: +SKIP
+        Example (inside a rank, of 2; H = 6 heads):
+            >>> x = torch.randn(1, 5, 6, 8)
+            >>> communicator.all_to_all_4D(x).shape
             torch.Size([1, 10, 3, 8])
-            >>> q, k, v = communicator.all_to_all_4D((q, k, v))  # one exchange  # doctest: +SKIP
+            >>> q, k, v = communicator.all_to_all_4D((x, x.sin(), x.cos()))  # one exchange
 
         The gradient is the inverse exchange: dx = all_to_all_4D(g, gather_dim, scatter_dim).
 
@@ -335,6 +347,10 @@ class DeviceCommunicatorBase:
     ) -> Tensor:
         """Joins every rank's tensor along `dim`, in rank order; every rank gets the result.
 
+        Example (inside a rank, of 2):
+            >>> communicator.all_gather(torch.full((1, 2), communicator.rank), dim=1)
+            tensor([[0, 0, 1, 1]])
+
         The gradient is a reduce_scatter: dx_r = sum over ranks q of g_q[part r]. Part r is the part
         of rank r: c entries of `dim`, or `gather_sizes[r]` entries.
 
@@ -390,9 +406,13 @@ class DeviceCommunicatorBase:
     ) -> Tensor:
         """Reduces a tensor over ranks, element by element, into a new tensor on every rank.
 
-        With G = sum over ranks of g: dx = G for SUM and G/P for AVG. For MAX and MIN, G goes to the
-        ranks that hold the extreme, in equal shares. For PRODUCT, dx_r = G * product of the other
-        ranks' values, which is also correct where a value is zero.
+        Example (inside a rank, of 2):
+            >>> communicator.all_reduce(torch.tensor([1.0, 5.0]) + communicator.rank)
+            tensor([ 3., 11.])
+
+        The gradient, with G = sum over ranks of g: dx = G for SUM and dx = G/P for AVG. For MAX and
+        MIN, G goes to the ranks that hold the extreme, in equal shares. For PRODUCT, dx_r = G *
+        product of the other ranks' values, which is also correct where a value is zero.
 
         Args:
             input_: any shape and strides, the same shape on every rank.
@@ -424,9 +444,8 @@ class DeviceCommunicatorBase:
     ) -> Tensor:
         """This rank's part of the sum over ranks: what `all_reduce` and then `slice` give.
 
-        Example (inside a rank; P = 2 ranks):
-            >>> x = torch.ones(3, 4)  # doctest: +SKIP
-            >>> communicator.reduce_scatter(x)  # [A, P*c] -> [A, c]  # doctest: +SKIP
+        Example (inside a rank, of 2):
+            >>> communicator.reduce_scatter(torch.ones(3, 4))  # [A, P*c] -> [A, c]
             tensor([[2., 2.],
                     [2., 2.],
                     [2., 2.]])
@@ -458,9 +477,9 @@ class DeviceCommunicatorBase:
     def broadcast(self, input_: Tensor, src: int = 0) -> Tensor:
         """Rank `src`'s tensor, as a new tensor on every rank.
 
-        Example (inside a rank):
-            >>> x = torch.full((2,), float(communicator.rank))  # doctest: +SKIP
-            >>> communicator.broadcast(x, src=1)  # doctest: +SKIP
+        Example (inside a rank, of 2):
+            >>> x = torch.full((2,), float(communicator.rank))
+            >>> communicator.broadcast(x, src=1)
             tensor([1., 1.])
 
         The gradient is the sum over ranks, on `src`: dx_src = sum over ranks r of g_r, and dx_r = 0
@@ -493,10 +512,12 @@ class DeviceCommunicatorBase:
         For each parameter, `grad` = sum over ranks of `grad`, or that sum divided by P. Call it
         once, between the last `backward` of a step and clipping or the optimizer.
 
-        Example (inside a rank):
-            >>> loss.backward()  # of this rank's tokens  # doctest: +SKIP
-            >>> communicator.reduce_gradients(model.parameters())  # doctest: +SKIP
-            >>> optimizer.step()  # the same on every rank  # doctest: +SKIP
+        Example (inside a rank, of 2):
+            >>> weight = torch.zeros(3, requires_grad=True)
+            >>> (weight * (1 + communicator.rank)).sum().backward()  # of this rank's tokens
+            >>> communicator.reduce_gradients([weight])
+            >>> weight.grad  # the same on every rank
+            tensor([3., 3., 3.])
 
         The ranks compare in one small collective what they have. A parameter whose `grad` is None
         on all ranks keeps None. Where it is None on some ranks only, the loss of those ranks does
@@ -544,6 +565,11 @@ class DeviceCommunicatorBase:
     ) -> Tensor:
         """Returns this rank's part of a tensor that every rank holds; the forward sends nothing.
 
+        Example (inside a rank, of 2):
+            >>> part = communicator.slice(torch.arange(6), dim=0)
+            >>> part.tolist() == [[0, 1, 2], [3, 4, 5]][communicator.rank]
+            True
+
         The gradient is an all_gather: dx = concat over ranks of g_r. Every rank gets the whole
         gradient, divided by P if `scale_grad`.
 
@@ -579,6 +605,11 @@ class DeviceCommunicatorBase:
     def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
         """As `all_gather`, but only rank `dst` gets the result. There is no gradient.
 
+        Example (inside a rank, of 2):
+            >>> whole = communicator.gather(torch.ones(2, 3), dst=1, dim=0)
+            >>> whole is None if communicator.rank == 0 else whole.shape == (4, 3)
+            True
+
         Args:
             input_: `[A, c, ..]`, the same shape on every rank; any dtype and strides.
             dst: the rank in the group that receives.
@@ -604,6 +635,12 @@ class DeviceCommunicatorBase:
     def send(self, tensor: Tensor, dst: int | None = None) -> None:
         """Sends a tensor to another rank, which calls `recv`. There is no gradient.
 
+        Example (inside a rank, of 2):
+            >>> if communicator.rank == 0:
+            ...     communicator.send(torch.ones(3), dst=1)
+            ... else:
+            ...     assert communicator.recv((3,), torch.float32, src=0).sum() == 3
+
         Args:
             tensor: any shape, dtype and strides.
             dst: the rank in the group that receives; the next rank if None.
@@ -623,6 +660,12 @@ class DeviceCommunicatorBase:
         self, size: torch.Size | Sequence[int], dtype: torch.dtype, src: int | None = None
     ) -> Tensor:
         """Receives a tensor that another rank sends. There is no gradient.
+
+        Example (inside a rank, of 2):
+            >>> if communicator.rank == 0:
+            ...     communicator.send(torch.ones(3), dst=1)
+            ... else:
+            ...     assert communicator.recv((3,), torch.float32, src=0).sum() == 3
 
         Args:
             size: the shape that was sent.
@@ -650,10 +693,8 @@ class DeviceCommunicatorBase:
     def barrier(self) -> None:
         """Waits until every rank of the group has called it, at most the group's timeout.
 
-        Example (inside a rank):
-            >>> if communicator.rank == 0:  # doctest: +SKIP
-            ...     torch.save(model.state_dict(), path)
-            >>> communicator.barrier()  # now every rank can read it  # doctest: +SKIP
+        Example (inside a rank, of 2):
+            >>> communicator.barrier()  # what rank 0 wrote before, every rank can read now
 
         It moves nothing and carries no gradient. Where the group's backend is a GPU's, the host
         also waits for the work of this rank that is before it on the current stream.
@@ -682,9 +723,9 @@ class DeviceCommunicatorBase:
         memory is connected and NCCL is initialised. None of this may happen while a CUDA graph is
         captured.
 
-        Example (inside a rank):
-            >>> q, k = (1, 4096, 24, 128), (1, 4096, 8, 128)
-            >>> communicator.warmup([q, (q, k, k)])  # one tensor, then three  # doctest: +SKIP
+        Example (inside a rank, of 2):
+            >>> q, k = (1, 64, 6, 16), (1, 64, 2, 16)
+            >>> communicator.warmup([q, (q, k, k)])  # one tensor, then three
 
         Args:
             shapes: the shapes `[B, s, H, D]` of this rank's tensors before attention, the same on
@@ -722,7 +763,13 @@ class DeviceCommunicatorBase:
             torch.get_device_module(self.device).synchronize(self.device)
 
     def stats(self) -> dict[str, OpStats]:
-        """Returns the calls, bytes and seconds of each op so far. See `profiling.OpStats`."""
+        """Returns the calls, bytes and seconds of each op so far. See `profiling.OpStats`.
+
+        Example (inside a rank, of 2):
+            >>> _ = communicator.all_gather(torch.ones(4), dim=0)
+            >>> communicator.stats()["all_gather"].bytes >= 16
+            True
+        """
         return self._runner.stats.snapshot()
 
     def memory_stats(self) -> MemoryStats:

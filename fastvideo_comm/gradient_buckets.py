@@ -36,6 +36,11 @@ def checked_parameters(parameters: Tensor | Iterable[Tensor], device: torch.devi
         TypeError: no tensor, a DTensor, or a gradient that is sparse or has a dtype that backends
             do not add.
     """
+    if not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"parameters must be tensors, such as model.parameters(), got "
+            f"{type(parameters).__name__}"
+        )
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not given:
         raise ValueError("parameters must hold at least one tensor, got none")

@@ -18,10 +18,12 @@ class AsyncHandle(Generic[T]):
     backward, and where the ranks use messages. A handle that is dropped without `wait()` is
     reported by a `RuntimeWarning`: its exchange went on, and its result is lost.
 
-    Example:
-        >>> handle = communicator.all_to_all_4D(q, async_op=True)  # doctest: +SKIP
-        >>> gate = gate_projection(x)  # travels meanwhile  # doctest: +SKIP
-        >>> q = handle.wait()  # doctest: +SKIP
+    Example (inside a rank, of 2):
+        >>> x = torch.randn(1, 5, 6, 8)
+        >>> handle = communicator.all_to_all_4D(x, async_op=True)
+        >>> gate = x.sigmoid()  # x travels meanwhile
+        >>> handle.wait().shape
+        torch.Size([1, 10, 3, 8])
     """
 
     def __init__(

@@ -165,11 +165,14 @@ def sizes_of_each(name: str, sizes: Sizes, num_tensors: int) -> list[Any]:
         return [None] * num_tensors
     if isinstance(sizes, str) and sizes != "auto":
         raise ValueError(f"{name} must be None, 'auto' or sizes, got {sizes!r}")
-    if isinstance(sizes, Tensor):
+    if not isinstance(sizes, Sequence):
+        remedy = ": give its .tolist()" if hasattr(sizes, "tolist") else ""
         raise TypeError(
-            f"{name} must be None, 'auto' or a list of ints, got a tensor: give .tolist()"
+            f"{name} must be None, 'auto' or a list of ints, got {type(sizes).__name__}{remedy}"
         )
-    if sizes is None or isinstance(sizes, str) or all(isinstance(size, int) for size in sizes):
+    if isinstance(sizes, str) or not any(
+        size is None or isinstance(size, Sequence) for size in sizes
+    ):
         return [sizes] * num_tensors
     if len(sizes) != num_tensors:
         raise ValueError(f"{name} must hold sizes for {num_tensors} tensors, got {len(sizes)}")

@@ -218,6 +218,10 @@ def groups_and_meshes(communicator: DeviceCommunicatorBase) -> None:
     by_number = DeviceCommunicatorBase.from_mesh(mesh, 1, unique_name="mine")
     assert by_number.device_group is mesh.get_group("sp")
     assert by_number.unique_name == "mine"
+    names = [(mesh, 0), (mesh, -1), (mesh["sp"], None), (line, 0)]
+    assert [DeviceCommunicatorBase.from_mesh(*each).unique_name for each in names] == [
+        *("dp", "sp", "sp", "0")
+    ]
     assert DeviceCommunicatorBase.from_mesh(mesh["dp"]).ranks == [
         communicator.rank % 2,
         communicator.rank % 2 + 2,
