@@ -15,20 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .collective.group import AnyGroup, Group
-from .collective.layout import Split, Splits
-from .collective.route import route
-from .kernels import contiguous_copy
-from .recording import (
-    Flight,
-    along,
+from .before_backward import (
     before_backward,
     before_backward_of_exchange,
     before_backward_of_part,
     last_call,
-    op,
-    run,
 )
+from .collective.group import AnyGroup, Group
+from .collective.layout import Split, Splits
+from .collective.route import route
+from .kernels import contiguous_copy
+from .recording import Flight, along, op, run
 
 
 @op

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
@@ -189,7 +190,7 @@ class OpCall:
         """
         group = self._runner.group
         if self._is_traced:
-            self._check_tangents(arguments)
+            self._check_transforms(arguments)
         if group.size() == 1:
             return alone
         taken = traced_form(group) if self._is_traced else group
@@ -223,11 +224,24 @@ class OpCall:
         with torch.no_grad():
             return getattr(way, name)(group, *arguments)
 
-    def _check_tangents(self, arguments: Sequence[Any]) -> None:
-        """Raises where torch may have left out the tangents of what compiled code is given."""
-        if not _TORCH_LEAVES_OUT_TANGENTS or forward_ad._current_level < 0:
+    def _check_transforms(self, arguments: Sequence[Any]) -> None:
+        """Raises where torch would compile the call to another one, without an error."""
+        level = torch._C._functorch.maybe_current_level()
+        for argument in arguments:
+            if isinstance(argument, Tensor) and torch._C._functorch.is_batchedtensor(argument):
+                raise RuntimeError(
+                    f"{self.op} must not be called under torch.vmap, and torch.func.jacfwd must "
+                    "be called outside compiled code"
+                )
+        if forward_ad._current_level < 0:
             return
-        if torch._C._functorch.maybe_current_level() is None:
+        if level is not None and (level, eager_transforms.JVP_NESTING) != (1, 1):
+            raise RuntimeError(
+                f"{self.op} must be differentiated by one transform of torch.func in compiled "
+                "code where one of them is torch.func.jvp or a dual_level, got several: call them "
+                "outside compiled code"
+            )
+        if level is None and _TORCH_LEAVES_OUT_TANGENTS:
             for tangent in tangents_of(arguments):
                 if tangent is not None:
                     return

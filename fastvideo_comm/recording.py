@@ -1,6 +1,6 @@
 """How the Functions of the ops are run: recorded where somebody differentiates, else called.
 
-And what the backward of each does before it sends: the ranks compare what they are about to do.
+Under forward mode a call has values and tangents. Most ops send both in one exchange.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .collective.layout import Split, Splits
 from .collective.messages import Work
 from .collective.route import records_graph
 
+_set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame
 _functorch_is_active = torch._C._are_functorch_transforms_active
 
 
@@ -26,19 +27,38 @@ def run(function: Any, group: AnyGroup, *arguments: Any) -> Any:
     Its bookkeeping is a third of a tiny call. And without a gradient to record, torch 2.13 cannot
     trace a Function of a variable number of tensors.
     """
+    is_eager = isinstance(group, Group)  # a compiled graph holds no `Group`
     if forward_ad._current_level >= 0:
         tangents = tangents_of(arguments)
         if any(tangent is not None for tangent in tangents):
+            if is_eager:
+                return _uncompiled(_run_on_duals, function, group, arguments, tangents)
             return _run_on_duals(function, group, arguments, tangents)
-    is_eager = isinstance(group, Group)  # a compiled graph holds no `Group`
     if not is_recorded(arguments, is_eager=is_eager):
         return function.forward(group, *arguments)
-    return (function.eager if is_eager else function).apply(group, *arguments)
+    if not is_eager:
+        return function.apply(group, *arguments)
+    if _functorch_is_active():
+        return _uncompiled(function.eager.apply, group, *arguments)
+    return function.eager.apply(group, *arguments)
 
 
 def along(function: Any, group: AnyGroup, *arguments: Any) -> Any:
     """As `run`, for tangents. `torch.func.jacfwd` gives many of them; each has its own exchange."""
     return run(function.along if isinstance(group, Group) else function, group, *arguments)
+
+
+def _uncompiled(call: Any, *arguments: Any) -> Any:
+    """Calls what eager code calls.
+
+    Forward mode and transforms of `torch.func` may surround a compiled function, which torch then
+    runs eagerly. Yet it would compile what is called here, where neither is seen any more.
+    """
+    previous = _set_eval_frame(None)
+    try:
+        return call(*arguments)
+    finally:
+        _set_eval_frame(previous)
 
 
 def is_recorded(arguments: Sequence[Any], *, is_eager: bool) -> bool:
@@ -64,7 +84,7 @@ def op(function: Any) -> Any:
             run(
                 function.along,
                 *(
-                    argument if dim is None else argument.select(dim, index)
+                    argument.select(dim, index) if isinstance(dim, int) else argument
                     for argument, dim in zip(arguments, in_dims, strict=True)
                 ),
             )
@@ -96,59 +116,6 @@ def _refuse_vmap(*_: Any) -> Any:
     raise RuntimeError(
         "an op of a communicator must not be called under torch.vmap, which would exchange what "
         "the other ranks do not expect: give it a tensor with one dim more"
-    )
-
-
-def last_call(group: AnyGroup) -> int | None:
-    """The number of the last call by memory, which a backward names; None where there is none."""
-    return group.last_call if isinstance(group, Group) else None
-
-
-def before_backward(
-    group: AnyGroup,
-    op: str,
-    gradients: Tensor | Sequence[Tensor],
-    arguments: Sequence[Any],
-    *,
-    of_call: int | None,
-    **named: Any,
-) -> None:
-    """The ranks of a communicator compare what the backward of `op` is about to send."""
-    if isinstance(group, Group):
-        group.before_backward(op, gradients, arguments, of_call=of_call, **named)
-
-
-def before_backward_of_part(
-    group: AnyGroup, op: str, gradient: Tensor, split: Split, of_call: int | None
-) -> None:
-    """`before_backward` where every rank brings the gradient of its part."""
-    uneven_dim = None if split.sizes is None else split.dim
-    before_backward(
-        *(group, op, gradient, (split.dim,)),
-        of_call=of_call,
-        uneven_dim=uneven_dim,
-        scatter_sizes=split.sizes,
-    )
-
-
-def before_backward_of_exchange(
-    group: AnyGroup,
-    gradients: Sequence[Tensor],
-    splits: Splits,
-    *,
-    of_call: int | None,
-    async_op: bool | None = None,
-) -> None:
-    """`before_backward` for the way back of an exchange."""
-    sizes = [split.sizes for split in splits.scatter]
-    uneven = any(each is not None for each in sizes)
-    dims = (splits.scatter[0].dim, splits.gather[0].dim)
-    before_backward(
-        *(group, "all_to_all_4D", gradients, dims),
-        of_call=of_call,
-        uneven_dim=dims[0] if uneven else None,
-        scatter_sizes=sizes if uneven else None,
-        async_op=async_op,
     )
 
 
@@ -191,7 +158,9 @@ class Sent(torch.autograd.Function):
 
     @staticmethod
     def forward(together: Together, group: AnyGroup, *arguments: Any) -> Any:
-        return together.outputs(group, arguments)
+        outputs = together.outputs(group, arguments)
+        # A view that is made in a Function could not be written in place.
+        return outputs.data if isinstance(outputs, Tensor) else outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
