@@ -64,7 +64,8 @@ class Engine:
         self._is_closed = False
         self._is_interrupted = False  # messages may stand in inboxes, unhandled
         self._foreground: dict[int, Waiter] = {}  # by thread
-        self._waiters: list[Waiter] = []  # of threads that no longer wait
+        # Of threads that do not wait. One is made here: later there may be no descriptor for it.
+        self._waiters = [Waiter()]
         self._background: Background | None = None
 
     def check(self) -> None:

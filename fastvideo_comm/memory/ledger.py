@@ -209,6 +209,9 @@ class Ledger:
     def interrupt(self, flight: Flight, error: BaseException) -> None:
         """Ends a flight whose thread does not wait for it any more."""
         self.fail(flight, error, records.INTERRUPTED, self.rank, type(error).__name__)
+        # The interrupt may have come between two steps of its end.
+        self.tell(flight)
+        self.update(flight)
 
     def expire(self, flight: Flight, deadline: float, seconds: float) -> None:
         """Fails a flight whose time has come."""

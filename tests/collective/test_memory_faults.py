@@ -140,6 +140,8 @@ def interrupted(communicator: DeviceCommunicatorBase, phase: str) -> str:
     ranks, rank = communicator.world_size, communicator.rank
 
     def interrupt(*_: Any, **__: Any) -> Any:
+        if phase == "wait":
+            communicator.send(torch.ones(1), 0)
         raise KeyboardInterrupt
 
     with fresh(communicator) as other:
@@ -166,7 +168,7 @@ def interrupted(communicator: DeviceCommunicatorBase, phase: str) -> str:
                     other.all_reduce(x) if phase == "sum" else other.all_to_all_4D((x, one_head))
             elif phase in ("copy", "middle of the copy", "wait"):
                 if phase == "wait" and rank == 0:
-                    time.sleep(0.2)  # the culprit has to wait
+                    communicator.recv((1,), torch.float32, CULPRIT)  # which has to wait
                 with pytest.raises(CollectiveError) as error:
                     other.all_to_all_4D((x, one_head))
                 text = str(error.value)
