@@ -70,9 +70,7 @@ def test_different_world_sizes_are_an_error_on_every_rank():
 def test_more_missing_ranks_than_an_answer_can_name_are_a_join_timeout_all_the_same(world_size):
     (outcome,) = join_outcomes([{"rank": 0, "world_size": world_size}], timeout=0.5, within=3.0)
     assert isinstance(outcome, JoinTimeoutError)
-    assert "did not join before the time of rank 0 was up" not in str(outcome)[:60]
-    assert outcome.peers[:2] == (0, 1)
-    assert outcome.peers[-1] == len(outcome.peers) - 1 == 8191
+    assert outcome.peers == tuple(range(1, 8193))
 
 
 def test_different_limits_and_groups_are_errors():
