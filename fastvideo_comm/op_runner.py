@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
@@ -20,7 +21,7 @@ from . import functions
 from .collective import memory, validation
 from .collective.group import Group
 from .collective.layout import Split, Splits
-from .collective.route import records_graph, route, route_of_pair, traced_form
+from .collective.route import route, route_of_pair, traced_form
 from .errors import ClosedError, CommunicationError
 from .gradient_buckets import agreed_gradients
 from .handle import AsyncHandle
@@ -202,7 +203,7 @@ class OpCall:
             return tuple(outputs) if packed else outputs[0]
 
         group = self._runner.group
-        if self._is_traced or group.size() == 1 or records_graph():
+        if self._is_traced or group.size() == 1:
             outputs = self.run(functions.AllToAll, splits, *inputs, alone=inputs)
             return AsyncHandle.done(result(outputs))
         both = duals_together(splits, inputs)
@@ -234,10 +235,11 @@ class OpCall:
                 )
         if forward_ad._current_level < 0:
             return
-        if level is not None and level > 1:
+        if level is not None and (level, eager_transforms.JVP_NESTING) != (1, 1):
             raise RuntimeError(
                 f"{self.op} must be differentiated by one transform of torch.func in compiled "
-                f"code where torch.func.jvp is one, got {level}: call them outside compiled code"
+                "code where one of them is torch.func.jvp or a dual_level, got several: call them "
+                "outside compiled code"
             )
         if level is None and _TORCH_LEAVES_OUT_TANGENTS:
             for tangent in tangents_of(arguments):

@@ -275,9 +275,8 @@ def duals_together(splits: Splits, inputs: Sequence[Tensor]) -> list[Any] | None
         return None
     primals, completed = _split_duals(inputs, tangents)
     unwrapped = [_unwrapped(each) for each in (*primals, *completed)]
-    if records_graph() or any(each is None for each in unwrapped):
-        return None
-    if is_recorded(unwrapped, is_eager=False):
+    is_split = any(each is None or each.requires_grad for each in unwrapped)
+    if records_graph() or (is_split and torch.is_grad_enabled()):
         return None
     return _of_both((splits, *primals), completed)
 
@@ -290,8 +289,7 @@ def joined(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _run_together(together: Together, group: AnyGroup, arguments: Sequence[Any]) -> Any:
     if is_recorded(arguments, is_eager=isinstance(group, Group)):
         return Sent.apply(together, group, *arguments)
-    with torch.no_grad():  # the tangents may be recorded where the values are not
-        return together.outputs(group, arguments)
+    return together.outputs(group, arguments)
 
 
 def _replaced(arguments: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
