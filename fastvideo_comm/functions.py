@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .before_backward import (
-    before_backward,
-    before_backward_of_exchange,
-    before_backward_of_part,
-    last_call,
-)
 from .collective.group import AnyGroup, Group
 from .collective.layout import Split, Splits
 from .collective.route import route
 from .kernels import contiguous_copy
-from .recording import Flight, along, op, run
+from .recording import (
+    Flight,
+    before_backward,
+    before_backward_of_exchange,
+    before_backward_of_part,
+    last_call,
+    op,
+    run,
+)
 
 
 @op
@@ -54,7 +56,7 @@ class AllToAll(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, __: None, *tangents: Tensor) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = along(AllToAll, ctx.group, ctx.splits, *tangents)
+        outputs: tuple[Tensor, ...] = run(AllToAll, ctx.group, ctx.splits, *tangents)
         return outputs
 
 
@@ -84,12 +86,9 @@ class StartAllToAll(torch.autograd.Function):
         return None, None, *run(FinishAllToAll, ctx.group, returning, grad_token)
 
     @staticmethod
-    def carries_tangent(*_: Any) -> bool:
-        return False
-
-    @staticmethod
     def tangent(ctx: Any, _: None, __: None, *tangents: Tensor) -> Tensor:
-        token: Tensor = along(StartAllToAll, ctx.group, ctx.flight.tangents(), *tangents)
+        ctx.flight.tangents = Flight(ctx.flight.splits)
+        token: Tensor = run(StartAllToAll, ctx.group, ctx.flight.tangents, *tangents)
         return token
 
 
@@ -115,13 +114,9 @@ class FinishAllToAll(torch.autograd.Function):
         return None, None, run(StartAllToAll, ctx.group, ctx.flight.returning, *grad_outputs)
 
     @staticmethod
-    def carries_tangent(*_: Any) -> bool:
-        return False
-
-    @staticmethod
     def tangent(ctx: Any, _: None, __: None, tangent_token: Tensor) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = along(
-            FinishAllToAll, ctx.group, ctx.flight.tangents(), tangent_token
+        outputs: tuple[Tensor, ...] = run(
+            FinishAllToAll, ctx.group, ctx.flight.tangents, tangent_token
         )
         return outputs
 
@@ -156,7 +151,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
-        output: Tensor = along(AllGather, ctx.group, tangent, ctx.split)
+        output: Tensor = run(AllGather, ctx.group, tangent, ctx.split)
         return output
 
 
@@ -185,7 +180,7 @@ class ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
-        output: Tensor = along(ReduceScatter, ctx.group, tangent, ctx.split)
+        output: Tensor = run(ReduceScatter, ctx.group, tangent, ctx.split)
         return output
 
 
@@ -214,7 +209,7 @@ class Broadcast(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
-        output: Tensor = along(Broadcast, ctx.group, tangent, ctx.src)
+        output: Tensor = run(Broadcast, ctx.group, tangent, ctx.src)
         return output
 
 
@@ -243,7 +238,7 @@ class Reduce(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
-        output: Tensor = along(Reduce, ctx.group, tangent, ctx.dst)
+        output: Tensor = run(Reduce, ctx.group, tangent, ctx.dst)
         return output
 
 
@@ -274,12 +269,8 @@ class Slice(torch.autograd.Function):
         return None, grad_input, None, None
 
     @staticmethod
-    def carries_tangent(*_: Any) -> bool:
-        return False
-
-    @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None, ___: None) -> Tensor:
-        output: Tensor = along(Slice, ctx.group, tangent, ctx.split, ctx.scale_grad)
+        output: Tensor = run(Slice, ctx.group, tangent, ctx.split, ctx.scale_grad)
         return output
 
 
@@ -307,7 +298,7 @@ class Unslice(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
-        output: Tensor = along(Unslice, ctx.group, tangent, ctx.split)
+        output: Tensor = run(Unslice, ctx.group, tangent, ctx.split)
         return output
 
 
@@ -356,14 +347,10 @@ class AllReduce(torch.autograd.Function):
         return None, _times_local_derivative(ctx, grad_output), None, None
 
     @staticmethod
-    def carries_tangent(_: Tensor, op: str, __: bool) -> bool:
-        return op in ("sum", "avg")
-
-    @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None, ___: None) -> Tensor:
         op = "avg" if ctx.op == "avg" else "sum"
         tangent = _times_local_derivative(ctx, tangent)
-        output: Tensor = along(AllReduce, ctx.group, tangent, op, ctx.is_replicated)
+        output: Tensor = run(AllReduce, ctx.group, tangent, op, ctx.is_replicated)
         return output
 
 

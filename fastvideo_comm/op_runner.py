@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
@@ -26,10 +25,7 @@ from .errors import ClosedError, CommunicationError
 from .gradient_buckets import agreed_gradients
 from .handle import AsyncHandle
 from .profiling import Stats, span
-from .recording import Flight, duals_together, joined, run, tangents_of
-
-# Later versions refuse to compile for dual tensors, and run the function eagerly.
-_TORCH_LEAVES_OUT_TANGENTS = torch.__version__ < (2, 15)
+from .recording import Flight, run
 
 
 class OpRunner:
@@ -91,6 +87,12 @@ class OpCall:
     def __enter__(self) -> OpCall:
         """Starts to count, unless the call is traced: a graph must not depend on counters."""
         if torch.compiler.is_compiling():
+            if forward_ad._current_level >= 0:
+                raise RuntimeError(
+                    f"{self.op} must not be differentiated forward in compiled code, where torch "
+                    "traces no forward-mode derivative of it: call the function that is "
+                    "differentiated uncompiled"
+                )
             self._is_traced = True
         else:
             self._span = span(self.op, self._runner.group.name)
@@ -146,10 +148,6 @@ class OpCall:
         """Lets the ranks compare their calls; this rank's arguments must be checked before."""
         self._is_compared = True
         if not self._is_traced:
-            if forward_ad._current_level >= 0:
-                given = (tensors,) if isinstance(tensors, Tensor) else tensors
-                pairs = enumerate(tangents_of(given))
-                named["tangents_of"] = [i for i, tangent in pairs if tangent is not None] or None
             group = self._runner.group
             asked = group.before(self.op, tensors, arguments, **named)
             if asked is not None:
@@ -189,8 +187,6 @@ class OpCall:
             alone: the output at world size 1.
         """
         group = self._runner.group
-        if self._is_traced:
-            self._check_transforms(arguments)
         if group.size() == 1:
             return alone
         taken = traced_form(group) if self._is_traced else group
@@ -206,16 +202,14 @@ class OpCall:
         if self._is_traced or group.size() == 1:
             outputs = self.run(functions.AllToAll, splits, *inputs, alone=inputs)
             return AsyncHandle.done(result(outputs))
-        both = duals_together(splits, inputs)
-        flight, *sent = both or (splits, *inputs)
-        flight = Flight(flight)
-        token = run(functions.StartAllToAll, group, flight, *sent)
-
-        def finish() -> Any:
-            outputs = run(functions.FinishAllToAll, group, flight, token)
-            return result(joined(outputs) if both else outputs)
-
-        return AsyncHandle(self.op, group.place, finish, flight.is_completed)
+        flight = Flight(splits)
+        token = run(functions.StartAllToAll, group, flight, *inputs)
+        return AsyncHandle(
+            self.op,
+            group.place,
+            lambda: result(run(functions.FinishAllToAll, group, flight, token)),
+            flight.is_completed,
+        )
 
     def run_unrecorded(self, name: str, *arguments: Any) -> Any:
         """Calls a collective without a gradient with the group and `arguments`."""
@@ -223,34 +217,6 @@ class OpCall:
         way = route_of_pair(group) if name in ("send", "recv") else route(group)[0]
         with torch.no_grad():
             return getattr(way, name)(group, *arguments)
-
-    def _check_transforms(self, arguments: Sequence[Any]) -> None:
-        """Raises where torch would compile the call to another one, without an error."""
-        level = torch._C._functorch.maybe_current_level()
-        for argument in arguments:
-            if isinstance(argument, Tensor) and torch._C._functorch.is_batchedtensor(argument):
-                raise RuntimeError(
-                    f"{self.op} must not be called under torch.vmap, and torch.func.jacfwd must "
-                    "be called outside compiled code"
-                )
-        if forward_ad._current_level < 0:
-            return
-        if level is not None and (level, eager_transforms.JVP_NESTING) != (1, 1):
-            raise RuntimeError(
-                f"{self.op} must be differentiated by one transform of torch.func in compiled "
-                "code where one of them is torch.func.jvp or a dual_level, got several: call them "
-                "outside compiled code"
-            )
-        if level is None and _TORCH_LEAVES_OUT_TANGENTS:
-            for tangent in tangents_of(arguments):
-                if tangent is not None:
-                    return
-            raise RuntimeError(
-                f"{self.op} must get a tensor with a tangent where compiled code is inside a "
-                f"forward_ad.dual_level, got none: torch {torch.__version__} leaves out the "
-                "tangents of the inputs of compiled code: use torch.func.jvp, or make the dual "
-                "tensors inside the compiled function"
-            )
 
     def _tell_others(self, error: Exception) -> None:
         """Tells the other ranks, if they can be reached: they would wait for this rank's call."""

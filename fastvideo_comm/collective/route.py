@@ -13,7 +13,6 @@ from . import memory, messages, operator, traced
 from .group import MEMORY_MODES, AnyGroup, Group, MemoryMode, OperatorGroup
 
 MEMORY_VARIABLE = "FASTVIDEO_COMM_MEMORY"
-_PROXIES = torch._C._TorchDispatchModeKey.PROXY
 
 
 def memory_mode(
@@ -47,8 +46,7 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
 
     The module is one of these:
 
-    - `traced` in compiled code: there the compiler plans copies and buffers. Also where
-      `torch.func.linearize` records a graph, which does not see what is written by memory.
+    - `traced` in compiled code: there the compiler plans copies and buffers.
     - `operator` in compiled code of a communicator that has connected memory. The first eager call
       connects it.
     - `memory` if the ranks of a communicator can write into each other's memory, for every size: it
@@ -61,10 +59,6 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
     """
     if torch.compiler.is_compiling():
         return (operator if isinstance(group, OperatorGroup) else traced), group
-    if records_graph():
-        if isinstance(group, Group):
-            group.take_asked()
-        return traced, group if isinstance(group, ProcessGroup) else group.process_group
     if isinstance(group, OperatorGroup):  # compiled code runs eagerly, for example in a debugger
         group = group.process_group
     group = Group.of(group)
@@ -73,11 +67,6 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
     if not group.operator_name:
         group.operator_name = operator.register(group)
     return memory, group
-
-
-def records_graph() -> bool:
-    """Whether `make_fx` records what runs eagerly, as `torch.func.linearize` does."""
-    return torch._C._get_dispatch_mode(_PROXIES) is not None
 
 
 def traced_form(group: Group) -> ProcessGroup | OperatorGroup:
