@@ -19,6 +19,7 @@ from test_exchange import sizes_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastvideo_comm import DeviceCommunicatorBase, functions
+from fastvideo_comm.collective import messages
 from fastvideo_comm.collective.layout import Split
 from fastvideo_comm.diagnosis import MismatchError
 from fastvideo_comm.utils import near_even_sizes
@@ -47,6 +48,24 @@ def dealt_and_gathered(
     same(even, whole.split(near_even_sizes(shape[dim], ranks), dim)[rank])
     # At world size 1 it is the input itself, with the input's strides.
     assert ranks == 1 or (part.is_contiguous() and joined.is_contiguous() and even.is_contiguous())
+
+
+def unlike_parts(communicator: DeviceCommunicatorBase, limit: int) -> None:
+    """The batch is small by one rank's length and large by another's."""
+    ranks, rank = communicator.world_size, communicator.rank
+    sizes = [1, 9, 2][:ranks]
+    whole = values([3, sum(sizes), ranks, 2], torch.float32, 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(messages, "TOGETHER_BYTES", limit)
+        mine = whole.split(sizes, 1)[rank]
+        there = communicator.all_to_all_4D(mine, gather_sizes=sizes)
+        same(there, whole.chunk(ranks, 2)[rank])
+        same(communicator.all_to_all_4D(there, 1, 2, scatter_sizes=sizes), mine)
+
+
+@pytest.mark.parametrize("limit", [0, 100, 200, 300, 10_000])
+def test_ranks_with_parts_of_other_sizes_agree_whether_a_batch_travels_together(ranks, limit):
+    ranks.run(3, unlike_parts, limit, ways=["messages"])
 
 
 @given(

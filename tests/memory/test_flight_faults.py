@@ -109,6 +109,21 @@ def test_a_wait_with_a_timeout_of_its_own_ends_the_call_everywhere():
     in_processes(2, job)
 
 
+def test_the_time_of_a_call_counts_from_its_start():
+    def job(memory: HostMemory) -> None:
+        if memory.rank == 0:
+            begin = time.monotonic()
+            running = memory.start(ask_all(memory))
+            time.sleep(0.8)
+            with pytest.raises(CommunicationTimeoutError, match="rank 1 did not come"):
+                running.wait()
+            assert time.monotonic() - begin < 1.8  # from the wait on it would be 2
+        else:
+            time.sleep(2.4)
+
+    in_processes(2, job, timeout=1.2)
+
+
 def test_a_flight_in_the_background_times_out_though_nobody_waits():
     def job(memory: HostMemory) -> None:
         if memory.rank == 0:
