@@ -27,6 +27,8 @@ from .handle import AsyncHandle
 from .profiling import Stats, span
 from .recording import Flight, run
 
+_PROXIES = torch._C._TorchDispatchModeKey.PROXY
+
 
 class OpRunner:
     """What all calls of one communicator share.
@@ -95,6 +97,11 @@ class OpCall:
                 )
             self._is_traced = True
         else:
+            if torch._C._get_dispatch_mode(_PROXIES) is not None:
+                raise RuntimeError(
+                    f"{self.op} must not be recorded by make_fx, as torch.func.linearize does: the "
+                    "graph would not hold what the other ranks write; use torch.func.jvp"
+                )
             self._span = span(self.op, self._runner.group.name)
             self._span.__enter__()
             self._begin = perf_counter()
