@@ -3,6 +3,7 @@ r"""Trains a small video diffusion transformer in one process and over ranks, an
     python examples/train_sequence_parallel.py             # one process, then 2 ranks
     python examples/train_sequence_parallel.py --nproc 3   # one process, then 3 ranks
     python examples/train_sequence_parallel.py --fused --async --compile   # any of them
+    python examples/train_sequence_parallel.py --fp8 stochastic --tolerance 0.2
 
 The ranks are started by torchrun; gloo joins them on the CPU, NCCL where every rank has a GPU of
 its own. The table shows whether both runs learn the same thing: the losses of both, step by step,
@@ -91,15 +92,17 @@ def train(
     options: argparse.Namespace,
     device: torch.device,
     communicator: MeteredCommunicator | None = None,
+    config: Config | None = None,
 ) -> Run:
     """Trains a new model; with a communicator, on this rank's tokens of every clip.
 
     Parameters, noise and times come from the seed: the same on every rank and in every run.
     """
-    config = Config()
+    if config is None:  # 16 divides the width of a head that travels as fp8
+        config = Config(num_heads=2, head_dim=48) if options.fp8 else Config()
     torch.manual_seed(options.seed)
     with device:
-        exchanges = Exchanges(fused=options.fused, async_op=getattr(options, "async"))
+        exchanges = Exchanges(options.fused, getattr(options, "async"), options.fp8)
         model = VideoTransformer(config, communicator, exchanges)
     if options.compile and communicator is not None:
         for block in model.blocks:
