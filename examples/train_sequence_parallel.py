@@ -87,6 +87,11 @@ def backward(
     return loss.detach()
 
 
+def config_of(options: argparse.Namespace) -> Config:
+    """16 divides the width of a head that travels as fp8."""
+    return Config(num_heads=2, head_dim=48) if options.fp8 else Config()
+
+
 def train(
     name: str,
     options: argparse.Namespace,
@@ -98,8 +103,7 @@ def train(
 
     Parameters, noise and times come from the seed: the same on every rank and in every run.
     """
-    if config is None:  # 16 divides the width of a head that travels as fp8
-        config = Config(num_heads=2, head_dim=48) if options.fp8 else Config()
+    config = config or config_of(options)
     torch.manual_seed(options.seed)
     with device:
         exchanges = Exchanges(options.fused, getattr(options, "async"), options.fp8)
@@ -198,7 +202,7 @@ def train_as_rank(options: argparse.Namespace) -> Run:
     else:
         dist.init_process_group("gloo", timeout=timeout)
         cpu_group = dist.group.WORLD
-    Config().check_num_ranks(dist.get_world_size())
+    config_of(options).check_num_ranks(dist.get_world_size())
     communicator = MeteredCommunicator(
         cpu_group, device=device, device_group=dist.group.WORLD, unique_name="sp"
     )
@@ -247,7 +251,7 @@ def main() -> int:
         return start_ranks(options, results=None)  # which node gets rank 0 is torchrun's to say
 
     try:
-        Config().check_num_ranks(options.nproc)
+        config_of(options).check_num_ranks(options.nproc)
     except ValueError as error:
         parser.error(str(error))
     share_cores(1)
