@@ -87,10 +87,10 @@ def dequantise_(
 
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Divides tensors of the same rows into parts of about `CHUNK_ELEMENTS`."""
+    """Divides tensors of the same rows into parts of about `CHUNK_ELEMENTS`, on the CPU."""
     *rows, columns = tensors[0].shape
     num_rows = max(1, CHUNK_ELEMENTS // columns)
-    if math.prod(rows) <= num_rows:
+    if math.prod(rows) <= num_rows or not tensors[0].is_cpu:
         yield tensors
         return
     dim = max(range(len(rows)), key=rows.__getitem__)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
-from ptx_floats import bits_of, compared_floats, converted_floats, float_of
+from ptx_floats import compared_floats, converted_floats, of_floats
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
@@ -30,7 +30,7 @@ def _typed(kind: str, value: Array) -> Array:
 
 def _product(kinds: list[str], a: Array, b: Array) -> Array:
     if kinds[-1] == "f32":
-        return bits_of(float_of(a) * float_of(b))
+        return of_floats(np.multiply, a, b)
     if kinds[0] == "wide":
         a, b = (_typed(kinds[1], each).astype(np.uint64) for each in (a, b))
     return a * b
@@ -38,7 +38,7 @@ def _product(kinds: list[str], a: Array, b: Array) -> Array:
 
 def _quotient(kinds: list[str], a: Array, b: Array) -> Array:
     if kinds == ["rn", "f32"]:  # no other one of floats is exact
-        return bits_of(float_of(a) / float_of(b))
+        return of_floats(np.divide, a, b)
     a, b = (_typed(kinds[0], each) for each in (a, b))
     if (a < 0).any() or (b <= 0).any():
         raise NotImplementedError("a division of negative numbers or by 0")
@@ -70,9 +70,8 @@ def _permuted_bytes(kinds: list[str], a: Array, b: Array, selector: Array) -> Ar
     both, result = a | b << np.uint64(32), number(0)
     for i in range(4):
         choice = (selector >> np.uint64(4 * i)) & np.uint64(15)
-        if (choice > 7).any():
-            raise NotImplementedError("prmt that copies a sign")
-        byte = (both >> (choice * np.uint64(8))) & np.uint64(255)
+        byte = (both >> ((choice & np.uint64(7)) * np.uint64(8))) & np.uint64(255)
+        byte = np.where(choice > 7, (byte >> np.uint64(7)) * np.uint64(255), byte)  # its sign
         result = result | byte << np.uint64(8 * i)
     return result
 
@@ -85,13 +84,13 @@ def _compared(kinds: list[str], a: Array, b: Array) -> Array:
 
 
 def _sum(kinds: list[str], a: Array, b: Array) -> Array:
-    return bits_of(float_of(a) + float_of(b)) if kinds[-1] == "f32" else a + b
+    return of_floats(np.add, a, b) if kinds[-1] == "f32" else a + b
 
 
-def _extreme(of_floats: Any, of_integers: Any, kinds: list[str], a: Array, b: Array) -> Array:
+def _extreme(of_numbers: Any, of_integers: Any, kinds: list[str], a: Array, b: Array) -> Array:
     """Of a number and a NaN, PTX takes the number."""
     if kinds[0] == "f32":
-        return bits_of(of_floats(float_of(a), float_of(b)))
+        return of_floats(of_numbers, a, b)
     return of_integers(_typed(kinds[0], a), _typed(kinds[0], b))
 
 
@@ -106,7 +105,7 @@ OPERATIONS: dict[str, Callable[..., Array]] = {
     "ld": lambda kinds, a: a,  # a parameter
     "cvt": _converted,
     "neg": lambda kinds, a: a ^ number(1 << 31) if kinds[0] == "f32" else number(0) - a,
-    "abs": lambda kinds, a: bits_of(np.abs(float_of(a))),
+    "abs": lambda kinds, a: of_floats(np.abs, a),
     "not": lambda kinds, a: ~a,
     "add": lambda kinds, a, b: _sum(kinds, a, b),
     "sub": lambda kinds, a, b: _sum(kinds, a, b ^ number(1 << 31) if kinds[-1] == "f32" else -b),

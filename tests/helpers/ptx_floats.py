@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +21,12 @@ def float_of(bits: Array) -> Array:
 
 def bits_of(value: Array) -> Array:
     return value.view(np.uint32).astype(np.uint64)
+
+
+def of_floats(operation: Callable[..., Array], *operands: Array) -> Array:
+    """The bits of what an operation makes of floats."""
+    with np.errstate(all="ignore"):  # infinities and NaNs are meant
+        return bits_of(operation(*map(float_of, operands)))
 
 
 def compared_floats(name: str, a: Array, b: Array) -> Array:
