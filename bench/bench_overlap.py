@@ -263,23 +263,23 @@ def measure(options: script.Options) -> Report:
         return report
     report = on_ranks(measure_on_ranks, options)
     if LINK_VARIABLE not in os.environ and options.size != "quick":
-        _over_a_slow_link(options, report)
+        over_a_slow_link(__file__, options, report)
     return report
 
 
-def _over_a_slow_link(options: script.Options, report: Report) -> None:
-    """The same again, by this script in a namespace; needs Linux, unshare, ip and tc."""
+def over_a_slow_link(path: str, options: script.Options, report: Report) -> None:
+    """The same again, by the script at `path` in a namespace; needs Linux, unshare, ip and tc."""
     link = f"ip link set lo up && tc qdisc add dev lo root tbf rate {LINK} burst 256kb latency 1s"
     namespace = ["unshare", "--map-root-user", "--net", "sh", "-ec", f'{link}; exec "$@"', "sh"]
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "part.json")
-        command = [sys.executable, __file__, "--device", "cpu", "--json", str(part)]
+        command = [sys.executable, path, "--device", "cpu", "--json", str(part)]
         command += ["--full"] if options.size == "full" else []
         environment = os.environ | {LINK_VARIABLE: LINK}
         try:
             subprocess.run([*namespace, *command], check=True, env=environment)
         except (OSError, subprocess.CalledProcessError) as error:
-            report.problem(f"overlap over a link of {LINK}: {error}")
+            report.problem(f"{Path(path).stem} over a link of {LINK}: {error}")
             return
         report.rows += json.loads(part.read_text())["rows"]
 

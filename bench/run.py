@@ -26,7 +26,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 # What `--quick` leaves out, to end in a minute on two cores.
-SLOW = ("bench_compile.py", "bench_first_call.py", "bench_overlap.py")
+SLOW = ("bench_compile.py", "bench_first_call.py", "bench_fp8.py", "bench_overlap.py")
 # Of processors alone: minutes in which a GPU that is lent would idle.
 CPU_ONLY = ("bench_stateless.py",)
 # The first call is measured last: its processes take long and it matters least.

@@ -28,6 +28,7 @@ EXCHANGE_FLAGS = {
     "async": "half of the heads of a rank travel while the other half is computed",
     "compile": "torch.compile of each transformer block, exchanges included",
 }
+FP8 = ("activations", "nearest", "stochastic")
 
 
 def parse_arguments(description: str | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -50,6 +51,13 @@ def parse_arguments(description: str | None) -> tuple[argparse.ArgumentParser, a
     group = parser.add_argument_group("how the ranks communicate; the loss is the same")
     for flag, text in EXCHANGE_FLAGS.items():
         group.add_argument(f"--{flag}", action="store_true", help=text)
+    group.add_argument(
+        "--fp8",
+        choices=FP8,
+        default="",
+        help="what travels as fp8, in a model with heads of 48: activations; or gradients too, "
+        "rounded to the nearest or at random. The losses differ: see --tolerance",
+    )
     group = parser.add_argument_group("several nodes (handed to torchrun as they are)")
     for flag in TORCHRUN_FLAGS:
         group.add_argument(flag)
@@ -57,7 +65,8 @@ def parse_arguments(description: str | None) -> tuple[argparse.ArgumentParser, a
 
 
 def given_exchange_flags(options: argparse.Namespace) -> list[str]:
-    return [flag for flag in EXCHANGE_FLAGS if getattr(options, flag)]
+    flags = [flag for flag in EXCHANGE_FLAGS if getattr(options, flag)]
+    return [*flags, f"fp8={options.fp8}"] if options.fp8 else flags
 
 
 def start_ranks(options: argparse.Namespace, results: Path | None) -> int:

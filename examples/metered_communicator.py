@@ -41,6 +41,9 @@ class MeteredCommunicator(DeviceCommunicatorBase):
         scatter_sizes: Any = None,
         gather_sizes: Any = None,
         async_op: bool = False,
+        wire_dtype: Any = None,
+        grad_wire_dtype: Any = None,
+        **rounding: Any,
     ) -> Any:
         """Sends all but the P-th part that stays on this rank; shared evenly, as far as counted."""
         exchange = partial(
@@ -51,16 +54,22 @@ class MeteredCommunicator(DeviceCommunicatorBase):
             scatter_sizes=scatter_sizes,
             gather_sizes=gather_sizes,
             async_op=async_op,
+            wire_dtype=wire_dtype,
+            grad_wire_dtype=grad_wire_dtype,
+            **rounding,
         )
         if torch.compiler.is_compiling():
             return exchange()
         tensors = (input_,) if isinstance(input_, Tensor) else input_
         share = (self.world_size - 1) / self.world_size
-        num_bytes = round(share * sum(tensor.nbytes for tensor in tensors))
+        num_bytes, num_grad_bytes = (
+            round(share * sum(map(wire_bytes, tensors, of_each(dtypes, len(tensors)))))
+            for dtypes in (wire_dtype, grad_wire_dtype)
+        )
         output = self._timed(exchange, num_bytes)
         if async_op:
-            return MeteredHandle(self, output, num_bytes)
-        self._time_backward(output, num_bytes)
+            return MeteredHandle(self, output, num_grad_bytes)
+        self._time_backward(output, num_grad_bytes)
         return output
 
     def all_reduce(self, input_: Tensor, op: ReduceOp | None = ReduceOp.SUM) -> Tensor:
@@ -118,7 +127,7 @@ class MeteredHandle:
     def __init__(
         self, communicator: MeteredCommunicator, handle: AsyncHandle[Any], num_bytes: int
     ) -> None:
-        """`num_bytes` were sent at the start."""
+        """`num_bytes` are sent in the backward."""
         self._communicator = communicator
         self._handle = handle
         self._num_bytes = num_bytes
@@ -131,3 +140,14 @@ class MeteredHandle:
         if node is not None:
             self._communicator._time_node(node.next_functions[0][0])
         return output
+
+
+def of_each(dtypes: Any, num_tensors: int) -> Sequence[Any]:
+    return dtypes if isinstance(dtypes, Sequence) else [dtypes] * num_tensors
+
+
+def wire_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    """Bytes of all elements; as fp8, one for each and four for each row of the last dim."""
+    if dtype is None:
+        return tensor.nbytes
+    return tensor.numel() + 4 * (tensor.numel() // tensor.shape[-1])

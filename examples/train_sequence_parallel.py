@@ -3,6 +3,7 @@ r"""Trains a small video diffusion transformer in one process and over ranks, an
     python examples/train_sequence_parallel.py             # one process, then 2 ranks
     python examples/train_sequence_parallel.py --nproc 3   # one process, then 3 ranks
     python examples/train_sequence_parallel.py --fused --async --compile   # any of them
+    python examples/train_sequence_parallel.py --fp8 stochastic --tolerance 0.2
 
 The ranks are started by torchrun; gloo joins them on the CPU, NCCL where every rank has a GPU of
 its own. The table shows whether both runs learn the same thing: the losses of both, step by step,
@@ -86,20 +87,26 @@ def backward(
     return loss.detach()
 
 
+def config_of(options: argparse.Namespace) -> Config:
+    """16 divides the width of a head that travels as fp8."""
+    return Config(num_heads=2, head_dim=48) if options.fp8 else Config()
+
+
 def train(
     name: str,
     options: argparse.Namespace,
     device: torch.device,
     communicator: MeteredCommunicator | None = None,
+    config: Config | None = None,
 ) -> Run:
     """Trains a new model; with a communicator, on this rank's tokens of every clip.
 
     Parameters, noise and times come from the seed: the same on every rank and in every run.
     """
-    config = Config()
+    config = config or config_of(options)
     torch.manual_seed(options.seed)
     with device:
-        exchanges = Exchanges(fused=options.fused, async_op=getattr(options, "async"))
+        exchanges = Exchanges(options.fused, getattr(options, "async"), options.fp8)
         model = VideoTransformer(config, communicator, exchanges)
     if options.compile and communicator is not None:
         for block in model.blocks:
@@ -195,7 +202,7 @@ def train_as_rank(options: argparse.Namespace) -> Run:
     else:
         dist.init_process_group("gloo", timeout=timeout)
         cpu_group = dist.group.WORLD
-    Config().check_num_ranks(dist.get_world_size())
+    config_of(options).check_num_ranks(dist.get_world_size())
     communicator = MeteredCommunicator(
         cpu_group, device=device, device_group=dist.group.WORLD, unique_name="sp"
     )
@@ -244,7 +251,7 @@ def main() -> int:
         return start_ranks(options, results=None)  # which node gets rank 0 is torchrun's to say
 
     try:
-        Config().check_num_ranks(options.nproc)
+        config_of(options).check_num_ranks(options.nproc)
     except ValueError as error:
         parser.error(str(error))
     share_cores(1)

@@ -9,6 +9,7 @@ rank's slice of the sequence for its slice of the heads, and trades back afterwa
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +97,18 @@ class Exchanges:
     """q, k and v travel as they stand in the projection; norms and rotation come behind that."""
     async_op: bool = False
     """Half of a rank's heads travel while the other half is computed."""
+    fp8: str = ""
+    """"activations" travel as fp8; "nearest" and "stochastic": their gradients too, so rounded."""
+
+    @property
+    def wire(self) -> dict[str, Any]:
+        """The arguments of `ulysses_attention` that say what travels as fp8."""
+        if not self.fp8:
+            return {}
+        if self.fp8 == "activations":
+            return {"wire_dtype": torch.float8_e4m3fn}
+        dtypes = {"wire_dtype": torch.float8_e4m3fn, "grad_wire_dtype": torch.float8_e4m3fn}
+        return {**dtypes, "rounding": self.fp8}
 
 
 class Attention(nn.Module):
@@ -109,6 +122,7 @@ class Attention(nn.Module):
         self.communicator = communicator
         self.norms_first = communicator is None or not exchanges.fused
         self.num_stages = 2 if exchanges.async_op else 1
+        self.wire = exchanges.wire
         self.heads = (config.num_heads, config.head_dim)
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
         self.text_qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=False)
@@ -141,6 +155,7 @@ class Attention(nn.Module):
                 self.attend if self.norms_first else partial(self.norm_and_attend, angles),
                 joint=joint,
                 pipeline=self.num_stages,
+                **self.wire,
             )
         return self.out(attended.flatten(2)), text_attended.flatten(2)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .collective import validation
+from .collective.validation import Rounding, WireDtypes
 from .communicator import DeviceCommunicatorBase
 from .handle import AsyncHandle
 from .head_plan import HeadPlan, plan_heads, uneven
@@ -22,6 +24,7 @@ from .head_plan import HeadPlan, plan_heads, uneven
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 Joint: TypeAlias = tuple[Tensor, Tensor, Tensor]
 RankSizes: TypeAlias = "Sequence[int] | Literal['auto'] | None"
+FourDtypes: TypeAlias = "tuple[torch.dtype | None, ...]"
 
 _OP = "ulysses_attention"
 
@@ -37,6 +40,10 @@ def ulysses_attention(
     joint: None = None,
     pipeline: int = 1,
     gather_sizes: RankSizes = None,
+    wire_dtype: WireDtypes = None,
+    grad_wire_dtype: WireDtypes = None,
+    rounding: Rounding = "nearest",
+    generator: torch.Generator | None = None,
 ) -> Tensor: ...
 
 
@@ -51,6 +58,10 @@ def ulysses_attention(
     joint: Joint,
     pipeline: int = 1,
     gather_sizes: RankSizes = None,
+    wire_dtype: WireDtypes = None,
+    grad_wire_dtype: WireDtypes = None,
+    rounding: Rounding = "nearest",
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -64,6 +75,10 @@ def ulysses_attention(
     joint: Joint | None = None,
     pipeline: int = 1,
     gather_sizes: RankSizes = None,
+    wire_dtype: WireDtypes = None,
+    grad_wire_dtype: WireDtypes = None,
+    rounding: Rounding = "nearest",
+    generator: torch.Generator | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the whole sequence, of which every rank brings its part and takes it away.
 
@@ -112,13 +127,19 @@ def ulysses_attention(
             heads. The result is the same.
         gather_sizes: every rank's s, where it is not the same for all; the same list on all ranks.
             "auto": asked of the ranks, in one small collective more.
+        wire_dtype: what query, key, value and the result are rounded to while they travel, as in
+            `all_to_all_4D`: one dtype for all of them, or four: one or None for each.
+        grad_wire_dtype: the same for their gradients.
+        rounding: how gradients are rounded, as in `all_to_all_4D`.
+        generator: makes the random numbers of rounding, as in `all_to_all_4D`.
 
     Returns:
         `[B, s, H, E]`; with `joint` also joint_out `[B, T, H, E]`, whole on every rank.
 
     Raises:
         ValueError: shapes that do not fit each other, `pipeline` below 1, `gather_sizes` that do
-            not fit, another device, or an attention that returns another shape.
+            not fit, another device, an attention that returns another shape, or a dtype or shape
+            that does not travel as fp8.
         TypeError: not tensors, or an attention that cannot be called or returns no tensor.
     """
     if not isinstance(communicator, DeviceCommunicatorBase):
@@ -130,16 +151,52 @@ def ulysses_attention(
         if joint is not None:
             _check_joint(joint, query, key, value)
         _check_settings(attention, pipeline, gather_sizes)
+        wire = _Wire(
+            _four("wire_dtype", wire_dtype),
+            _four("grad_wire_dtype", grad_wire_dtype),
+            {"rounding": rounding, "generator": generator},
+        )
+        validation.wire_format((query, key, value, value), *wire[:2], rounding, generator)
     rows = gather_sizes
     if isinstance(rows, str):  # asked once, for both ways
         own = torch.tensor([query.shape[1]], device=communicator.device)
         rows = communicator.all_gather(own, 0).tolist()
     world_size = communicator.world_size
     plan = plan_heads(query.shape[2], key.shape[2], world_size, pipeline if world_size > 1 else 1)
-    layer = _Layer(communicator, plan, attention or _scaled_dot_product_attention, rows)
+    layer = _Layer(communicator, plan, attention or _scaled_dot_product_attention, rows, wire)
     outputs = layer(plan.sent(query, key, value), joint)
     out, *joint_out = [plan.joined(stages) for stages in zip(*outputs, strict=True)]
     return (out, joint_out[0]) if joint_out else out
+
+
+class _Wire(NamedTuple):
+    """What query, key, value, result and their gradients are rounded to while they travel."""
+
+    dtypes: FourDtypes
+    of_gradients: FourDtypes
+    settings: dict[str, Any]
+
+    def arguments(self, which: Sequence[int]) -> dict[str, Any]:
+        """Returns the arguments of the exchange of some of the four."""
+        if not any((*self.dtypes, *self.of_gradients)):
+            return {}
+        return {
+            "wire_dtype": [self.dtypes[each] for each in which],
+            "grad_wire_dtype": [self.of_gradients[each] for each in which],
+            **self.settings,
+        }
+
+
+def _four(name: str, given: WireDtypes) -> FourDtypes:
+    """Returns the dtypes of query, key, value and the result."""
+    if not isinstance(given, list | tuple):
+        return (given, given, given, given)  # type: ignore[return-value]  # checked later
+    if len(given) != 4:
+        raise ValueError(
+            f"{name} must be one dtype, or four for query, key, value and the result, "
+            f"got {len(given)}"
+        )
+    return tuple(given)
 
 
 class _Layer:
@@ -151,12 +208,14 @@ class _Layer:
         plan: HeadPlan,
         attention: Attention,
         rows: Sequence[int] | None,
+        wire: _Wire,
     ) -> None:
         """`rows` are the lengths of all ranks, unless they are equal."""
         self.communicator = communicator
         self.plan = plan
         self.attention = attention
         self.rows = rows
+        self.wire = wire
         self.num_stages = len(plan.query)
 
     def __call__(
@@ -193,13 +252,18 @@ class _Layer:
     def _there(self, tensors: Sequence[Tensor], stage: int) -> AsyncHandle[tuple[Tensor, ...]]:
         """`[B, s, ., D]` of all heads of a stage -> `[B, S, ., D]` of this rank's heads."""
         sizes = self.plan.scatter_sizes(stage)
+        wire = self.wire.arguments(range(len(tensors)))
+        return self._exchange(tensors, 2, 1, scatter_sizes=sizes, gather_sizes=self.rows, **wire)
+
+    def _exchange(self, *arguments: Any, **named: Any) -> AsyncHandle[tuple[Tensor, ...]]:
+        """`all_to_all_4D`, asynchronous if there are other stages to compute meanwhile."""
         if self.num_stages > 1:
-            return self.communicator.all_to_all_4D(
-                tensors, scatter_sizes=sizes, gather_sizes=self.rows, async_op=True
+            handle: AsyncHandle[tuple[Tensor, ...]] = self.communicator.all_to_all_4D(
+                *arguments, **named, async_op=True
             )
-        return AsyncHandle.done(
-            self.communicator.all_to_all_4D(tensors, scatter_sizes=sizes, gather_sizes=self.rows)
-        )
+            return handle
+        outputs: tuple[Tensor, ...] = self.communicator.all_to_all_4D(*arguments, **named)
+        return AsyncHandle.done(outputs)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`attention`, whose result has the shape that the exchange back needs."""
@@ -233,12 +297,8 @@ class _Layer:
             tensors = [sequence, joint.repeat(1, world_size, 1, 1)]
         scatter = None if self.rows is None else [self.rows, [length] * world_size][: len(tensors)]
         gather = uneven(self.plan.query[stage])
-        exchange = self.communicator.all_to_all_4D
-        if self.num_stages > 1:
-            return exchange(
-                tensors, 1, 2, scatter_sizes=scatter, gather_sizes=gather, async_op=True
-            )
-        return AsyncHandle.done(exchange(tensors, 1, 2, scatter_sizes=scatter, gather_sizes=gather))
+        wire = self.wire.arguments([3] * len(tensors))
+        return self._exchange(tensors, 1, 2, scatter_sizes=scatter, gather_sizes=gather, **wire)
 
 
 def _scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

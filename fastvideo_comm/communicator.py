@@ -21,7 +21,7 @@ from .collective import validation
 from .collective.group import Group, MemoryMode
 from .collective.layout import Splits
 from .collective.route import memory_mode
-from .collective.validation import Sizes
+from .collective.validation import Rounding, Sizes, WireDtypes
 from .diagnosis import Diagnosis, Validate
 from .handle import AsyncHandle
 from .op_runner import OpRunner
@@ -207,6 +207,10 @@ class DeviceCommunicatorBase:
         *,
         scatter_sizes: Sizes = None,
         gather_sizes: Sizes = None,
+        wire_dtype: WireDtypes = None,
+        grad_wire_dtype: WireDtypes = None,
+        rounding: Rounding = "nearest",
+        generator: torch.Generator | None = None,
         async_op: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -219,6 +223,10 @@ class DeviceCommunicatorBase:
         *,
         scatter_sizes: Sizes = None,
         gather_sizes: Sizes = None,
+        wire_dtype: WireDtypes = None,
+        grad_wire_dtype: WireDtypes = None,
+        rounding: Rounding = "nearest",
+        generator: torch.Generator | None = None,
         async_op: Literal[False] = False,
     ) -> tuple[Tensor, ...]: ...
 
@@ -231,6 +239,10 @@ class DeviceCommunicatorBase:
         *,
         scatter_sizes: Sizes = None,
         gather_sizes: Sizes = None,
+        wire_dtype: WireDtypes = None,
+        grad_wire_dtype: WireDtypes = None,
+        rounding: Rounding = "nearest",
+        generator: torch.Generator | None = None,
         async_op: Literal[True],
     ) -> AsyncHandle[Tensor]: ...
 
@@ -243,6 +255,10 @@ class DeviceCommunicatorBase:
         *,
         scatter_sizes: Sizes = None,
         gather_sizes: Sizes = None,
+        wire_dtype: WireDtypes = None,
+        grad_wire_dtype: WireDtypes = None,
+        rounding: Rounding = "nearest",
+        generator: torch.Generator | None = None,
         async_op: Literal[True],
     ) -> AsyncHandle[tuple[Tensor, ...]]: ...
 
@@ -254,6 +270,10 @@ class DeviceCommunicatorBase:
         *,
         scatter_sizes: Sizes = None,
         gather_sizes: Sizes = None,
+        wire_dtype: WireDtypes = None,
+        grad_wire_dtype: WireDtypes = None,
+        rounding: Rounding = "nearest",
+        generator: torch.Generator | None = None,
         async_op: bool = False,
     ) -> Any:
         """Trades this rank's slice of one dim for its slice of another dim: heads for sequence.
@@ -282,6 +302,19 @@ class DeviceCommunicatorBase:
                 key heads of its query heads.
             gather_sizes: every rank's size of `gather_dim`, if the ranks have different sizes.
                 "auto": the ranks ask each other, in one more small collective.
+            wire_dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`: the values travel as fp8, with
+                one scale for each row of D. One dtype for all tensors, or one or None for each.
+                None: they travel as they are. An element arrives within |x|/16 of its value
+                (e5m2: |x|/8) plus 4e-6 of the largest magnitude of its row. The tensors are
+                float16, bfloat16 or float32, and 16 divides D. What travels to this rank itself is
+                rounded too. See docs/fp8.md.
+            grad_wire_dtype: the same for the gradients. The rounding is not differentiated.
+                Tangents, and everything in derivatives of higher order, travel as they are.
+            rounding: how `grad_wire_dtype` rounds. "nearest", or "stochastic": up or down at
+                random, so that the expectation of a gradient is the gradient. Values of
+                `wire_dtype` are always rounded to the nearest.
+            generator: makes the random numbers of "stochastic", on the device of the tensors.
+                None: torch's default generator. Compiled code takes no other.
             async_op: returns a handle at once. The `wait()` of the handle gives the result. Do not
                 write to the input before `wait()`.
 
@@ -293,12 +326,15 @@ class DeviceCommunicatorBase:
 
         Raises:
             ValueError: not 4 dims, other dims than (2, 1) or (1, 2), a size that P does not divide
-                or that the given sizes do not fit, or a tensor on another device.
-            TypeError: not a dense tensor.
+                or that the given sizes do not fit, a tensor on another device, a dtype that is not
+                fp8, or a D that 16 does not divide with `wire_dtype` or `grad_wire_dtype`.
+            TypeError: not a dense tensor, or a dtype that is not rounded to fp8.
         """
         with self._runner.call("all_to_all_4D") as call:
             call.check_open()
             plain = scatter_sizes is None and gather_sizes is None and not async_op
+            plain = plain and wire_dtype is None and grad_wire_dtype is None
+            plain = plain and rounding == "nearest" and generator is None
             if plain and isinstance(input_, Tensor):  # most calls
                 call.check("input_", input_)
                 splits = validation.all_to_all_4D(input_, self.world_size, scatter_dim, gather_dim)
@@ -309,6 +345,7 @@ class DeviceCommunicatorBase:
             for each in inputs:
                 call.check("input_", each)
                 dims = validation.all_to_all_4D_dims(each, scatter_dim, gather_dim)
+            wire = validation.wire_format(inputs, wire_dtype, grad_wire_dtype, rounding, generator)
             scatter = validation.scatter_splits(
                 inputs, dims[0], scatter_sizes, self.world_size, packed=packed
             )
@@ -324,6 +361,8 @@ class DeviceCommunicatorBase:
                 scatter_sizes=scatter_sizes,
                 gather_sizes=gather_sizes,
                 async_op=async_op or None,
+                wire_dtype=None if wire is None else wire.dtypes,
+                grad_wire_dtype=wire.gradient.dtypes if wire and wire.gradient else None,
                 uneven_dim=None if gather_sizes is None else dims[1],
             )
             if sizes_are_asked:
@@ -331,7 +370,7 @@ class DeviceCommunicatorBase:
                 gather = validation.gather_splits(
                     inputs, dims[1], sizes, self.rank, self.world_size
                 )
-            splits = Splits(scatter, gather)
+            splits = Splits(scatter, gather, wire)
             if async_op:
                 return call.start(splits, inputs, packed=packed)
             outputs = call.run(functions.AllToAll, splits, *inputs, alone=inputs)

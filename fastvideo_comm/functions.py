@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .collective import quantised
 from .collective.group import AnyGroup, Group
 from .collective.layout import Split, Splits
 from .collective.route import route
@@ -36,13 +37,15 @@ class AllToAll(torch.autograd.Function):
 
         (y_1, .., y_n) = exchange(x_1, .., x_n)        dx = reverse exchange(g_1, .., g_n)
 
-    If a head goes to several ranks, its gradient is the sum of the gradients of those ranks.
+    If a head goes to several ranks, its gradient is the sum of the gradients of those ranks. If
+    tensors are rounded while they travel, the rounding is not differentiated, tangents travel as
+    they are, and so does everything in derivatives of second and higher order.
     """
 
     @staticmethod
     def forward(group: AnyGroup, splits: Splits, *inputs: Tensor) -> tuple[Tensor, ...]:
         way, routed = route(group)
-        return tuple(way.all_to_all(routed, inputs, splits))
+        return tuple(quantised.all_to_all(way, routed, inputs, splits))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -56,7 +59,7 @@ class AllToAll(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, __: None, *tangents: Tensor) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = run(AllToAll, ctx.group, ctx.splits, *tangents)
+        outputs: tuple[Tensor, ...] = run(AllToAll, ctx.group, ctx.splits.exact(), *tangents)
         return outputs
 
 
@@ -72,7 +75,7 @@ class StartAllToAll(torch.autograd.Function):
     @staticmethod
     def forward(group: Group, flight: Flight, *inputs: Tensor) -> Tensor:
         way, routed = route(group)
-        flight.work = way.start_all_to_all(routed, inputs, flight.splits, async_op=True)
+        flight.work = quantised.start_all_to_all(way, routed, inputs, flight.splits)
         flight.call = last_call(group)
         return torch.empty(0, device=inputs[0].device)
 
@@ -87,7 +90,7 @@ class StartAllToAll(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, __: None, *tangents: Tensor) -> Tensor:
-        ctx.flight.tangents = Flight(ctx.flight.splits)
+        ctx.flight.tangents = Flight(ctx.flight.splits.exact())
         token: Tensor = run(StartAllToAll, ctx.group, ctx.flight.tangents, *tangents)
         return token
 

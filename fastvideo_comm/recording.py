@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from .collective.group import AnyGroup, Group
 from .collective.layout import Split, Splits
-from .collective.messages import Work
+from .collective.quantised import Work
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
 
@@ -103,6 +103,7 @@ def before_backward_of_exchange(
         uneven_dim=dims[0] if uneven else None,
         scatter_sizes=sizes if uneven else None,
         async_op=async_op,
+        wire_dtype=splits.wire.gradient.dtypes if splits.wire and splits.wire.gradient else None,
     )
 
 

@@ -66,7 +66,7 @@ def copy_valid_(dst: Tensor, src: Tensor, *, impl: Implementation = "auto") -> T
 
     On the CPU the checks cost more than a copy of a small tensor.
     """
-    if _triton_runs(impl, (dst,)):
+    if triton_runs(impl, (dst,)):
         _launch([(dst, src)])
     else:
         _copy(dst, src)
@@ -107,7 +107,7 @@ def copy_all_valid_(
     """
     if len(pairs) == 1:
         copy_valid_(*pairs[0], impl=impl)
-    elif _triton_runs(impl, [dst for dst, _ in pairs]):
+    elif triton_runs(impl, [dst for dst, _ in pairs]):
         _launch(pairs)
     else:
         for dst, src in pairs:
@@ -120,7 +120,7 @@ def _copy(dst: Tensor, src: Tensor) -> None:
     dst.copy_(src)
 
 
-def _triton_runs(impl: str, dsts: Sequence[Tensor]) -> bool:
+def triton_runs(impl: str, dsts: Sequence[Tensor]) -> bool:
     """Whether Triton makes these copies; otherwise torch makes them."""
     if impl == "auto":
         impl = os.environ.get(IMPLEMENTATION_VARIABLE, "auto")
@@ -141,7 +141,7 @@ def _triton_runs(impl: str, dsts: Sequence[Tensor]) -> bool:
 
 def _launch(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     for dst, _ in pairs:
-        _require_triton(dst)
+        require_triton(dst)
     from .tile_copy import launch_tile_copies
 
     # The bytes of a lazily conjugated or negated source are not its values.
@@ -149,7 +149,8 @@ def _launch(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     torch.autograd.graph.increment_version([dst for dst, _ in pairs])
 
 
-def _require_triton(dst: Tensor) -> None:
+def require_triton(dst: Tensor) -> None:
+    """Raises where Triton cannot run on the device of a tensor."""
     if not _TRITON_IS_INSTALLED:
         raise ValueError(
             "impl must be 'torch' or 'auto' where triton is not installed, got 'triton'"

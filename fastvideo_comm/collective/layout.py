@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .wire import WireFormat
+
 
 def message_view(tensor: Tensor, dim: int, world_size: int, position: int) -> Tensor:
     """Splits `dim` into one part for each rank, and moves the axis of ranks to `position`.
@@ -167,10 +169,12 @@ class Splits(NamedTuple):
     Attributes:
         scatter: for each tensor, how its scatter dim is divided among the ranks.
         gather: for each tensor, how its gather dim is joined from the ranks.
+        wire: what the tensors are rounded to while they travel; None: they travel as they are.
     """
 
     scatter: tuple[Split, ...]
     gather: tuple[Split, ...]
+    wire: WireFormat | None = None
 
     @property
     def is_even(self) -> bool:
@@ -183,12 +187,16 @@ class Splits(NamedTuple):
         return True
 
     def reverse(self) -> Splits:
-        """Returns the reverse exchange; with replicated heads, the adjoint exchange."""
+        """Returns the exchange of the gradients: with replicated heads, the adjoint exchange."""
         if self is HEADS_TO_SEQUENCE:
             return SEQUENCE_TO_HEADS
         if self is SEQUENCE_TO_HEADS:
             return HEADS_TO_SEQUENCE
-        return Splits(self.gather, self.scatter)
+        return Splits(self.gather, self.scatter, self.wire.gradient if self.wire else None)
+
+    def exact(self) -> Splits:
+        """Returns the same exchange of tensors that travel as they are."""
+        return self if self.wire is None else Splits(self.scatter, self.gather)
 
     @staticmethod
     def output_shape(

@@ -12,15 +12,19 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..kernels.quantise import FORMATS, ROW_MULTIPLE
 from ..reduce_ops import REDUCE_OPS, ReduceOp, reduce_op_name
 from .group import AnyGroup
 from .grouped_heads import HEADS_DIM, form_groups, grouped_splits
 from .layout import HEADS_TO_SEQUENCE, SEQUENCE_TO_HEADS, Split, Splits, near_even_sizes
-from .wire import REDUCED
+from .wire import REDUCED, WireFormat
 
 # Every rank's size of a dim: one list for all tensors, or one list for each tensor. "auto": the
 # library finds the sizes.
 Sizes: TypeAlias = "Sequence[int] | Sequence[Sequence[int] | None] | Literal['auto'] | None"
+# What tensors are rounded to while they travel: one dtype for all, or one for each.
+WireDtypes: TypeAlias = "torch.dtype | Sequence[torch.dtype | None] | None"
+Rounding: TypeAlias = Literal["nearest", "stochastic"]
 
 _BITWISE = ("band", "bor", "bxor")
 
@@ -177,6 +181,67 @@ def sizes_of_each(name: str, sizes: Sizes, num_tensors: int) -> list[Any]:
     if len(sizes) != num_tensors:
         raise ValueError(f"{name} must hold sizes for {num_tensors} tensors, got {len(sizes)}")
     return list(sizes)
+
+
+def wire_format(
+    inputs: tuple[Tensor, ...],
+    wire_dtype: WireDtypes,
+    grad_wire_dtype: WireDtypes,
+    rounding: Rounding,
+    generator: torch.Generator | None,
+) -> WireFormat | None:
+    """Returns what tensors and their gradients are rounded to; None: all travel as they are."""
+    choice("rounding", rounding, ("nearest", "stochastic"))
+    dtypes = _wire_dtypes("wire_dtype", wire_dtype, inputs)
+    of_gradients = _wire_dtypes("grad_wire_dtype", grad_wire_dtype, inputs)
+    rounds_gradients = any(dtype is not None for dtype in of_gradients)
+    if generator is not None:
+        _check_generator(generator, inputs[0].device)
+    if rounds_gradients:
+        gradient = WireFormat(of_gradients, rounding, generator)
+        return WireFormat(dtypes, gradient=gradient)
+    return WireFormat(dtypes) if any(dtype is not None for dtype in dtypes) else None
+
+
+def _wire_dtypes(
+    name: str, given: WireDtypes, inputs: tuple[Tensor, ...]
+) -> tuple[torch.dtype | None, ...]:
+    """Returns one dtype for each tensor, which the tensor must fit."""
+    if isinstance(given, list | tuple):
+        dtypes = tuple(given)
+        if len(dtypes) != len(inputs):
+            raise ValueError(
+                f"{name} must hold dtypes for {len(inputs)} tensors, got {len(dtypes)}"
+            )
+    else:
+        dtypes = (given,) * len(inputs)
+    for dtype, input_ in zip(dtypes, inputs, strict=True):
+        if dtype is None:
+            continue
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{name} must be a dtype, several or None, got {type(dtype).__name__}")
+        if dtype not in FORMATS:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, FORMATS))}, got {dtype}")
+        if input_.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise TypeError(
+                f"input_ must be float16, bfloat16 or float32 for {name}, got {input_.dtype}"
+            )
+        if input_.shape[-1] % ROW_MULTIPLE or not input_.shape[-1]:
+            raise ValueError(
+                f"input_ must have a last size that is a multiple of {ROW_MULTIPLE} for {name}, "
+                f"got shape {list(input_.shape)}"
+            )
+    return dtypes
+
+
+def _check_generator(generator: torch.Generator, device: torch.device) -> None:
+    """Checks for a generator on the device of the tensors."""
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type != device.type:
+        raise ValueError(f"generator must be on {device}, got one on {generator.device}")
+    if torch.compiler.is_compiling():
+        raise ValueError("generator must be None where a call is compiled, got a generator")
 
 
 def uneven_split(name: str, dim: int, sizes: Sequence[int], world_size: int) -> Split:

@@ -7,6 +7,7 @@ numbers travel, and are added, as pairs of real numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,22 @@ _INTEGER = (torch.uint8, torch.int8, torch.int32, torch.int64)
 _MOVED = frozenset({torch.bool, *_INTEGER, *_REAL})
 # gloo and NCCL both reduce these dtypes; complex numbers as pairs of real numbers.
 REDUCED = frozenset({*_INTEGER, *_REAL, torch.complex64, torch.complex128})
+
+
+class WireFormat(NamedTuple):
+    """What the tensors of an exchange are rounded to while they travel.
+
+    Attributes:
+        dtypes: for each tensor an fp8 dtype, or None: it travels as it is.
+        rounding: "nearest", or "stochastic": up or down at random, right on average.
+        generator: where the random numbers come from; None: torch's default generator.
+        gradient: the same for the gradients of the tensors; None: they travel as they are.
+    """
+
+    dtypes: tuple[torch.dtype | None, ...]
+    rounding: str = "nearest"
+    generator: torch.Generator | None = None
+    gradient: WireFormat | None = None
 
 
 def moved(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
+from ptx_floats import compared_floats, converted_floats, of_floats
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
@@ -28,12 +29,16 @@ def _typed(kind: str, value: Array) -> Array:
 
 
 def _product(kinds: list[str], a: Array, b: Array) -> Array:
+    if kinds[-1] == "f32":
+        return of_floats(np.multiply, a, b)
     if kinds[0] == "wide":
         a, b = (_typed(kinds[1], each).astype(np.uint64) for each in (a, b))
     return a * b
 
 
 def _quotient(kinds: list[str], a: Array, b: Array) -> Array:
+    if kinds == ["rn", "f32"]:  # no other one of floats is exact
+        return of_floats(np.divide, a, b)
     a, b = (_typed(kinds[0], each) for each in (a, b))
     if (a < 0).any() or (b <= 0).any():
         raise NotImplementedError("a division of negative numbers or by 0")
@@ -65,31 +70,51 @@ def _permuted_bytes(kinds: list[str], a: Array, b: Array, selector: Array) -> Ar
     both, result = a | b << np.uint64(32), number(0)
     for i in range(4):
         choice = (selector >> np.uint64(4 * i)) & np.uint64(15)
-        if (choice > 7).any():
-            raise NotImplementedError("prmt that copies a sign")
-        byte = (both >> (choice * np.uint64(8))) & np.uint64(255)
+        byte = (both >> ((choice & np.uint64(7)) * np.uint64(8))) & np.uint64(255)
+        byte = np.where(choice > 7, (byte >> np.uint64(7)) * np.uint64(255), byte)  # its sign
         result = result | byte << np.uint64(8 * i)
     return result
 
 
 def _compared(kinds: list[str], a: Array, b: Array) -> Array:
+    if kinds[1] == "f32":
+        return compared_floats(kinds[0], a, b)
     kind = kinds[1].replace("b", "u")
     return getattr(operator, kinds[0])(_typed(kind, a), _typed(kind, b))
+
+
+def _sum(kinds: list[str], a: Array, b: Array) -> Array:
+    return of_floats(np.add, a, b) if kinds[-1] == "f32" else a + b
+
+
+def _extreme(of_numbers: Any, of_integers: Any, kinds: list[str], a: Array, b: Array) -> Array:
+    """Of a number and a NaN, PTX takes the number."""
+    if kinds[0] == "f32":
+        return of_floats(of_numbers, a, b)
+    return of_integers(_typed(kinds[0], a), _typed(kinds[0], b))
+
+
+def _converted(kinds: list[str], *operands: Array) -> Array:
+    if "f" in "".join(kinds) or "x2" in "".join(kinds):
+        return converted_floats(kinds, *operands)
+    return _typed(kinds[1], *operands)
 
 
 OPERATIONS: dict[str, Callable[..., Array]] = {
     "mov": lambda kinds, a: a,
     "ld": lambda kinds, a: a,  # a parameter
-    "cvt": lambda kinds, a: _typed(kinds[1], a),
-    "neg": lambda kinds, a: number(0) - a,
+    "cvt": _converted,
+    "neg": lambda kinds, a: a ^ number(1 << 31) if kinds[0] == "f32" else number(0) - a,
+    "abs": lambda kinds, a: of_floats(np.abs, a),
     "not": lambda kinds, a: ~a,
-    "add": lambda kinds, a, b: a + b,
-    "sub": lambda kinds, a, b: a - b,
+    "add": lambda kinds, a, b: _sum(kinds, a, b),
+    "sub": lambda kinds, a, b: _sum(kinds, a, b ^ number(1 << 31) if kinds[-1] == "f32" else -b),
     "mul": _product,
     "mad": lambda kinds, a, b, c: _product(kinds, a, b) + c,
     "div": _quotient,
     "rem": lambda kinds, a, b: a - _quotient(kinds, a, b).astype(np.uint64) * b,
-    "min": lambda kinds, a, b: np.minimum(_typed(kinds[0], a), _typed(kinds[0], b)),
+    "min": lambda kinds, a, b: _extreme(np.fmin, np.minimum, kinds, a, b),
+    "max": lambda kinds, a, b: _extreme(np.fmax, np.maximum, kinds, a, b),
     "and": lambda kinds, a, b: a & b,
     "or": lambda kinds, a, b: a | b,
     "xor": lambda kinds, a, b: a ^ b,

@@ -132,11 +132,21 @@ class Blocks:
             self._move_matrices(instruction)
         elif name in ("ld", "st") and kinds[0] != "param":
             self._access(instruction)
+        elif name == "shfl":
+            self._shuffle(instruction)
         elif name not in OPERATIONS or guard:
             raise NotImplementedError(f"{guard} {name}.{'.'.join(kinds)}")
         else:
             values = [self._read(operand) for operand in operands[1:]]
             self._write(operands[0], OPERATIONS[name](kinds, *values))
+
+    def _shuffle(self, instruction: Instruction) -> None:
+        """`shfl.sync.bfly` of whole warps: a lane reads the one whose number differs by a mask."""
+        guard, _, kinds, operands = instruction
+        if guard or kinds != ["sync", "bfly", "b32"] or operands[3:] != ["31", "-1"]:
+            raise NotImplementedError(f"{guard} shfl.{'.'.join(kinds)} {operands}")
+        value = np.broadcast_to(self._read(operands[1]), self.shape)
+        self._write(operands[0], value[:, np.arange(self.shape[1]) ^ int(operands[2])])
 
     def _active(self, guard: str) -> Array:
         if not guard:
@@ -150,17 +160,16 @@ class Blocks:
     def _read(self, operand: str) -> Array:
         value, shift = number(0), 0
         for name in _names(operand):  # the first of several is the lowest
-            part = (
-                self.registers[name] if name in self.registers else number(int(name.rstrip("U"), 0))
-            )
+            part = self.registers[name] if name in self.registers else _immediate(name)
             value = value | part << np.uint64(shift)
             shift += self._width(name) if operand.startswith("{") else 0
         return value
 
     def _write(self, operand: str, value: Array) -> None:
         value = value.astype(np.uint64)
-        for name in _names(operand):
-            width = self._width(name)
+        names = _names(operand)
+        for name in names:  # "_" is for what is not wanted, and as wide as the others
+            width = self._width(name if name != "_" else next(n for n in names if n != "_"))
             self.registers[name] = value & np.uint64(2**width - 1)
             value = value >> np.uint64(width % 64)
 
@@ -249,6 +258,11 @@ class Blocks:
                     )
             if name == "ldmatrix":
                 self.registers[register] = value
+
+
+def _immediate(text: str) -> Array:
+    """A number; one that begins with 0f is the bits of a float."""
+    return number(int(text[2:], 16) if text.startswith("0f") else int(text.rstrip("U"), 0))
 
 
 def _names(operand: str) -> list[str]:

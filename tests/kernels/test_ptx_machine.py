@@ -131,3 +131,27 @@ def test_an_access_outside_or_across_is_an_error(body, start, message):
 def test_what_it_does_not_know_is_an_error(body, message):
     with pytest.raises(NotImplementedError, match=message):
         run(body, 1)
+
+
+def test_lanes_of_a_warp_trade_numbers():
+    body = "shfl.sync.bfly.b32 %r3, %r1, 3, 31, -1; st.global.b32 [%rd2], %r3;"
+    assert run(body) == [i ^ 3 for i in range(64)]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("add.rn.f32 %r3, %r4, 0f40000000", 3.5),
+        ("sub.rn.f32 %r3, %r4, 0f40000000", -0.5),
+        ("mul.rn.f32 %r3, %r4, 0fC0000000", -3.0),
+        ("div.rn.f32 %r3, %r4, 0f40400000", 0.5),
+        ("max.f32 %r3, %r4, 0f7FC00000", 1.5),
+        ("min.f32 %r3, %r4, 0f3F800000", 1.0),
+        ("neg.f32 %r3, %r4", -1.5),
+    ],
+)
+def test_floats_are_those_of_float32(instruction, expected):
+    """With 1.5 in %r4; 0f begins the bits of a float, and 0f7FC00000 is a NaN."""
+    one_and_a_half, result = np.array([1.5, expected], dtype=np.float32).view(np.uint32)
+    body = f"{instruction}; st.global.b32 [%rd2], %r3;"
+    assert run(body, int(one_and_a_half)) == [result] * 64

@@ -90,6 +90,19 @@ def test_stages_of_the_fused_projection_learn_the_same(tmp_path):
     assert table["sent by a rank each step"][1] == f"{(exchanged() + reduced()) / 1e6:.1f} MB"
 
 
+def test_an_exchange_as_fp8_learns_nearly_the_same_with_fewer_bytes(tmp_path):
+    result = run_example(tmp_path, "--steps", "2", "--fp8", "stochastic", "--tolerance", "0.5")
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = read_table(result.stdout)
+    # Rounding to three bits moves gradients by hundredths, and losses by less.
+    assert 1e-3 < float(table["gradients, first step"][2]) < 0.5
+    assert float(table["largest of all 2 losses"][2]) < 0.05
+    assert headings_of_the_ranks(result.stdout) == ["2 ranks", "fp8=stochastic"]
+    # A byte for each element, and four for each row of 48.
+    num_bytes = exchanged(2, 48, 1 + 4 / 48) + reduced(2, 48)
+    assert table["sent by a rank each step"][1] == f"{num_bytes / 1e6:.1f} MB"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("flags", [(), ("--fused", "--async")])
@@ -110,24 +123,24 @@ def headings_of_the_ranks(output):
     return [cells[3].strip() for cells in rows if cells[3].strip()]
 
 
-def exchanged():
+def exchanged(heads=6, width=24, element_bytes=4):
     """Per layer q, k, v and the output, forward and backward, fp32; half stays on its rank.
 
     Of the 7 text tokens the output alone, for both ranks.
     """
-    video, text = 4 * (3 * 540 * 6 * 24), 2 * (3 * 7 * 6 * 24) / 2
-    return 3 * 2 * (video + text) * 4 / 2
+    video, text = 4 * (3 * 540 * heads * width), 2 * (3 * 7 * heads * width) / 2
+    return 3 * 2 * (video + text) * element_bytes / 2
 
 
-def reduced():
+def reduced(heads=6, width=24):
     """At P = 2 an all_reduce sends its size once: the gradients and twice the scalar loss."""
-    return 4 * number_of_parameters() + 2 * 4
+    return 4 * number_of_parameters(heads, width) + 2 * 4
 
 
-def number_of_parameters():
-    hidden, patch = 6 * 24, 3 * 4 * 4
+def number_of_parameters(heads, width):
+    hidden, patch = heads * width, 3 * 4 * 4
     block = (hidden + 1) * 6 * hidden  # modulation
-    block += 2 * 3 * hidden**2 + 2 * 24 + (hidden + 1) * hidden  # attention, video and text
+    block += 2 * 3 * hidden**2 + 2 * width + (hidden + 1) * hidden  # attention, video and text
     block += (hidden + 1) * 3 * hidden + (3 * hidden + 1) * hidden  # MLP
     ends = (patch + 1) * hidden + (32 + 1) * hidden + 2 * hidden + (hidden + 1) * patch
     ends += 2 * (hidden + 1) * hidden  # the text's output, but for the last block's
