@@ -257,10 +257,12 @@ class HostMemory:
 
     def _add_segment(self, rank: int, record: Record, descriptor: int) -> None:
         key = (rank, record.segment)
-        if key in self._segments:  # an interrupt has made the record come twice
-            if descriptor >= 0 and descriptor != self._segments[key].descriptor:
-                os.close(descriptor)
-            return
+        known = self._segments.get(key)
+        if known is not None:
+            # An interrupt there has made the record come twice, or the segment be made anew.
+            if descriptor in (-1, known.descriptor):
+                return
+            known.close()
         self._segments[key] = _PeerSegment(descriptor, record.number)
 
     def _peer_segment(self, rank: int, number: int) -> Segment:

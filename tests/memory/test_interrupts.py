@@ -116,6 +116,26 @@ def test_what_was_received_before_an_interrupt_is_not_forgotten():
     in_processes(2, job)
 
 
+def test_a_segment_that_was_announced_before_an_interrupt_is_not_taken_for_the_next():
+    def job(memory: HostMemory) -> None:
+        if memory.rank == 1:
+            pool = memory._pool
+            make = pool._new_segment
+
+            def interrupt(num_bytes: int) -> None:
+                make(num_bytes)
+                raise KeyboardInterrupt
+
+            pool._new_segment = interrupt
+            with pytest.raises(KeyboardInterrupt):
+                memory.allocate([((8,), torch.int64)])
+            pool._new_segment = make
+        exchange(memory, 1)  # checks the values
+        exchange(memory, 2)
+
+    in_processes(2, job)
+
+
 def test_interrupts_by_signal_at_random_times():
     def handler(*_: object) -> None:
         raise KeyboardInterrupt
