@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 from torch.distributed import FileStore, HashStore, TCPStore
 
@@ -118,6 +119,18 @@ class RankProcess:
 
     def signal(self, number):
         os.kill(self.process.pid, number)
+        if number == signal.SIGSTOP:  # all its threads must have stopped
+            threads = Path(f"/proc/{self.process.pid}/task")
+            while not all(is_stopped(thread) for thread in threads.iterdir()):
+                time.sleep(0.001)
+
+
+def is_stopped(thread):
+    """Whether a thread of another process is stopped, or has ended."""
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0] in "TtZX"
+    except OSError:
+        return True
 
 
 @contextlib.contextmanager
