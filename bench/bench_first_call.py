@@ -90,7 +90,7 @@ def _child(name: str, options: script.Options, cache: str | None, sender: Connec
     with local_group(SHAPE.world_size) as group:
         peer = peers.load(name) if name != systems.OURS else None
         x = random_like(SHAPE.local, torch.bfloat16, device)
-        dist.all_to_all_single(torch.empty_like(x), x, group=group)
+        dist.all_to_all_single(torch.empty_like(x).view(-1), x.view(-1), group=group)
         system = peer.bind(group) if peer else systems.ours(group, device)[systems.OURS]
         times = []
         for _ in range(2):

@@ -69,7 +69,8 @@ def bounds(group: dist.ProcessGroup, device: torch.device) -> dict[str, Bound]:
 
     def exchange(x: Tensor) -> Tensor:
         output = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(output, x, group=group)
+        # Flat: from torch 2.15 on P must divide the first dim.
+        dist.all_to_all_single(output.view(-1), x.view(-1), group=group)
         return output
 
     def copy_and_exchange(x: Tensor) -> Tensor:
