@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
 import random
@@ -10,7 +9,6 @@ import re
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -294,62 +292,6 @@ def backward_after_destroy(communicator: DeviceCommunicatorBase) -> None:
 
 def test_a_backward_after_destroy_is_an_error_on_all_ranks(ranks: Ranks):
     ranks.run(3, backward_after_destroy, ways=["memory"])
-
-
-def forked(communicator: DeviceCommunicatorBase) -> str:
-    """A child neither calls nor closes for its parent, however it ends."""
-    held = exchange(communicator, 0)
-    handle = communicator.all_to_all_4D(numbered(communicator, 1), async_op=True)
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks where threads run
-        child = os.fork()
-    if not child:
-        try:
-            text = "no error"
-            assert torch.equal(held, exchanged(communicator, 0)), "a child sees the tensor"
-            try:
-                communicator.all_to_all_4D(numbered(communicator, 2))
-            except ClosedError as error:
-                text = str(error)
-            os.write(writing, text.encode())
-            communicator.destroy()
-            atexit._run_exitfuncs()
-        except BaseException as error:
-            os.write(writing, repr(error).encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    os.waitpid(child, 0)
-    assert torch.equal(handle.wait(), exchanged(communicator, 1))
-    for call in range(2, 5):
-        exchange(communicator, call)
-    return os.read(reading, 1000).decode()
-
-
-def test_a_forked_child_may_read_and_neither_calls_nor_closes_for_its_parent():
-    for rank, text in enumerate(mortal_ranks.run(2, forked)):
-        assert f"all_to_all_4D on rank {rank} of 2 in group 'mortal'" in text
-        assert "was forked from it and must make its own" in text
-
-
-def leaves_a_child(communicator: DeviceCommunicatorBase) -> float:
-    exchange(communicator, 0)
-    if communicator.rank == CULPRIT:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            if not os.fork():
-                time.sleep(5)
-                os._exit(0)
-        kill()
-    begin = time.monotonic()
-    with pytest.raises(PeerLostError, match="rank 1 has died"):
-        exchange(communicator, 1)
-    return time.monotonic() - begin
-
-
-def test_a_rank_that_dies_is_seen_though_its_child_lives():
-    assert mortal_ranks.run(2, leaves_a_child, gone=(CULPRIT,))[0] < 1
 
 
 def at_random(communicator: DeviceCommunicatorBase, fate: str, seed: int) -> list[str]:

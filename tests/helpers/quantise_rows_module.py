@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from tile_copy_module import imported_tile_copy
+from tile_copy_module import imported_anew, imported_tile_copy
 from torch import Tensor
 
 from fastvideo_comm.collective.layout import message_view
@@ -22,14 +20,8 @@ NAME = "fastvideo_comm.kernels.quantise_rows"
 @contextlib.contextmanager
 def imported_quantise_rows(*, interpret: bool) -> Iterator[ModuleType]:
     """The module while `quantise_` uses it, imported anew and forgotten afterwards."""
-    with imported_tile_copy(interpret=interpret):
-        before = sys.modules.pop(NAME, None)
-        try:
-            yield importlib.import_module(NAME)
-        finally:
-            del sys.modules[NAME]
-            if before is not None:
-                sys.modules[NAME] = before
+    with imported_tile_copy(interpret=interpret), imported_anew(NAME) as module:
+        yield module
 
 
 class Rows(NamedTuple):

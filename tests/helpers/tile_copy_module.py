@@ -25,13 +25,20 @@ def imported_tile_copy(*, interpret: bool) -> Iterator[ModuleType]:
 
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = interpret
-        before = sys.modules.pop(NAME, None)
-        try:
-            yield importlib.import_module(NAME)
-        finally:
-            del sys.modules[NAME]
-            if before is not None:
-                sys.modules[NAME] = before
+        with imported_anew(NAME) as module:
+            yield module
+
+
+@contextlib.contextmanager
+def imported_anew(name: str) -> Iterator[ModuleType]:
+    """A module as its first import makes it; forgotten afterwards."""
+    before = sys.modules.pop(name, None)
+    try:
+        yield importlib.import_module(name)
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
 
 
 class Launch(NamedTuple):
