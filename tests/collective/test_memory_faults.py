@@ -139,6 +139,7 @@ def interrupted(communicator: DeviceCommunicatorBase, phase: str) -> str:
 
     def interrupt(*_: Any, **__: Any) -> Any:
         if phase == "wait":
+            patch.undo()  # the send may have to wait as well
             communicator.send(torch.ones(1), 0)
         raise KeyboardInterrupt
 
@@ -167,10 +168,15 @@ def interrupted(communicator: DeviceCommunicatorBase, phase: str) -> str:
             elif phase in ("copy", "middle of the copy", "wait"):
                 if phase == "wait" and rank == 0:
                     communicator.recv((1,), torch.float32, CULPRIT)  # which has to wait
-                with pytest.raises(CollectiveError) as error:
-                    other.all_to_all_4D((x, one_head))
-                text = str(error.value)
-                del error  # whose traceback holds the outputs
+                try:
+                    outputs = other.all_to_all_4D((x, one_head))
+                except CollectiveError as error:
+                    text = str(error)
+                else:  # rank 2 may have all that it needs before the culprit gives the call up
+                    assert phase == "wait"
+                    assert rank == 2
+                    assert outputs[0].flatten().tolist() == [0.0] * 6 + [1.0] * 6 + [2.0] * 6
+                    del outputs
             elif phase == "sum":  # the call was complete
                 assert other.all_reduce(x)[0, 0, 0, 0] == 3
         # Where nothing had been said, the next call takes the place of this one.
@@ -188,8 +194,8 @@ def interrupted(communicator: DeviceCommunicatorBase, phase: str) -> str:
 def test_a_rank_that_was_interrupted_may_call_again(ranks: Ranks, phase):
     texts = ranks.run(3, interrupted, phase, ways=["memory"])
     if phase in ("copy", "middle of the copy", "wait"):
-        for rank in (0, 2):
-            assert "rank 1 gave the call up: KeyboardInterrupt" in texts[rank]
+        assert "rank 1 gave the call up: KeyboardInterrupt" in texts[0]
+        assert texts[2] == "" or "rank 1 gave the call up: KeyboardInterrupt" in texts[2]
 
 
 class UserError(Exception):

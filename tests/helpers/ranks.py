@@ -103,10 +103,11 @@ class Ranks:
         if waiting or dead:
             self.stop()
         if failures:
-            rank, text = min(failures.items())
-            raise RankError(
-                f"by {way}: rank {rank} of {members}, failed {sorted(failures)}: {text}"
-            )
+            # The first that failed comes first; the others may have failed because of it.
+            texts = [
+                f"by {way}: rank {rank} of {members}: {text}" for rank, text in failures.items()
+            ]
+            raise RankError("\n".join(texts))
         if waiting:
             raise RankError(f"no answer from ranks {sorted(waiting.values())} of {members}")
         return [answers[rank] for rank in range(len(members))]
