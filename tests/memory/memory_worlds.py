@@ -138,6 +138,8 @@ def _work(
     try:
         # A rank does not outlive a test session that was killed.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        # pytest's hook keeps the error, whose frames keep the tensors that a rank should let go.
+        sys.unraisablehook = sys.__unraisablehook__
         torch.set_num_threads(1)
         links = {}
         for (low, high), (first, second) in pairs.items():
