@@ -13,7 +13,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from fastvideo_comm.errors import MessageExpiredError
 from fastvideo_comm.object_channel.message_seal import EVERYONE, Address, Op
 from fastvideo_comm.object_channel.messenger import Messenger
 from fastvideo_comm.object_channel.settings import (
@@ -131,7 +130,8 @@ class StatelessProcessGroup:
         self.send_dst_counter = dict.fromkeys(range(self.world_size), 0)
         self.recv_src_counter = dict.fromkeys(range(self.world_size), 0)
         self.broadcast_recv_src_counter = dict.fromkeys(range(self.world_size), 0)
-        self._gather_counter = self._gathers_begun = self._barrier_counter = 0
+        self._gather_counter = {EVERYONE: 0}
+        self._gathers_begun = self._barrier_counter = 0
         self._owns_store = False
 
     @classmethod
@@ -264,7 +264,7 @@ class StatelessProcessGroup:
             self._messenger.begin(call)
             call.number = self.recv_src_counter[src]
             address = Address(Op.SEND, src, self.rank, call.number)
-            return self._messenger.receive(address, self.recv_src_counter, call.deadline)
+            return self._messenger.receive([address], self.recv_src_counter, src, call.deadline)[0]
 
     def broadcast_obj(
         self, obj: Any | None, src: int, *, timeout: float | timedelta | None = None
@@ -288,8 +288,8 @@ class StatelessProcessGroup:
                 call.number = self.broadcast_recv_src_counter[src]
                 address = Address(Op.BROADCAST, src, EVERYONE, call.number)
                 return self._messenger.receive(
-                    address, self.broadcast_recv_src_counter, call.deadline
-                )
+                    [address], self.broadcast_recv_src_counter, src, call.deadline
+                )[0]
         parts = self._messenger.encode(obj)
         with self._messenger.call("broadcast_obj", self._messenger.others, timeout) as call:
             self._messenger.begin(call)
@@ -315,18 +315,14 @@ class StatelessProcessGroup:
         parts = self._messenger.encode(obj)
         with self._messenger.call("all_gather_obj", self._messenger.others, timeout) as call:
             self._messenger.begin(call)
-            call.number = number = self._gather_counter
+            call.number = number = self._gather_counter[EVERYONE]
             if self._gathers_begun == number:
                 self._send(Address(Op.GATHER, self.rank, EVERYONE, number), parts, call.deadline)
             others = self._messenger.others
             addresses = [Address(Op.GATHER, rank, EVERYONE, number) for rank in others]
-            try:
-                bodies = self._messenger.transport.receive(addresses, call.deadline)
-            except MessageExpiredError:
-                self._gather_counter += 1
-                raise
-            self._gather_counter += 1
-            objects = [self._messenger.codec.decode(body) for body in bodies]
+            objects = self._messenger.receive(
+                addresses, self._gather_counter, EVERYONE, call.deadline
+            )
         return [*objects[: self.rank], obj, *objects[self.rank :]]
 
     def barrier(self, *, timeout: float | timedelta | None = None) -> None:
@@ -386,11 +382,16 @@ class StatelessProcessGroup:
 
     def _send(self, address: Address, parts: list[bytes | memoryview], deadline: float) -> None:
         self._messenger.outbox.expire(self.data_expiration_seconds, deadline)
-        # The number is used up before anything can go wrong: no two messages ever share one.
-        if address.op is Op.SEND:
-            self.send_dst_counter[address.dst] += 1
-        elif address.op is Op.BROADCAST:
-            self.broadcast_send_counter += 1
-        else:
-            self._gathers_begun += 1
-        self._messenger.send(address, parts, deadline)
+        transport = self._messenger.transport
+        num_begun = transport.num_begun
+        try:
+            self._messenger.send(address, parts, deadline)
+        finally:
+            # No two messages share a number, and an interrupt before the first byte uses none up.
+            if transport.num_begun != num_begun:
+                if address.op is Op.SEND:
+                    self.send_dst_counter[address.dst] += 1
+                elif address.op is Op.BROADCAST:
+                    self.broadcast_send_counter += 1
+                else:
+                    self._gathers_begun += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -78,15 +79,25 @@ class Messenger:
         self.outbox.note(address)
         self.transport.send(address, parts, deadline)
 
-    def receive(self, address: Address, counters: dict[int, int], deadline: float) -> Any:
-        """Return the object of a message, and count on to the next one of its source.
+    def receive(
+        self, addresses: Sequence[Address], counters: dict[int, int], key: int, deadline: float
+    ) -> list[Any]:
+        """Return the objects of some messages, and count on to the next ones in `counters[key]`.
 
-        An expired message and one that cannot be decoded are used up as well.
+        An expired message and one that cannot be decoded are used up as well. After an interrupt
+        the same messages can be received again.
         """
         try:
-            (body,) = self.transport.receive([address], deadline)
+            bodies = self.transport.receive(addresses, deadline)
         except MessageExpiredError:
-            counters[address.src] += 1
+            counters[key] += 1
             raise
-        counters[address.src] += 1
-        return self.codec.decode(body)
+        try:
+            objects = [self.codec.decode(body) for body in bodies]
+        except Exception:
+            counters[key] += 1
+            self.transport.discard(addresses)
+            raise
+        counters[key] += 1
+        self.transport.discard(addresses)
+        return objects

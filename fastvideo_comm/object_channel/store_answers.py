@@ -87,11 +87,19 @@ class Answers:
         Raises:
             CommunicationError: See `raise_failure`.
         """
-        self.raise_failure(idents)
-        frames = [self._frames[ident] for ident in idents]
+        frames = self.all_of(idents)
         for ident in idents:
             self.forget(ident)
         return frames
+
+    def all_of(self, idents: Iterable[int]) -> list[Frame]:
+        """Return the answers to these requests, and keep them.
+
+        Raises:
+            CommunicationError: See `raise_failure`.
+        """
+        self.raise_failure(idents)
+        return [self._frames[ident] for ident in idents]
 
     def forget(self, ident: int) -> None:
         """Give a request up: its answer is dropped, now or when it comes."""

@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import TypeVar
 
 from fastvideo_comm.errors import (
-    AuthenticationError,
     ClosedError,
     CommunicationError,
     CommunicationTimeoutError,
@@ -26,18 +25,7 @@ from fastvideo_comm.errors import (
     PeerLostError,
 )
 from fastvideo_comm.object_channel.store_answers import Answers
-from fastvideo_comm.object_channel.store_handshake import (
-    ANSWER_BYTES,
-    MAGIC,
-    PROOF_BYTES,
-    PROTOCOL_VERSION,
-    SESSION_BYTES,
-    Greeting,
-    is_proof,
-    link_key,
-    make_hello,
-    make_proof,
-)
+from fastvideo_comm.object_channel.store_handshake import shake_hands
 from fastvideo_comm.object_channel.store_link import Buffer, Frame, FrameError, Kind, Link
 from fastvideo_comm.object_channel.store_link_pair import CUT, LinkPair
 from fastvideo_comm.object_channel.store_messages import JoinRequest, pack_join, unpack_text
@@ -47,7 +35,6 @@ from fastvideo_comm.object_channel.store_sockets import (
     Heartbeat,
     call_after_fork,
     connect,
-    receive_exactly,
     seconds_left,
     to_milliseconds,
 )
@@ -135,7 +122,7 @@ class StoreClient:
     ) -> socket.socket:
         sock = connect(host, port, deadline, was_there=self._was_there)
         try:
-            key, self.session = _shake_hands(sock, secret, deadline)
+            key, self.session = shake_hands(sock, secret, deadline)
             self._pair.add(Link(sock, max_body_bytes, key, of_store=False))
         except CommunicationError:  # before those below: some of them are OSErrors as well
             sock.close()
@@ -187,12 +174,23 @@ class StoreClient:
         """Begin a request and return its id for `wait`."""
         return self._ask_now(kind, meta, 0, parts)
 
+    @property
+    def num_requests(self) -> int:
+        """How many requests have begun; see `LinkPair.num_requests`."""
+        return self._pair.num_requests
+
     def ask_once(self, kind: Kind, meta: bytes) -> int:
         """Like `ask`, but an equal request that still waits for its answer is taken up again."""
         ident = self._answers.find(kind, meta)
         if ident is None:
-            ident = self._ask_now(kind, meta, 0)
-            self._answers.remember(ident, kind, meta)
+            ident = self._answers.begin()
+            num_requests = self.num_requests
+            try:
+                self._answers.remember(ident, kind, meta)
+                self._pair.queue(0, kind, ident, meta, ())
+            finally:
+                if self.num_requests == num_requests:  # an interrupt came before
+                    self._answers.forget(ident)
         return ident
 
     def wait(self, idents: Iterable[int], deadline: float) -> list[int]:
@@ -227,6 +225,16 @@ class StoreClient:
             CommunicationError: See `wait`.
         """
         return self._parsed(lambda: self._answers.take(idents))
+
+    def answers(self, idents: Sequence[int]) -> list[Frame]:
+        """As `take`, and keep the answers until `forget_question`."""
+        return self._parsed(lambda: self._answers.all_of(idents))
+
+    def forget_question(self, kind: Kind, meta: bytes) -> None:
+        """`forget` what `ask_once` asked with these words."""
+        ident = self._answers.find(kind, meta)
+        if ident is not None:
+            self._answers.forget(ident)
 
     def read(self, ident: int, parse: Callable[[Frame], _T]) -> _T:
         """Take the answer to a request and return what `parse` makes of it."""
@@ -369,29 +377,3 @@ class ClientTurn:
     ) -> None:
         """End it."""
         self._client.end_turn()
-
-
-def _shake_hands(
-    sock: socket.socket, secret: bytes | None, deadline: float
-) -> tuple[bytes | None, bytes]:
-    """Return the key of the connection and the store's session."""
-    hello = make_hello(secret)
-    sock.sendall(hello)
-    answer = receive_exactly(sock, len(MAGIC), deadline)
-    if answer != MAGIC:
-        raise JoinError("what listens there is not a fastvideo_comm store")
-    answer += receive_exactly(sock, ANSWER_BYTES - len(MAGIC), deadline)
-    store = Greeting.parse(answer)
-    if store.version != PROTOCOL_VERSION:
-        raise JoinError(
-            f"the store speaks protocol version {store.version}, this rank {PROTOCOL_VERSION}"
-        )
-    if store.has_secret != (secret is not None):
-        ours, theirs = ("a", "no") if secret is not None else ("no", "a")
-        raise AuthenticationError(f"this rank was given {ours} secret, the store {theirs} secret")
-    exchange = hello + answer
-    sock.sendall(make_proof(secret, b"rank", exchange))
-    proof = receive_exactly(sock, PROOF_BYTES, deadline)
-    if not is_proof(proof, secret, b"store", exchange):
-        raise AuthenticationError("the store must hold the same secret as this rank")
-    return link_key(secret, exchange), answer[-SESSION_BYTES:]

@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import hmac
 import os
+import socket
 import struct
 from typing import NamedTuple
 
+from fastvideo_comm.errors import AuthenticationError, JoinError
 from fastvideo_comm.object_channel.store_link import FrameError
+from fastvideo_comm.object_channel.store_sockets import receive_exactly
 
 PROTOCOL_VERSION = 2
 MAGIC = b"FVCOMM\r\n"
@@ -133,3 +136,36 @@ class ServerHandshake:
             raise HandshakeError(f"it has {has}", answer)
         self._exchange = hello + answer
         return answer
+
+
+def shake_hands(
+    sock: socket.socket, secret: bytes | None, deadline: float
+) -> tuple[bytes | None, bytes]:
+    """A rank's side on a connected socket; returns the connection's key and the store's session.
+
+    Raises:
+        AuthenticationError: The store does not hold the same secret.
+        JoinError: What listens there is no store, or speaks another version.
+        EOFError: It hung up.
+        OSError: The connection is gone; TimeoutError where it does not answer.
+    """
+    hello = make_hello(secret)
+    sock.sendall(hello)
+    answer = receive_exactly(sock, len(MAGIC), deadline)
+    if answer != MAGIC:
+        raise JoinError("what listens there is not a fastvideo_comm store")
+    answer += receive_exactly(sock, ANSWER_BYTES - len(MAGIC), deadline)
+    store = Greeting.parse(answer)
+    if store.version != PROTOCOL_VERSION:
+        raise JoinError(
+            f"the store speaks protocol version {store.version}, this rank {PROTOCOL_VERSION}"
+        )
+    if store.has_secret != (secret is not None):
+        ours, theirs = ("a", "no") if secret is not None else ("no", "a")
+        raise AuthenticationError(f"this rank was given {ours} secret, the store {theirs} secret")
+    exchange = hello + answer
+    sock.sendall(make_proof(secret, b"rank", exchange))
+    proof = receive_exactly(sock, PROOF_BYTES, deadline)
+    if not is_proof(proof, secret, b"store", exchange):
+        raise AuthenticationError("the store must hold the same secret as this rank")
+    return link_key(secret, exchange), answer[-SESSION_BYTES:]

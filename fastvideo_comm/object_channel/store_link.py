@@ -95,7 +95,7 @@ class Link:
         self._key = key
         self._head_bytes = _HEADER.size + (0 if key is None else _TAG_BYTES)
         self._labels = (b"S", b"R") if of_store else (b"R", b"S")
-        self._num_sent = 0
+        self.num_sent = 0  # frames that were queued
         self._num_received = 0
         self._out: deque[bytes | memoryview] = deque()
         self._in = b""
@@ -115,13 +115,14 @@ class Link:
         size = sum(map(len, parts))
         head = _HEADER.pack(kind, ident, len(meta), size)
         if self._key is not None:
-            head += self._tag(self._key, self._labels[0], self._num_sent, head + meta)
-        self._num_sent += 1
+            head += self._tag(self._key, self._labels[0], self.num_sent, head + meta)
         if size <= _LARGE_FROM:
-            self._out.append(b"".join((head, meta, *parts)))
+            pieces: list[bytes | memoryview] = [b"".join((head, meta, *parts))]
         else:
-            self._out.append(head + meta)
-            self._out.extend(memoryview(part) for part in parts if len(part))
+            pieces = [head + meta, *(memoryview(part) for part in parts if len(part))]
+        # No signal handler runs between these two: Python looks for signals after calls.
+        self.num_sent += 1
+        self._out.extend(pieces)
 
     def flush(self) -> bool:
         """Send what the socket takes now; True when nothing is left.

@@ -51,6 +51,11 @@ class LinkPair:
         with contextlib.suppress(IndexError):
             self._links[index].queue(kind, ident, meta, parts)
 
+    @property
+    def num_requests(self) -> int:
+        """How many frames were queued on the first connection; 0 where there is none."""
+        return self._links[0].num_sent if self._links else 0
+
     def own_unsent(self) -> None:
         """Copy what could not be sent yet, so that the caller may change its objects."""
         for link in self._links:

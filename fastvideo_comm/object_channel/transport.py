@@ -24,9 +24,14 @@ class Transport(Protocol):
     """Moves sealed messages of one group; every method is called inside `turn`.
 
     A timeout is CommunicationTimeoutError with the missing ranks as `peers`, and loses nothing:
-    what has arrived is there for the next `receive` of the same addresses. PeerLostError for a
-    rank that has left loses nothing either. MessageExpiredError is the end of these addresses.
+    what has arrived is there for the next `receive` of the same addresses, until `discard`.
+    PeerLostError for a rank that has left loses nothing either, nor does an interrupt.
+    MessageExpiredError is the end of these addresses.
     """
+
+    @property
+    def num_begun(self) -> int:
+        """Grows when something begins to go out: from then on its number is used up."""
 
     def turn(self, deadline: float) -> AbstractContextManager[None]:
         """Keep other threads out, and raise what already ended the group."""
@@ -35,7 +40,10 @@ class Transport(Protocol):
         """Put a message where its readers find it."""
 
     def receive(self, addresses: Sequence[Address], deadline: float) -> list[Buffer]:
-        """Return the bodies of these messages, once for each reader, or raise."""
+        """Return the bodies of these messages, or raise."""
+
+    def discard(self, addresses: Sequence[Address]) -> None:
+        """Let go of messages that were received."""
 
     def barrier(self, number: int, deadline: float) -> None:
         """Wait until every rank is in barrier `number`."""
@@ -73,6 +81,13 @@ class StoreTransport:
         self._seal = store.seal(settings.group, settings.encryption)
         self._group = settings.group.encode()
         self._first_unread: dict[tuple[Op, int], int] = {}
+        self._opened: dict[Address, Buffer] = {}
+        self._opening: Address | None = None  # the message whose opening has not ended
+
+    @property
+    def num_begun(self) -> int:
+        """See `Transport`."""
+        return self._client.num_requests
 
     def turn(self, deadline: float) -> AbstractContextManager[None]:
         """See `Transport`."""
@@ -82,7 +97,11 @@ class StoreTransport:
         """See `Transport`; returns when the store has the message."""
         sealed = self._seal.seal(address, parts)
         meta = pack_address(address, self._group)
-        self._acknowledged(address, self._client.ask(Kind.SEND, meta, sealed), deadline)
+        try:
+            self._acknowledged(address, self._client.ask(Kind.SEND, meta, sealed), deadline)
+        except BaseException:
+            self._client.own_unsent()
+            raise
 
     def receive(self, addresses: Sequence[Address], deadline: float) -> list[Buffer]:
         """See `Transport`."""
@@ -99,15 +118,39 @@ class StoreTransport:
         if waiting:
             peers = [a.src for a, ident in zip(addresses, idents, strict=True) if ident in waiting]
             raise CommunicationTimeoutError("timed out", peers=peers)
-        frames = self._client.take(idents)
+        frames = self._client.answers(idents)
+        return [
+            self._open(address, memoryview(frame.body))
+            for address, frame in zip(addresses, frames, strict=True)
+        ]
+
+    def discard(self, addresses: Sequence[Address]) -> None:
+        """See `Transport`."""
+        for address in addresses:
+            self._client.forget_question(Kind.RECV, pack_address(address, self._group))
+            self._opened.pop(address, None)
+
+    def _open(self, address: Address, sealed: memoryview) -> Buffer:
+        opened = self._opened.get(address)
+        if opened is not None:
+            return opened
+        was_interrupted = self._opening == address
+        self._opening = address
         try:
-            return [
-                self._seal.open(address, memoryview(frame.body))
-                for address, frame in zip(addresses, frames, strict=True)
-            ]
+            try:
+                body = self._seal.open(address, sealed)
+            except AuthenticationError:
+                if not was_interrupted:
+                    raise
+                # It may have been decrypted in its place before. AES in counter mode is its own
+                # inverse, so the attempt that failed has put back what had come.
+                body = self._seal.open(address, sealed)
         except AuthenticationError as error:
             self._client.refuse(error)
             raise
+        self._opened[address] = body
+        self._opening = None
+        return body
 
     def barrier(self, number: int, deadline: float) -> None:
         """See `Transport`; one round trip."""

@@ -9,8 +9,12 @@ import time
 from stateless_ranks import SECRET, own_groups
 
 from fastvideo_comm.object_channel.settings import GroupSettings
-from fastvideo_comm.object_channel.store_client import _shake_hands
-from fastvideo_comm.object_channel.store_handshake import HELLO_BYTES, MAGIC, make_hello
+from fastvideo_comm.object_channel.store_handshake import (
+    HELLO_BYTES,
+    MAGIC,
+    make_hello,
+    shake_hands,
+)
 from fastvideo_comm.object_channel.store_link import Kind, Link
 from fastvideo_comm.object_channel.store_messages import JoinRequest, pack_join
 
@@ -89,7 +93,7 @@ def strangers_that_know_the_magic(port, count):
 def proven_link(port, secret):
     """Connect and prove the secret, and say nothing more."""
     sock = connect(port)
-    key, _session = _shake_hands(sock, secret, time.monotonic() + 5)
+    key, _session = shake_hands(sock, secret, time.monotonic() + 5)
     return Link(sock, 1 << 27, key, of_store=False)
 
 

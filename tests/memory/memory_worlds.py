@@ -7,7 +7,6 @@ a job fails the test with the traceback of its rank.
 from __future__ import annotations
 
 import ctypes
-import dis
 import gc
 import multiprocessing
 import os
@@ -19,8 +18,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from types import FrameType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -315,42 +313,6 @@ def num_descriptors() -> int:
     """The open descriptors of this process."""
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
-
-
-class Interruption:
-    """Raises KeyboardInterrupt at the n-th point of code in some files, where one can come.
-
-    Python looks for signals after calls, at the start of functions and where loops turn back.
-    """
-
-    def __init__(self, at: int, files: Collection[str]) -> None:
-        self.left, self.fired, self.files = at, False, files
-
-    def __enter__(self) -> Interruption:
-        sys.settrace(self._call)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
-
-    def _call(self, frame: FrameType, event: str, argument: object) -> Any:
-        if frame.f_code.co_filename not in self.files:
-            return None
-        frame.f_trace_lines, frame.f_trace_opcodes = False, True
-        before = ""
-
-        def trace(frame: FrameType, event: str, argument: object) -> Any:
-            nonlocal before
-            if event == "opcode" and not self.fired:
-                if before.startswith(("CALL", "RESUME", "JUMP_BACKWARD", "JUMP_ABSOLUTE")):
-                    self.left -= 1
-                if self.left < 0:
-                    self.fired = True
-                    raise KeyboardInterrupt
-                before = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            return trace
-
-        return trace
 
 
 def settled(memory: HostMemory) -> int:

@@ -10,6 +10,7 @@ import time
 import memory_worlds as worlds
 import pytest
 import torch
+from interruption import Interruption
 from memory_worlds import ask_all, ask_pair, exchange, in_processes, outputs
 
 from fastvideo_comm.errors import CollectiveError
@@ -25,7 +26,7 @@ def interrupted(memory: HostMemory, at: int, background: bool) -> tuple[bool, st
     numbers = memory._engine._ledger.next_numbers
     before = numbers[-1]
     ask = ask_all(memory, at)
-    with worlds.Interruption(at, MODULES) as interruption:
+    with Interruption(at, MODULES) as interruption:
         try:
             memory.start(ask, background=background).wait()
             how = "completed"

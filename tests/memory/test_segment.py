@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interruption import Interruption
 
 from fastvideo_comm.memory import memfd, segment
 from fastvideo_comm.memory.memfd import GRANULE, Segment, aligned
@@ -282,7 +283,7 @@ def test_an_interrupt_at_any_point_of_an_allocation_loses_no_block(pool):
         spare = [tensors(pool.allocate([900, 70])) for _ in range(3)]
         del spare[1], spare
         new = None
-        with worlds.Interruption(at, FILES), contextlib.suppress(KeyboardInterrupt):
+        with Interruption(at, FILES), contextlib.suppress(KeyboardInterrupt):
             new = pool.allocate([900, 70, 4 * GRANULE if at % 7 == 0 else 1])
         if new is not None and at > 60:
             break
