@@ -753,6 +753,10 @@ class DeviceCommunicatorBase:
         self,
         shapes: Iterable[Sequence[int] | Sequence[Sequence[int]]],
         dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
+        *,
+        wire_dtype: torch.dtype | None = None,
+        grad_wire_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
     ) -> None:
         """Prepares everything that the first training step needs; all ranks call it together.
 
@@ -773,18 +777,29 @@ class DeviceCommunicatorBase:
                 number of tensors and dtype needs kernels of its own. A length s does not, except
                 for very short sequences.
             dtypes: the dtypes of the tensors.
+            wire_dtype: as in `all_to_all_4D`; one for all tensors.
+            grad_wire_dtype: likewise.
+            rounding: likewise. What is rounded to nearest and what is rounded at random needs
+                kernels of its own.
 
         Raises:
-            ValueError: a shape that is not 4 sizes.
+            ValueError: a shape that is not 4 sizes; with a wire dtype, what `all_to_all_4D` says.
             TypeError: one shape instead of several of them, or one dtype.
         """
         with self._runner.call("warmup"):
             calls = warm_up.checked_calls(shapes, dtypes)
         own = DeviceCommunicatorBase  # a subclass may take fewer arguments
+        exchange = functools.partial(
+            own.all_to_all_4D,
+            self,
+            wire_dtype=wire_dtype,
+            grad_wire_dtype=grad_wire_dtype,
+            rounding=rounding,
+        )
         for call in calls:
             for heads_first in (False, True):
                 warm_up.there_and_back(
-                    functools.partial(own.all_to_all_4D, self),
+                    exchange,
                     call,
                     self.device,
                     self.world_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,10 +112,40 @@ def test_after_warmup_nothing_compiles(device, batch):
         assert 0 < before == after
 
 
+@pytest.mark.parametrize("device", [EMULATED, pytest.param(GPU, marks=needs_gpu)], indirect=True)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_after_warmup_with_fp8_nothing_compiles(device, rounding):
+    q, k = (1, 40, 4, 128), (1, 40, 2, 128)  # longer than a tile, which has 32 rows of 128
+    fp8: dict[str, Any] = {
+        "wire_dtype": torch.float8_e4m3fn,
+        "grad_wire_dtype": torch.float8_e5m2,
+        "rounding": rounding,
+    }
+
+    def job(communicator: DeviceCommunicatorBase) -> tuple[int, int]:
+        communicator.warmup([q, (q, k, k)], [torch.bfloat16], **fp8)
+        before = _num_kernels()
+        for length in (40, 53):
+            xs = [
+                torch.rand(1, length, heads, 128, device=device).bfloat16().requires_grad_()
+                for heads in (4, 2, 2)
+            ]
+            x = communicator.all_to_all_4D(xs[0], **fp8)
+            y = communicator.all_to_all_4D(x, 1, 2, **fp8)
+            outputs = [y, *communicator.all_to_all_4D(xs, **fp8)]
+            torch.autograd.backward(outputs, [torch.ones_like(each) for each in outputs])
+        return before, _num_kernels()
+
+    for before, after in _run(2, device, job):
+        assert 0 < before == after
+
+
 def _num_kernels() -> int:
-    """Specialisations of the kernel that were compiled in this process."""
-    kernel = importlib.import_module("fastvideo_comm.kernels.tile_copy").tile_copy
-    return sum(len(caches[0]) for caches in kernel.device_caches.values())
+    """Specialisations of the kernels that were compiled in this process."""
+    tile_copy = importlib.import_module("fastvideo_comm.kernels.tile_copy")
+    rows = importlib.import_module("fastvideo_comm.kernels.quantise_rows")
+    kernels = (tile_copy.tile_copy, rows.quantise_rows, rows.dequantise_rows)
+    return sum(len(caches[0]) for each in kernels for caches in each.device_caches.values())
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
