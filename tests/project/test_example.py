@@ -91,8 +91,10 @@ def test_stages_of_the_fused_projection_learn_the_same(tmp_path):
 
 
 def test_an_exchange_as_fp8_learns_nearly_the_same_with_fewer_bytes(tmp_path):
-    result = run_example(tmp_path, "--steps", "2", "--fp8", "stochastic", "--tolerance", "0.5")
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run_example(tmp_path, "--steps", "2", "--fp8", "stochastic")
+    # What it loses is above the tolerance, which fails and says so.
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "The runs differ by more than the tolerance of 0.001." in result.stdout
     table = read_table(result.stdout)
     # Rounding to three bits moves gradients by hundredths, and losses by less.
     assert 1e-3 < float(table["gradients, first step"][2]) < 0.5
@@ -155,12 +157,6 @@ def test_the_figure_is_a_png_and_nothing_else_is_left(three_steps):
     data = figure.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     assert data.endswith(b"IEND\xaeB\x60\x82")
-
-
-def test_a_difference_above_the_tolerance_fails_and_says_so(tmp_path):
-    result = run_example(tmp_path, "--steps", "1", "--tolerance", "0")
-    assert result.returncode == 1
-    assert "The runs differ by more than the tolerance of 0." in result.stdout
 
 
 @pytest.mark.slow
