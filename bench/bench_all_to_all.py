@@ -7,8 +7,8 @@ the message buffer (local_group.py), which shows the work that each system wraps
 Operations: `forward` is all_to_all_4D(x, 2, 1), `back` is (1, 2), `forward+grad` adds its gradient;
 `attention` is a system's whole sequence for q, k and v there and the output back, around a local
 attention that costs nothing (FastVideo: `DistributedAttention.forward`; DeepSpeed:
-`DistributedAttention`; diffusers: `TemplatedUlyssesAttention`). `tiny` is [1, 8, 4, 8] in fp32, its
-host time. Every system's result, and gradient, is compared before it is timed.
+`DistributedAttention`; diffusers: `TemplatedUlyssesAttention`). `tiny` is [1, 8, 4, 8] and
+[3, 8, 4, 8] in fp32, their host time. Every system's result, and gradient, is compared before it is timed.
 
 On the CPU every process runs one thread, so that P ranks and one process compare. "fresh pages"
 gives the C heap back to the system before each sample: without it, freed tensors of less than
@@ -65,9 +65,13 @@ def both(shape: Shape, **common: Any) -> list[Case]:
 
 
 def tiny(world_size: int) -> list[Case]:
-    """[1, 8, 4, 8] fp32: nothing but the host's time."""
-    shape = Shape(1, 8 * world_size, 4, world_size, 8)
-    return [Case(f"tiny {op}", shape, "tiny", dtype=torch.float32) for op in ("forward", "back")]
+    """[1, 8, 4, 8] and [3, 8, 4, 8] fp32: nothing but the host's time."""
+    shapes = [Shape(batch, 8 * world_size, 4, world_size, 8) for batch in (1, 3)]
+    return [
+        Case(f"tiny {op}", shape, "tiny", dtype=torch.float32)
+        for shape in shapes
+        for op in ("forward", "back")
+    ]
 
 
 def rank_cases(options: script.Options) -> list[Case]:

@@ -92,6 +92,7 @@ def test_after_warmup_nothing_compiles(device, batch):
 
     def job(communicator: DeviceCommunicatorBase) -> tuple[int, int]:
         communicator.warmup([q, (q, q, q), (q, k, k)], [torch.bfloat16])
+        communicator.barrier()  # the ranks are threads of one process
         before = _num_kernels()
         exchange = communicator.all_to_all_4D
         for length in (70, 101):
@@ -124,6 +125,7 @@ def test_after_warmup_with_fp8_nothing_compiles(device, rounding):
 
     def job(communicator: DeviceCommunicatorBase) -> tuple[int, int]:
         communicator.warmup([q, (q, k, k)], [torch.bfloat16], **fp8)
+        communicator.barrier()  # the ranks are threads of one process
         before = _num_kernels()
         for length in (40, 53):
             xs = [
