@@ -20,6 +20,7 @@ from .collective import quantised
 from .collective.group import AnyGroup, Group
 from .collective.layout import Split, Splits
 from .collective.route import route
+from .forward_mode import primals
 from .kernels import contiguous_copy
 from .recording import (
     Flight,
@@ -29,7 +30,6 @@ from .recording import (
     before_backward_of_part,
     last_call,
     op,
-    primals,
     run,
 )
 

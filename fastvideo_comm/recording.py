@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from .collective.group import AnyGroup, Group
 from .collective.layout import Split, Splits
 from .collective.quantised import Work
+from .forward_mode import check_transforms, refuse_vmap, requires_grad, run_on_duals
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
 
@@ -26,24 +27,21 @@ def run(function: Any, group: AnyGroup, *arguments: Any) -> Any:
     trace a Function of a variable number of tensors.
     """
     is_eager = isinstance(group, Group)  # a compiled graph holds no `Group`
-    is_recorded = is_eager and (forward_ad._current_level >= 0 or _functorch_is_active())
-    if not is_recorded and torch.is_grad_enabled():
-        for argument in arguments:
-            if isinstance(argument, Tensor) and argument.requires_grad:
-                is_recorded = True
-    if is_recorded:
+    is_forward = forward_ad._current_level >= 0
+    if not is_eager:
+        if _functorch_is_active():
+            check_transforms(arguments, is_forward=is_forward)
+        if is_forward:
+            return run_on_duals(function, group, arguments)
+    is_recorded = is_eager and (is_forward or _functorch_is_active())
+    if is_recorded or requires_grad(arguments):
         return (function.eager if is_eager else function).apply(group, *arguments)
     return function.forward(group, *arguments)
 
 
 def along(function: Any, group: AnyGroup, *arguments: Any) -> Any:
     """As `run`, for tangents; many of them, as `torch.func.jacfwd` gives them, travel together."""
-    return run(function.along, group, *arguments)
-
-
-def primals(saved: Sequence[Tensor]) -> list[Tensor]:
-    """What a Function saved for its tangent, without the tangents that it has at this level."""
-    return [forward_ad.unpack_dual(tensor).primal for tensor in saved]
+    return run(function.along if isinstance(group, Group) else function, group, *arguments)
 
 
 def op(function: Any) -> Any:
@@ -64,7 +62,7 @@ def op(function: Any) -> Any:
         methods = {"jvp": staticmethod(tangent), "vmap": staticmethod(vmap)}
         return type(function)(function.__name__, (function,), methods)
 
-    function.eager = form(_refuse_vmap)
+    function.eager = form(refuse_vmap)
     function.along = form(of_many)
     function.along.eager = function.along
     return function
@@ -98,13 +96,6 @@ def _of_many(
 def _apart(batch: Tensor, number: int) -> Tensor:
     """The inverse of `flatten(0, 1)`."""
     return batch.view(number, batch.shape[0] // number, *batch.shape[1:])
-
-
-def _refuse_vmap(*_: Any) -> Any:
-    raise RuntimeError(
-        "an op of a communicator must not be called under torch.vmap, which would exchange what "
-        "the other ranks do not expect: give it a tensor with one dim more"
-    )
 
 
 def last_call(group: AnyGroup) -> int | None:

@@ -1,7 +1,8 @@
-"""Forward mode beyond one eager `jvp` of an op: many tangents, and derivatives of derivatives."""
+"""Forward mode beyond one eager `jvp` of an op: jacfwd, second derivatives, compiled code."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -10,7 +11,9 @@ import torch
 from op_table import OF_SHAPE, SHAPE
 from ranks import Ranks
 from torch import Tensor
-from torch.func import jacfwd, jvp
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.func import grad, jacfwd, jvp
 
 from fastvideo_comm import DeviceCommunicatorBase, functions, ulysses_attention
 
@@ -109,7 +112,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("bhst,bthd->bshd", weights, value)
 
 
-def attended(communicator: DeviceCommunicatorBase, pipeline: int, is_joint: bool) -> None:
+def attended(
+    communicator: DeviceCommunicatorBase, pipeline: int, is_joint: bool, is_compiled: bool
+) -> None:
     size, rank = communicator.world_size, communicator.rank
     generator = torch.Generator().manual_seed(0)
     whole, along = torch.rand(2, 3, 1, 2 * size, 4, 3, dtype=torch.float64, generator=generator)
@@ -130,12 +135,112 @@ def attended(communicator: DeviceCommunicatorBase, pipeline: int, is_joint: bool
     time = torch.tensor(0.7, dtype=torch.float64)
     expected = jvp(of_one_process, (time,), (torch.ones_like(time),))
     # In fp64; a rank adds in another order over fewer heads.
-    torch.testing.assert_close(jacfwd(mine)(time), expected[1], rtol=1e-12, atol=1e-12)
-    given = jvp(mine, (time,), (torch.ones_like(time),))
+    if not is_compiled:
+        torch.testing.assert_close(jacfwd(mine)(time), expected[1], rtol=1e-12, atol=1e-12)
+
+    def derivative(time: Tensor) -> Any:
+        return jvp(mine, (time,), (torch.ones_like(time),))
+
+    torch._dynamo.reset()
+    traced = torch.compile(derivative, backend="aot_eager", fullgraph=True)
+    given = (traced if is_compiled else derivative)(time)
     torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize(("pipeline", "is_joint"), [(1, False), (2, True)])
 @pytest.mark.parametrize("size", [1, 2, (0, 1, 3)])
-def test_tangents_of_attention_are_those_of_one_process(ranks: Ranks, size, pipeline, is_joint):
-    ranks.run(size, attended, pipeline, is_joint)
+def test_tangents_of_attention_are_those_of_one_process(
+    ranks: Ranks, size, pipeline, is_joint, is_compiled
+):
+    ranks.run(size, attended, pipeline, is_joint, is_compiled)
+
+
+Derivative = Callable[[Tensor, Tensor], tuple[tuple[Tensor, ...], ...]]
+OF_KIND = {
+    "exchanges": [op for op in OF_SHAPE if op.startswith("all_to_all")],
+    "gathers": [op for op in OF_SHAPE if op.startswith(("all_gather", "slice", "broadcast"))],
+    # Not beside the sum of the same tensor, with which torch.compile merges it.
+    "reductions": [op for op in OF_SHAPE if "reduce" in op and op != "all_reduce identity"],
+    "some": ["all_to_all_4D grouped", "all_gather uneven", "all_reduce identity", "slice"],
+}
+
+
+def by_transform(communicator: DeviceCommunicatorBase, ops: list[str]) -> Derivative:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(OF_SHAPE[op](communicator, x.sin()) for op in ops)
+
+    return lambda x, tangent: jvp(function, (x,), (tangent,))
+
+
+def by_level(communicator: DeviceCommunicatorBase, ops: list[str]) -> Derivative:
+    def function(x: Tensor, tangent: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, tangent).sin()
+            duals = [forward_ad.unpack_dual(OF_SHAPE[op](communicator, dual)) for op in ops]
+            return tuple(zip(*duals, strict=True))
+
+    return function
+
+
+def compiled(communicator: DeviceCommunicatorBase, kind: str) -> None:
+    value, tangent = of_rank(communicator, 2)
+    ops = OF_KIND[kind]
+    expected = by_transform(communicator, ops)(value, tangent)
+    leaf = value.clone().requires_grad_()
+    for make, given in ((by_transform, value), (by_level, leaf)):
+        torch._dynamo.reset()
+        function = make(communicator, ops)
+        counter = CompileCounterWithBackend("aot_eager")
+        traced = torch.compile(function, backend=counter, fullgraph=True)
+        for _ in range(2):
+            outputs = traced(given, tangent)
+        assert counter.frame_count == 1
+        for op, *both in zip(ops, *expected, *outputs, strict=True):
+            # The compiler reorders arithmetic in fp64.
+            torch.testing.assert_close(
+                both[2:], both[:2], rtol=1e-12, atol=1e-12, msg=lambda text, op=op: f"{op}: {text}"
+            )
+    one_loss, other_loss = (
+        sum((y * along).sum() for y, along in zip(*each(leaf, tangent), strict=True))
+        for each in (function, traced)
+    )
+    gradients = [torch.autograd.grad(loss, leaf)[0] for loss in (one_loss, other_loss)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [(2, "exchanges"), (2, "gathers"), (2, "reductions"), (1, "some"), ((0, 2, 3), "some")],
+)
+def test_compiled_tangents_and_their_gradients_are_those_of_eager(ranks: Ranks, size, kind):
+    ranks.run(size, compiled, kind)
+
+
+def refused(communicator: DeviceCommunicatorBase) -> None:
+    value, along, other = of_rank(communicator, 3)
+    leaf = value.clone().requires_grad_()
+
+    def op(x: Tensor) -> Tensor:
+        return communicator.all_to_all_4D(x.sin())
+
+    def derivative(x: Tensor) -> Tensor:
+        return jvp(op, (x,), (along,))[1]
+
+    cases: list[tuple[Callable[[Tensor], Any], Tensor, str]] = [
+        (lambda x: jvp(derivative, (x,), (other,)), value, "differentiated by one transform"),
+        (grad(lambda x: derivative(x).sum()), value, "differentiated by one transform"),
+        (lambda x: torch.vmap(op)(x[None]), value, "must not be called under torch.vmap"),
+        (jacfwd(lambda t: op(value + t)), torch.zeros(()).double(), "must not be called under"),
+        (derivative, leaf, "must not be recorded by autograd inside torch.func.jvp"),
+    ]
+    for function, x, error in cases:
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=error):
+            torch.compile(function, backend="aot_eager", fullgraph=True)(x)
+        while forward_ad._current_level >= 0:  # torch leaves its levels behind
+            forward_ad.exit_dual_level()
+
+
+def test_what_compiled_code_cannot_differentiate_is_refused(ranks: Ranks):
+    ranks.run(2, refused)
