@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from .collective.group import AnyGroup
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
-_LEAVES_OUT_TANGENTS = torch.__version__ < (2, 15)  # later ones raise an error
+_LEAVES_OUT_TANGENTS = torch.__version__ < "2.15"  # later ones raise an error
 
 
 def run_on_duals(function: Any, group: AnyGroup, arguments: Sequence[Any]) -> Any:
