@@ -10,6 +10,7 @@ collective too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from .collective import quantised
 from .collective.group import AnyGroup, Group
 from .collective.layout import Split, Splits
 from .collective.route import route
+from .forward_mode import primals
 from .kernels import contiguous_copy
 from .recording import (
     Flight,
+    along,
     before_backward,
     before_backward_of_exchange,
     before_backward_of_part,
@@ -59,7 +62,7 @@ class AllToAll(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, __: None, *tangents: Tensor) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = run(AllToAll, ctx.group, ctx.splits.exact(), *tangents)
+        outputs: tuple[Tensor, ...] = along(AllToAll, ctx.group, ctx.splits.exact(), *tangents)
         return outputs
 
 
@@ -90,8 +93,7 @@ class StartAllToAll(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, __: None, *tangents: Tensor) -> Tensor:
-        ctx.flight.tangents = Flight(ctx.flight.splits.exact())
-        token: Tensor = run(StartAllToAll, ctx.group, ctx.flight.tangents, *tangents)
+        token: Tensor = along(StartAllToAll, ctx.group, ctx.flight.tangents(), *tangents)
         return token
 
 
@@ -118,8 +120,8 @@ class FinishAllToAll(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, __: None, tangent_token: Tensor) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = run(
-            FinishAllToAll, ctx.group, ctx.flight.tangents, tangent_token
+        outputs: tuple[Tensor, ...] = along(
+            FinishAllToAll, ctx.group, ctx.flight.tangents(), tangent_token
         )
         return outputs
 
@@ -154,7 +156,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
-        output: Tensor = run(AllGather, ctx.group, tangent, ctx.split)
+        output: Tensor = along(AllGather, ctx.group, tangent, ctx.split)
         return output
 
 
@@ -183,7 +185,7 @@ class ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
-        output: Tensor = run(ReduceScatter, ctx.group, tangent, ctx.split)
+        output: Tensor = along(ReduceScatter, ctx.group, tangent, ctx.split)
         return output
 
 
@@ -212,7 +214,7 @@ class Broadcast(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
-        output: Tensor = run(Broadcast, ctx.group, tangent, ctx.src)
+        output: Tensor = along(Broadcast, ctx.group, tangent, ctx.src)
         return output
 
 
@@ -241,7 +243,7 @@ class Reduce(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
-        output: Tensor = run(Reduce, ctx.group, tangent, ctx.dst)
+        output: Tensor = along(Reduce, ctx.group, tangent, ctx.dst)
         return output
 
 
@@ -273,7 +275,7 @@ class Slice(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None, ___: None) -> Tensor:
-        output: Tensor = run(Slice, ctx.group, tangent, ctx.split, ctx.scale_grad)
+        output: Tensor = along(Slice, ctx.group, tangent, ctx.split, ctx.scale_grad)
         return output
 
 
@@ -301,7 +303,7 @@ class Unslice(torch.autograd.Function):
 
     @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
-        output: Tensor = run(Unslice, ctx.group, tangent, ctx.split)
+        output: Tensor = along(Unslice, ctx.group, tangent, ctx.split)
         return output
 
 
@@ -347,22 +349,23 @@ class AllReduce(torch.autograd.Function):
             grad_output = run(AllReduce, ctx.group, grad_output, op, False)
         elif ctx.op == "avg":
             grad_output = grad_output / ctx.group.size()
-        return None, _times_local_derivative(ctx, grad_output), None, None
+        grad_input = _times_local_derivative(ctx, grad_output, ctx.saved_tensors)
+        return None, grad_input, None, None
 
     @staticmethod
     def tangent(ctx: Any, _: None, tangent: Tensor, __: None, ___: None) -> Tensor:
         op = "avg" if ctx.op == "avg" else "sum"
-        tangent = _times_local_derivative(ctx, tangent)
-        output: Tensor = run(AllReduce, ctx.group, tangent, op, ctx.is_replicated)
+        tangent = _times_local_derivative(ctx, tangent, primals(ctx.saved_tensors))
+        output: Tensor = along(AllReduce, ctx.group, tangent, op, ctx.is_replicated)
         return output
 
 
-def _times_local_derivative(ctx: Any, gradient: Tensor) -> Tensor:
+def _times_local_derivative(ctx: Any, gradient: Tensor, saved: Sequence[Tensor]) -> Tensor:
     """The factor of `AllReduce`'s equations that differs between ranks."""
     if ctx.op in ("min", "max"):
-        return gradient * _part_of_extreme(ctx.group, *ctx.saved_tensors)
+        return gradient * _part_of_extreme(ctx.group, *saved)
     if ctx.op == "product":
-        return gradient * _product_of_others(ctx.group, *ctx.saved_tensors)
+        return gradient * _product_of_others(ctx.group, *saved)
     return gradient
 
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from . import functions
@@ -89,12 +88,6 @@ class OpCall:
     def __enter__(self) -> OpCall:
         """Starts to count, unless the call is traced: a graph must not depend on counters."""
         if torch.compiler.is_compiling():
-            if forward_ad._current_level >= 0:
-                raise RuntimeError(
-                    f"{self.op} must not be differentiated forward in compiled code, where torch "
-                    "traces no forward-mode derivative of it: call the function that is "
-                    "differentiated uncompiled"
-                )
             self._is_traced = True
         else:
             if torch._C._get_dispatch_mode(_PROXIES) is not None:

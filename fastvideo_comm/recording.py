@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from .collective.group import AnyGroup, Group
 from .collective.layout import Split, Splits
 from .collective.quantised import Work
+from .forward_mode import check_transforms, refuse_vmap, requires_grad, run_on_duals
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
 
@@ -26,31 +27,75 @@ def run(function: Any, group: AnyGroup, *arguments: Any) -> Any:
     trace a Function of a variable number of tensors.
     """
     is_eager = isinstance(group, Group)  # a compiled graph holds no `Group`
-    is_recorded = is_eager and (forward_ad._current_level >= 0 or _functorch_is_active())
-    if not is_recorded and torch.is_grad_enabled():
-        for argument in arguments:
-            if isinstance(argument, Tensor) and argument.requires_grad:
-                is_recorded = True
-    if is_recorded:
+    is_forward = forward_ad._current_level >= 0
+    if not is_eager:
+        if _functorch_is_active():
+            check_transforms(arguments, is_forward=is_forward)
+        if is_forward:
+            return run_on_duals(function, group, arguments)
+    is_recorded = is_eager and (is_forward or _functorch_is_active())
+    if is_recorded or requires_grad(arguments):
         return (function.eager if is_eager else function).apply(group, *arguments)
     return function.forward(group, *arguments)
 
 
-def op(function: Any) -> Any:
-    """Gives a Function its form for eager code, `eager`: forward mode, and a refusal of vmap.
+def along(function: Any, group: AnyGroup, *arguments: Any) -> Any:
+    """As `run`, for tangents; many of them, as `torch.func.jacfwd` gives them, travel together."""
+    return run(function.along if isinstance(group, Group) else function, group, *arguments)
 
-    A form of its own, because torch.compile traces no Function that has a `jvp` or a `vmap`.
+
+def op(function: Any) -> Any:
+    """Gives a Function its forms for eager code, which have forward mode, and say what vmap does.
+
+    `eager` refuses vmap. `along` takes tangents, of which vmap may give many. Both are forms of
+    their own, because torch.compile traces no Function that has a `jvp` or a `vmap`.
     """
-    methods = {"jvp": staticmethod(function.tangent), "vmap": staticmethod(_refuse_vmap)}
-    function.eager = type(function)(function.__name__, (function,), methods)
+
+    def of_many(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        return _of_many(function, info.batch_size, in_dims, arguments)
+
+    def tangent(*arguments: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):  # for the level around this one
+            return function.tangent(*arguments)
+
+    def form(vmap: Any) -> Any:
+        methods = {"jvp": staticmethod(tangent), "vmap": staticmethod(vmap)}
+        return type(function)(function.__name__, (function,), methods)
+
+    function.eager = form(refuse_vmap)
+    function.along = form(of_many)
+    function.along.eager = function.along
     return function
 
 
-def _refuse_vmap(*_: Any) -> Any:
-    raise RuntimeError(
-        "an op of a communicator must not be called under torch.vmap, which would exchange what "
-        "the other ranks do not expect: give it a tensor with one dim more"
-    )
+def _of_many(
+    function: Any, number: int, in_dims: Sequence[int | None], arguments: Sequence[Any]
+) -> tuple[Any, Any]:
+    """Runs a Function once for `number` tangents, which stand in a dim of their own.
+
+    An exchange takes them as one larger batch. The other ops take tensors of any number of dims.
+    """
+    is_exchange = isinstance(arguments[1], Splits | Flight)
+    together: list[Any] = []
+    for argument, dim in zip(arguments, in_dims, strict=True):
+        if isinstance(argument, Tensor):
+            many = (
+                argument.expand(number, *argument.shape)
+                if dim is None
+                else argument.movedim(dim, 0)
+            )
+            together.append(many.flatten(0, 1) if is_exchange else many)
+        else:
+            together.append(argument.moved(1) if isinstance(argument, Split) else argument)
+    outputs = along(function, *together)
+    if is_exchange and not isinstance(outputs, Tensor):
+        return tuple(_apart(output, number) for output in outputs), (0,) * len(outputs)
+    return (_apart(outputs, number) if is_exchange else outputs), 0
+
+
+def _apart(batch: Tensor, number: int) -> Tensor:
+    """The inverse of `flatten(0, 1)`."""
+    return batch.view(number, batch.shape[0] // number, *batch.shape[1:])
 
 
 def last_call(group: AnyGroup) -> int | None:
@@ -116,7 +161,12 @@ class Flight:
         self.call: int | None = None
         self.work: Work | None = None
         self.returning: Flight | None = None
-        self.tangents: Flight | None = None
+        self._tangents: dict[int | None, Flight] = {}
+
+    def tangents(self) -> Flight:
+        """The exchange of the tangents at the current level of `torch.func`; levels nest."""
+        level = torch._C._functorch.maybe_current_level()
+        return self._tangents.setdefault(level, Flight(self.splits.exact()))
 
     def is_completed(self) -> bool:
         """Whether `land` would return at once."""

@@ -1,0 +1,246 @@
+"""Forward mode beyond one eager `jvp` of an op: jacfwd, second derivatives, compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from op_table import OF_SHAPE, SHAPE
+from ranks import Ranks
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.func import grad, jacfwd, jvp
+
+from fastvideo_comm import DeviceCommunicatorBase, functions, ulysses_attention
+
+
+def of_rank(communicator: DeviceCommunicatorBase, number: int) -> tuple[Tensor, ...]:
+    """So many tensors of this rank, which differ from those of the other ranks."""
+    generator = torch.Generator().manual_seed(communicator.rank)
+    return torch.rand(number, *SHAPE, dtype=torch.float64, generator=generator).unbind(0)
+
+
+def columns(communicator: DeviceCommunicatorBase, op: str) -> None:
+    value, *directions = of_rank(communicator, 4)
+
+    def apply(weights: Tensor) -> Tensor:
+        moved = sum((w * each for w, each in zip(weights, directions, strict=True)), value)
+        return OF_SHAPE[op](communicator, moved.sin())
+
+    weights = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    jacobian = jacfwd(apply)(weights)
+    for column, along in zip(jacobian.unbind(-1), torch.eye(3, dtype=torch.float64), strict=True):
+        # In fp64; sums of many tangents are added in another order than those of one.
+        expected = jvp(apply, (weights,), (along,))[1]
+        torch.testing.assert_close(column, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("op", OF_SHAPE)
+@pytest.mark.parametrize("size", [1, 2, (0, 2, 3)])
+def test_jacfwd_gives_the_columns_of_jvp(ranks: Ranks, size, op):
+    ranks.run(size, columns, op)
+
+
+def exchanged(communicator: DeviceCommunicatorBase) -> None:
+    (value,) = of_rank(communicator, 1)
+    sent: list[torch.Size] = []
+    forward = functions.AllToAll.forward
+
+    def counting(group: Any, splits: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        sent.extend(each.shape for each in inputs)
+        return forward(group, splits, *inputs)
+
+    with mock.patch.object(functions.AllToAll, "forward", staticmethod(counting)):
+        jacfwd(lambda scale: communicator.all_to_all_4D(value * scale.sum()))(torch.ones(5))
+    assert sent == [SHAPE, (5 * SHAPE[0], *SHAPE[1:])]
+
+
+def test_all_tangents_of_jacfwd_travel_in_one_exchange(ranks: Ranks):
+    ranks.run(2, exchanged)
+
+
+def batched(communicator: DeviceCommunicatorBase) -> None:
+    value, tangent = of_rank(communicator, 2)
+
+    def derivative(x: Tensor) -> Tensor:
+        return jvp(communicator.all_to_all_4D, (x,), (tangent,))[1]
+
+    with pytest.raises(RuntimeError, match="must not be called under torch"):
+        torch.vmap(derivative)(value[None])
+
+
+def test_vmap_over_the_values_of_a_jvp_is_refused(ranks: Ranks):
+    ranks.run(2, batched)
+
+
+NESTED = (
+    "all_to_all_4D heads",
+    "all_to_all_4D asynchronous",
+    "all_gather middle",
+    "all_reduce product",
+    "all_reduce max",
+)
+
+
+def nested(communicator: DeviceCommunicatorBase, op: str) -> None:
+    value, along, other = of_rank(communicator, 3)
+
+    def derivative(x: Tensor) -> Tensor:
+        return jvp(lambda x: OF_SHAPE[op](communicator, x.sin()), (x,), (along,))[1]
+
+    # The second derivative as a difference of first ones; its error is step**2, and 1e-16 / step.
+    step = 1e-5
+    difference = (derivative(value + step * other) - derivative(value - step * other)) / (2 * step)
+    first, second = jvp(derivative, (value,), (other,))
+    torch.testing.assert_close(first, derivative(value), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(second, difference, rtol=1e-6, atol=1e-8)
+    by_jacfwd = jacfwd(lambda step: derivative(value + step * other))(torch.zeros(()).double())
+    torch.testing.assert_close(by_jacfwd, second, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("op", NESTED)
+def test_the_jvp_of_a_jvp_is_the_second_derivative(ranks: Ranks, op):
+    ranks.run(2, nested, op)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    weights = torch.einsum("bshd,bthd->bhst", query, key).softmax(-1)
+    return torch.einsum("bhst,bthd->bshd", weights, value)
+
+
+def attended(
+    communicator: DeviceCommunicatorBase, pipeline: int, is_joint: bool, is_compiled: bool
+) -> None:
+    size, rank = communicator.world_size, communicator.rank
+    generator = torch.Generator().manual_seed(0)
+    whole, along = torch.rand(2, 3, 1, 2 * size, 4, 3, dtype=torch.float64, generator=generator)
+    text = torch.rand(3, 1, 2, 4, 3, dtype=torch.float64, generator=generator)
+
+    def mine(time: Tensor) -> Tensor:
+        part = (whole + time * along).chunk(size, 2)[rank]
+        joint = tuple(text * time) if is_joint else None
+        out = ulysses_attention(communicator, *part, attention, pipeline=pipeline, joint=joint)
+        return torch.cat(out, 1) if is_joint else out
+
+    def of_one_process(time: Tensor) -> Tensor:
+        tokens = whole + time * along
+        tokens = torch.cat((tokens, text * time), 2) if is_joint else tokens
+        out = attention(*tokens)
+        return torch.cat((out[:, 2 * rank : 2 * rank + 2], out[:, 2 * size :]), 1)
+
+    time = torch.tensor(0.7, dtype=torch.float64)
+    expected = jvp(of_one_process, (time,), (torch.ones_like(time),))
+    # In fp64; a rank adds in another order over fewer heads.
+    if not is_compiled:
+        torch.testing.assert_close(jacfwd(mine)(time), expected[1], rtol=1e-12, atol=1e-12)
+
+    def derivative(time: Tensor) -> Any:
+        return jvp(mine, (time,), (torch.ones_like(time),))
+
+    torch._dynamo.reset()
+    traced = torch.compile(derivative, backend="aot_eager", fullgraph=True)
+    given = (traced if is_compiled else derivative)(time)
+    torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize(("pipeline", "is_joint"), [(1, False), (2, True)])
+@pytest.mark.parametrize("size", [1, 2, (0, 1, 3)])
+def test_tangents_of_attention_are_those_of_one_process(
+    ranks: Ranks, size, pipeline, is_joint, is_compiled
+):
+    ranks.run(size, attended, pipeline, is_joint, is_compiled)
+
+
+Derivative = Callable[[Tensor, Tensor], tuple[tuple[Tensor, ...], ...]]
+OF_KIND = {
+    "exchanges": [op for op in OF_SHAPE if op.startswith("all_to_all")],
+    "gathers": [op for op in OF_SHAPE if op.startswith(("all_gather", "slice", "broadcast"))],
+    # Not beside the sum of the same tensor, with which torch.compile merges it.
+    "reductions": [op for op in OF_SHAPE if "reduce" in op and op != "all_reduce identity"],
+    "some": ["all_to_all_4D grouped", "all_gather uneven", "all_reduce identity", "slice"],
+}
+
+
+def by_transform(communicator: DeviceCommunicatorBase, ops: list[str]) -> Derivative:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(OF_SHAPE[op](communicator, x.sin()) for op in ops)
+
+    return lambda x, tangent: jvp(function, (x,), (tangent,))
+
+
+def by_level(communicator: DeviceCommunicatorBase, ops: list[str]) -> Derivative:
+    def function(x: Tensor, tangent: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, tangent).sin()
+            duals = [forward_ad.unpack_dual(OF_SHAPE[op](communicator, dual)) for op in ops]
+            return tuple(zip(*duals, strict=True))
+
+    return function
+
+
+def compiled(communicator: DeviceCommunicatorBase, kind: str) -> None:
+    value, tangent = of_rank(communicator, 2)
+    ops = OF_KIND[kind]
+    expected = by_transform(communicator, ops)(value, tangent)
+    leaf = value.clone().requires_grad_()
+    for make, given in ((by_transform, value), (by_level, leaf)):
+        torch._dynamo.reset()
+        function = make(communicator, ops)
+        counter = CompileCounterWithBackend("aot_eager")
+        traced = torch.compile(function, backend=counter, fullgraph=True)
+        for _ in range(2):
+            outputs = traced(given, tangent)
+        assert counter.frame_count == 1
+        for op, *both in zip(ops, *expected, *outputs, strict=True):
+            # The compiler reorders arithmetic in fp64.
+            torch.testing.assert_close(
+                both[2:], both[:2], rtol=1e-12, atol=1e-12, msg=lambda text, op=op: f"{op}: {text}"
+            )
+    one_loss, other_loss = (
+        sum((y * along).sum() for y, along in zip(*each(leaf, tangent), strict=True))
+        for each in (function, traced)
+    )
+    gradients = [torch.autograd.grad(loss, leaf)[0] for loss in (one_loss, other_loss)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [(2, "exchanges"), (2, "gathers"), (2, "reductions"), (1, "some"), ((0, 2, 3), "some")],
+)
+def test_compiled_tangents_and_their_gradients_are_those_of_eager(ranks: Ranks, size, kind):
+    ranks.run(size, compiled, kind)
+
+
+def refused(communicator: DeviceCommunicatorBase) -> None:
+    value, along, other = of_rank(communicator, 3)
+    leaf = value.clone().requires_grad_()
+
+    def op(x: Tensor) -> Tensor:
+        return communicator.all_to_all_4D(x.sin())
+
+    def derivative(x: Tensor) -> Tensor:
+        return jvp(op, (x,), (along,))[1]
+
+    cases: list[tuple[Callable[[Tensor], Any], Tensor, str]] = [
+        (lambda x: jvp(derivative, (x,), (other,)), value, "differentiated by one transform"),
+        (grad(lambda x: derivative(x).sum()), value, "differentiated by one transform"),
+        (lambda x: torch.vmap(op)(x[None]), value, "must not be called under torch.vmap"),
+        (jacfwd(lambda t: op(value + t)), torch.zeros(()).double(), "must not be called under"),
+        (derivative, leaf, "must not be recorded by autograd inside torch.func.jvp"),
+    ]
+    for function, x, error in cases:
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=error):
+            torch.compile(function, backend="aot_eager", fullgraph=True)(x)
+        while forward_ad._current_level >= 0:  # torch leaves its levels behind
+            forward_ad.exit_dual_level()
+
+
+def test_what_compiled_code_cannot_differentiate_is_refused(ranks: Ranks):
+    ranks.run(2, refused)
