@@ -4,7 +4,8 @@ All threads of all blocks take each instruction together, as arrays `[blocks, th
 dim of 1, where all have the same). Only the instructions that this package's kernel compiles to are
 known; any other is an error. What hardware may let pass is an error, too: an access outside the
 given memory or at an address that is no multiple of its bytes, and a read of shared memory that
-another warp wrote after the last barrier.
+another warp wrote after the last barrier. What ranks may do with memory that they share says
+memory_order.py, where one is given.
 
 Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution
 """
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+from memory_order import RankMemory
 from ptx_arithmetic import OPERATIONS, Array, number
 
 # The address of the first byte, and the bytes.
@@ -76,15 +78,18 @@ class Blocks:
         shared_bytes: int,
         readable: Memory,
         writable: Memory,
+        memory: RankMemory | None = None,
     ) -> None:
         self.program = program
         self.readable, self.writable = readable, writable
+        self.memory = RankMemory() if memory is None else memory
         self.shape = (num_blocks, program.num_threads)
         self.loaded = self.stored = self.sectors = 0
         self.registers: dict[str, Array] = {
             name: number(value) for name, value in parameters.items()
         }
         self.registers["%ctaid.x"] = np.arange(num_blocks, dtype=np.uint64)[:, None]
+        self.registers["%nctaid.x"] = number(num_blocks)
         self.registers["%tid.x"] = np.arange(program.num_threads, dtype=np.uint64)[None, :]
         self.registers["global_smem"] = number(0)
         self.shared = np.zeros((num_blocks, shared_bytes), np.uint8)
@@ -132,6 +137,8 @@ class Blocks:
             self._move_matrices(instruction)
         elif name in ("ld", "st") and kinds[0] != "param":
             self._access(instruction)
+        elif name == "atom":
+            self._exchange(instruction)
         elif name == "shfl":
             self._shuffle(instruction)
         elif name not in OPERATIONS or guard:
@@ -141,12 +148,36 @@ class Blocks:
             self._write(operands[0], OPERATIONS[name](kinds, *values))
 
     def _shuffle(self, instruction: Instruction) -> None:
-        """`shfl.sync.bfly` of whole warps: a lane reads the one whose number differs by a mask."""
+        """`shfl.sync` of whole warps: a lane reads the one whose number differs by a mask (`bfly`),
+        or all lanes read the first (`idx` 0).
+        """
         guard, _, kinds, operands = instruction
-        if guard or kinds != ["sync", "bfly", "b32"] or operands[3:] != ["31", "-1"]:
+        lane = np.arange(self.shape[1])
+        if kinds == ["sync", "bfly", "b32"]:
+            lane = lane ^ int(operands[2])
+        elif kinds == ["sync", "idx", "b32"] and operands[2] == "0":
+            lane = lane // WARP * WARP
+        else:
+            raise NotImplementedError(f"shfl.{'.'.join(kinds)} {operands}")
+        if guard or operands[3:] != ["31", "-1"]:
             raise NotImplementedError(f"{guard} shfl.{'.'.join(kinds)} {operands}")
         value = np.broadcast_to(self._read(operands[1]), self.shape)
-        self._write(operands[0], value[:, np.arange(self.shape[1]) ^ int(operands[2])])
+        self._write(operands[0], value[:, lane])
+
+    def _exchange(self, instruction: Instruction) -> None:
+        """`atom.exch`: the threads that take part write to different words."""
+        guard, _, kinds, operands = instruction
+        if set(kinds) - {"relaxed", "release"} != {"global", "sys", "exch", "b64"}:
+            raise NotImplementedError(f"atom.{'.'.join(kinds)}")
+        active = self._active(guard)
+        at = self._address(operands[1])[active]
+        new = np.broadcast_to(self._read(operands[2]), self.shape)[active]
+        old = np.zeros(self.shape, dtype=np.uint64)
+        before = np.zeros(at.shape, dtype=np.uint64)
+        for start, inside, units, index in _places(self.writable, at, 8):
+            before[inside] = self.memory.exchange(start, units, index, new[inside], kinds)
+        old[active] = before
+        self._write(operands[0], old)
 
     def _active(self, guard: str) -> Array:
         if not guard:
@@ -187,7 +218,7 @@ class Blocks:
         first = self._address(address)[active]
         if (first % np.uint64(itemsize * len(_names(registers)))).any():
             raise MemoryError(f"{name}.{'.'.join(kinds)} at an address that is no multiple of it")
-        if kinds[0] == "global":
+        if "shared" not in kinds:
             block, thread = np.nonzero(active)
             warp = (block * self.shape[1] + thread) // WARP
             sector = (first >> np.uint64(5)).astype(np.int64)  # 16 aligned bytes lie in one
@@ -197,28 +228,30 @@ class Blocks:
             if name == "ld":
                 before = self.registers.get(register, number(0))
                 value = np.broadcast_to(before, self.shape).copy()
-                value[active] = self._load(kinds[0], at, itemsize, active)
+                value[active] = self._load(kinds, at, itemsize, active)
                 self.registers[register] = value
             else:
                 value = np.broadcast_to(self.registers[register], self.shape)[active]
-                self._store(kinds[0], at, itemsize, active, value)
+                self._store(kinds, at, itemsize, active, value)
 
-    def _load(self, space: str, at: Array, itemsize: int, active: Array) -> Array:
-        if space == "shared":
+    def _load(self, kinds: list[str], at: Array, itemsize: int, active: Array) -> Array:
+        if "shared" in kinds:
             return self._load_shared(np.nonzero(active), at, itemsize)
         self.loaded += at.size * itemsize
         value = np.zeros(at.shape, dtype=np.uint64)
-        for inside, units, index in _places(self.readable, at, itemsize):
-            value[inside] = units[index]
+        for start, inside, units, index in _places(self.readable, at, itemsize):
+            value[inside] = self.memory.load(start, units, index, kinds)
         return value
 
-    def _store(self, space: str, at: Array, itemsize: int, active: Array, value: Array) -> None:
-        if space == "shared":
+    def _store(
+        self, kinds: list[str], at: Array, itemsize: int, active: Array, value: Array
+    ) -> None:
+        if "shared" in kinds:
             self._store_shared(np.nonzero(active), at, itemsize, value)
             return
         self.stored += at.size * itemsize
-        for inside, units, index in _places(self.writable, at, itemsize):
-            units[index] = value[inside]
+        for start, inside, units, index in _places(self.writable, at, itemsize):
+            self.memory.store(start, units, index, value[inside])
 
     def _store_shared(
         self, where: tuple[Array, ...], at: Array, itemsize: int, value: Array
@@ -269,8 +302,10 @@ def _names(operand: str) -> list[str]:
     return [name.strip() for name in operand.strip("{}[] ").split(",")]
 
 
-def _places(memory: Memory, at: Array, itemsize: int) -> list[tuple[Array, Array, Array]]:
-    """For each range of `memory` that is accessed: by which accesses, its units, and which."""
+def _places(memory: Memory, at: Array, itemsize: int) -> list[tuple[int, Array, Array, Array]]:
+    """For each range of `memory` that is accessed: its start, by which accesses, its units, and
+    which of them.
+    """
     places = []
     outside = np.ones(at.shape, dtype=bool)
     for start, data in memory:
@@ -280,9 +315,8 @@ def _places(memory: Memory, at: Array, itemsize: int) -> list[tuple[Array, Array
         if inside.any():
             outside &= ~inside
             index = (at[inside] - np.uint64(start)) // np.uint64(itemsize)
-            places.append(
-                (inside, data[: data.size // itemsize * itemsize].view(f"u{itemsize}"), index)
-            )
+            units = data[: data.size // itemsize * itemsize].view(f"u{itemsize}")
+            places.append((start, inside, units, index))
     if outside.any():
         ranges = [f"{start:#x} + {data.size}" for start, data in memory]
         raise MemoryError(f"{itemsize} bytes at {at[outside][0]:#x} are in none of {ranges}")
