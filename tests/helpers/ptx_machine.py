@@ -13,6 +13,7 @@ Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -96,27 +97,36 @@ class Blocks:
         # The warp that wrote a byte of shared memory since the last barrier.
         self.writer = np.full(self.shared.shape, -1)
 
-    def run(self, position: int = 0) -> None:
-        """From the instruction at `position` to the end."""
-        while (instruction := self.program.instructions[position]).name != "ret":
+    def run(self) -> None:
+        """From the first instruction to the end.
+
+        Blocks that have parted take turns: one may wait for a rank that waits for another of them.
+        """
+        turns: deque[tuple[Blocks, int]] = deque([(self, 0)])
+        while turns:
+            part, position = turns.popleft()
+            goes_on = part._run_to_branch(position)
+            turns.extend(goes_on)
+            if part is not self and (part not in [each for each, _ in goes_on]):
+                self.loaded += part.loaded
+                self.stored += part.stored
+                self.sectors += part.sectors
+
+    def _run_to_branch(self, position: int) -> list[tuple[Blocks, int]]:
+        """Runs up to the next branch; which blocks go on where."""
+        while (instruction := self.program.instructions[position]).name != "bra":
+            if instruction.name == "ret":
+                return []
+            self._execute(instruction)
             position += 1
-            if instruction.name != "bra":
-                self._execute(instruction)
-                continue
-            target = self.program.labels[instruction.operands[0]]
-            jumps = self._active(instruction.guard)
-            if jumps.all():
-                position = target
-            elif jumps.any():  # blocks that jump and blocks that do not go on by themselves
-                if (jumps != jumps[:, :1]).any():
-                    raise NotImplementedError("a branch on which the threads of a block differ")
-                for blocks, start in ((jumps[:, 0], target), (~jumps[:, 0], position)):
-                    part = self._part(blocks)
-                    part.run(start)
-                    self.loaded += part.loaded
-                    self.stored += part.stored
-                    self.sectors += part.sectors
-                return
+        target = self.program.labels[instruction.operands[0]]
+        jumps = self._active(instruction.guard)
+        if jumps.all() or not jumps.any():
+            return [(self, target if jumps.all() else position + 1)]
+        if (jumps != jumps[:, :1]).any():
+            raise NotImplementedError("a branch on which the threads of a block differ")
+        parts = ((jumps[:, 0], target), (~jumps[:, 0], position + 1))
+        return [(self._part(blocks), start) for blocks, start in parts]
 
     def _part(self, blocks: Array) -> Blocks:
         part = object.__new__(Blocks)

@@ -60,6 +60,24 @@ $OTHERS:
     assert run(body, 7, num_blocks=1) == list(range(64))
 
 
+@pytest.mark.parametrize("waits", ["eq", "ne"], ids=["the first", "the others"])
+def test_blocks_that_wait_let_the_others_go_on(waits):
+    """Some wait for a number that the others write."""
+    body = f"""
+    mov.u32 %r5, %ctaid.x;
+    setp.{waits}.b32 %p1, %r5, 0;
+    @%p1 bra $WAITS;
+    st.global.b32 [%rd1 + 0], %r4;
+    bra.uni $END;
+$WAITS:
+    ld.volatile.global.b32 %r3, [%rd1 + 0];
+    setp.ne.b32 %p2, %r3, %r4;
+    @%p2 bra $WAITS;
+$END:
+    """
+    assert run(body, 7, num_blocks=3)[0] == 7
+
+
 @pytest.mark.parametrize(
     ("operation", "expected"),
     [
