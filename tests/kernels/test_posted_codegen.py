@@ -106,10 +106,10 @@ def words(kernels: Kernels) -> dict[str, Any]:
     return {name: words_code(kernels, name, 0, 0) for name in ("post", "done")}
 
 
-def words_code(kernels: Kernels, name: str, rank: int, number: int) -> Any:
+def words_code(kernels: Kernels, name: str, rank: int, number: int, places: Tensor = INT64) -> Any:
     kernel = getattr(kernels.posts, name)
     options = {"grid": (16, 1, 1), "num_warps": 1, "enable_fp_fusion": False}
-    return kernel.warmup(INT64, INT64[1:], INT64, INT64, rank, number, **options)
+    return kernel.warmup(INT64, places, INT64, INT64, rank, number, **options)
 
 
 def test_every_access_of_a_delivery_is_16_bytes_wide(deliveries):
@@ -164,5 +164,5 @@ def test_a_word_is_released_and_acquired_at_the_scope_of_the_system(words):
 
 def test_another_rank_group_and_place_compile_nothing(kernels, words):
     for rank, world, offset in ((1, 1, 0), (0, 2, 2**33 + 16), (16, 16, 1)):
-        assert words_code(kernels, "post", rank, offset) is words["post"]
-        assert words_code(kernels, "done", rank, world) is words["done"]
+        assert words_code(kernels, "post", rank, offset, INT64[1:]) is words["post"]
+        assert words_code(kernels, "done", rank, world, INT64[1:]) is words["done"]

@@ -60,19 +60,25 @@ $OTHERS:
     assert run(body, 7, num_blocks=1) == list(range(64))
 
 
-@pytest.mark.parametrize("waits", ["eq", "ne"], ids=["the first", "the others"])
-def test_blocks_that_wait_let_the_others_go_on(waits):
-    """Some wait for a number that the others write."""
-    body = f"""
-    mov.u32 %r5, %ctaid.x;
-    setp.{waits}.b32 %p1, %r5, 0;
-    @%p1 bra $WAITS;
-    st.global.b32 [%rd1 + 0], %r4;
-    bra.uni $END;
+@pytest.mark.parametrize("jumps", ["eq", "ne"], ids=["who writes", "who waits"])
+def test_blocks_that_wait_let_the_others_go_on(jumps):
+    """Block 0 writes a number that the others wait for; one or the other jumps."""
+    writes = "st.global.b32 [%rd1 + 0], %r4; bra.uni $END;"
+    waits = """
 $WAITS:
     ld.volatile.global.b32 %r3, [%rd1 + 0];
     setp.ne.b32 %p2, %r3, %r4;
     @%p2 bra $WAITS;
+    bra.uni $END;
+    """
+    first, second = (waits, writes) if jumps == "eq" else (writes, waits)
+    body = f"""
+    mov.u32 %r5, %ctaid.x;
+    setp.{jumps}.b32 %p1, %r5, 0;
+    @%p1 bra $JUMPS;
+    {first}
+$JUMPS:
+    {second}
 $END:
     """
     assert run(body, 7, num_blocks=3)[0] == 7
