@@ -1,7 +1,8 @@
-"""The one kernel of this library, and the function that launches it.
+"""The kernels of this library, and the functions that launch them.
 
-The package knows tensors and strides, but no ranks. An import compiles nothing, and needs neither a
-GPU nor triton: the kernel compiles at its first launch.
+The package knows tensors and strides. Only `posts.py` and `deliver.py` know of ranks: as numbers of
+places in memory that are written to, and nothing of groups. An import compiles nothing, and needs
+neither a GPU nor triton: a kernel compiles at its first launch.
 """
 
 from .quantise import dequantise_, quantise_

@@ -21,6 +21,9 @@ NUM_WARPS = 4
 TILE_ACCESSES = 2048
 # Elements of a tile of fp8 rows: 32 for each thread. Not measured on a GPU either.
 ROWS_TILE_ELEMENTS = 4096
+# Programs of a launch that writes to other GPUs. More writes in flight at a time are slower. The
+# number is a guess, too.
+MAX_DELIVERY_PROGRAMS = 128
 # The kernel takes so many outer dims; the launcher loops over the other dims.
 MAX_OUTER = 3
 

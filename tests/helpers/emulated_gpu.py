@@ -12,15 +12,16 @@ import ctypes
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from memory_order import RankMemory
 from ptx_arithmetic import Array
-from ptx_machine import Blocks, Program
+from ptx_machine import Blocks, Memory, Program
 from recorded_graph import run_and_record
 from tile_copy_module import imported_tile_copy
 from torch import Tensor
@@ -46,13 +47,14 @@ class EmulatedGPU:
     def __init__(self) -> None:
         self.num_kernels = self.num_launches = 0
         self.loaded = self.stored = self.sectors = 0
+        self.edit: Callable[[str], str] = str  # of the code of kernels that are loaded
         self._programs: dict[int, Program] = {}
         self._here = threading.local()  # ranks as threads launch at the same time
 
     def load(self, _: Any, function: int, __: str, files: dict[str, str], ___: str) -> None:
         """Triton's hook behind the loading of a compiled kernel."""
         (ptx,) = (path for name, path in files.items() if name.endswith(".ptx"))
-        self._programs[function] = Program(Path(ptx).read_text())
+        self._programs[function] = Program(self.edit(Path(ptx).read_text()))
         self.num_kernels += 1
 
     def launch(
@@ -76,23 +78,39 @@ class EmulatedGPU:
                 self.loaded += blocks.loaded
                 self.stored += blocks.stored
                 self.sectors += blocks.sectors
+                self._here.moved = [blocks.loaded, blocks.stored, blocks.sectors]
 
             run_and_record(run)
         except BaseException as error:  # must not pass through the C code that calls
             self._here.error = error
 
+    @property
+    def last_moved(self) -> list[int]:
+        """Bytes that this thread's last launch read and wrote, and the sectors."""
+        moved: list[int] = self._here.moved
+        return moved
+
     @contextlib.contextmanager
     def copies(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
         """Around the launch that copies them."""
         dsts, srcs = zip(*pairs, strict=True)
-        self._here.memory = tuple([_bytes_of(each) for each in side] for side in (srcs, dsts))
+        with self.accesses([bytes_of(src) for src in srcs], [bytes_of(dst) for dst in dsts]):
+            yield
+
+    @contextlib.contextmanager
+    def accesses(
+        self, readable: Memory, writable: Memory, memory: RankMemory | None = None
+    ) -> Iterator[None]:
+        """Around a launch of this thread: what the kernel may read and write."""
+        self._here.memory = (readable, writable, memory)
         self._here.error = None
         yield
         if self._here.error is not None:
             raise self._here.error
 
 
-def _bytes_of(tensor: Tensor) -> tuple[int, Array]:
+def bytes_of(tensor: Tensor) -> tuple[int, Array]:
+    """The storage of a tensor, as the machine takes it."""
     storage = tensor.untyped_storage()
     address = storage.data_ptr()
     data = np.ctypeslib.as_array((ctypes.c_uint8 * storage.nbytes()).from_address(address))

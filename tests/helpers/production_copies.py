@@ -45,12 +45,12 @@ def _copies(batch: int, length: int, heads: int, world_size: int) -> Iterator[Pr
         return ProductionCopy(f"{name}: {where}", *((wire, view) if sent else (view, wire)))
 
     whole, part = length * world_size, heads // world_size
-    for layout, x in _inputs(batch, length, heads):
+    for layout, x in inputs(batch, length, heads):
         yield messages(f"scatter heads, {layout}", message_view(x, 2, world_size, 1), sent=True)
         yield messages(
             f"reduce_scatter dim -1, {layout}", message_view(x, -1, world_size, 0), sent=True
         )
-    for layout, x in _inputs(batch, whole, part):
+    for layout, x in inputs(batch, whole, part):
         if layout != "contiguous":
             yield messages(
                 f"scatter sequence, {layout}", message_view(x, 1, world_size, 1), sent=True
@@ -65,7 +65,7 @@ def _copies(batch: int, length: int, heads: int, world_size: int) -> Iterator[Pr
     yield messages("split qkv", message_view(qkv, -1, 3, 0), sent=True)
 
 
-def _inputs(batch: int, length: int, heads: int) -> Iterator[tuple[str, Tensor]]:
+def inputs(batch: int, length: int, heads: int) -> Iterator[tuple[str, Tensor]]:
     """`[B, s, H, D]` in the strides in which models have it."""
     yield "contiguous", _empty(batch, length, heads, HEAD_DIM)
     chunk = _empty(batch, length, 3 * heads * HEAD_DIM).chunk(3, dim=-1)[1]

@@ -60,7 +60,7 @@ def _funnel_shifted(kinds: list[str], low: Array, high: Array, amount: Array) ->
 
 def _bit_field(kinds: list[str], a: Array, start: Array, length: Array) -> Array:
     field = (a >> start) & ((np.uint64(1) << length) - np.uint64(1))
-    if kinds[0] == "s32":
+    if kinds[0].startswith("s"):
         sign = np.uint64(1) << (length - np.uint64(1))
         field = (field ^ sign) - sign
     return field

@@ -4,7 +4,8 @@ All threads of all blocks take each instruction together, as arrays `[blocks, th
 dim of 1, where all have the same). Only the instructions that this package's kernel compiles to are
 known; any other is an error. What hardware may let pass is an error, too: an access outside the
 given memory or at an address that is no multiple of its bytes, and a read of shared memory that
-another warp wrote after the last barrier.
+another warp wrote after the last barrier. What ranks may do with memory that they share says
+memory_order.py, where one is given.
 
 Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution
 """
@@ -12,10 +13,12 @@ Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
+from memory_order import RankMemory
 from ptx_arithmetic import OPERATIONS, Array, number
 
 # The address of the first byte, and the bytes.
@@ -76,42 +79,54 @@ class Blocks:
         shared_bytes: int,
         readable: Memory,
         writable: Memory,
+        memory: RankMemory | None = None,
     ) -> None:
         self.program = program
         self.readable, self.writable = readable, writable
+        self.memory = RankMemory() if memory is None else memory
         self.shape = (num_blocks, program.num_threads)
         self.loaded = self.stored = self.sectors = 0
         self.registers: dict[str, Array] = {
             name: number(value) for name, value in parameters.items()
         }
         self.registers["%ctaid.x"] = np.arange(num_blocks, dtype=np.uint64)[:, None]
+        self.registers["%nctaid.x"] = number(num_blocks)
         self.registers["%tid.x"] = np.arange(program.num_threads, dtype=np.uint64)[None, :]
         self.registers["global_smem"] = number(0)
         self.shared = np.zeros((num_blocks, shared_bytes), np.uint8)
         # The warp that wrote a byte of shared memory since the last barrier.
         self.writer = np.full(self.shared.shape, -1)
 
-    def run(self, position: int = 0) -> None:
-        """From the instruction at `position` to the end."""
-        while (instruction := self.program.instructions[position]).name != "ret":
+    def run(self) -> None:
+        """From the first instruction to the end.
+
+        Blocks that have parted take turns: one may wait for a rank that waits for another of them.
+        """
+        turns: deque[tuple[Blocks, int]] = deque([(self, 0)])
+        while turns:
+            part, position = turns.popleft()
+            goes_on = part._run_to_branch(position)
+            turns.extend(goes_on)
+            if part is not self and (part not in [each for each, _ in goes_on]):
+                self.loaded += part.loaded
+                self.stored += part.stored
+                self.sectors += part.sectors
+
+    def _run_to_branch(self, position: int) -> list[tuple[Blocks, int]]:
+        """Runs up to the next branch; which blocks go on where."""
+        while (instruction := self.program.instructions[position]).name != "bra":
+            if instruction.name == "ret":
+                return []
+            self._execute(instruction)
             position += 1
-            if instruction.name != "bra":
-                self._execute(instruction)
-                continue
-            target = self.program.labels[instruction.operands[0]]
-            jumps = self._active(instruction.guard)
-            if jumps.all():
-                position = target
-            elif jumps.any():  # blocks that jump and blocks that do not go on by themselves
-                if (jumps != jumps[:, :1]).any():
-                    raise NotImplementedError("a branch on which the threads of a block differ")
-                for blocks, start in ((jumps[:, 0], target), (~jumps[:, 0], position)):
-                    part = self._part(blocks)
-                    part.run(start)
-                    self.loaded += part.loaded
-                    self.stored += part.stored
-                    self.sectors += part.sectors
-                return
+        target = self.program.labels[instruction.operands[0]]
+        jumps = self._active(instruction.guard)
+        if jumps.all() or not jumps.any():
+            return [(self, target if jumps.all() else position + 1)]
+        if (jumps != jumps[:, :1]).any():
+            raise NotImplementedError("a branch on which the threads of a block differ")
+        parts = ((jumps[:, 0], target), (~jumps[:, 0], position + 1))
+        return [(self._part(blocks), start) for blocks, start in parts]
 
     def _part(self, blocks: Array) -> Blocks:
         part = object.__new__(Blocks)
@@ -132,6 +147,8 @@ class Blocks:
             self._move_matrices(instruction)
         elif name in ("ld", "st") and kinds[0] != "param":
             self._access(instruction)
+        elif name == "atom":
+            self._exchange(instruction)
         elif name == "shfl":
             self._shuffle(instruction)
         elif name not in OPERATIONS or guard:
@@ -141,12 +158,36 @@ class Blocks:
             self._write(operands[0], OPERATIONS[name](kinds, *values))
 
     def _shuffle(self, instruction: Instruction) -> None:
-        """`shfl.sync.bfly` of whole warps: a lane reads the one whose number differs by a mask."""
+        """`shfl.sync` of whole warps: a lane reads the one whose number differs by a mask (`bfly`),
+        or all lanes read the first (`idx` 0).
+        """
         guard, _, kinds, operands = instruction
-        if guard or kinds != ["sync", "bfly", "b32"] or operands[3:] != ["31", "-1"]:
+        lane = np.arange(self.shape[1])
+        if kinds == ["sync", "bfly", "b32"]:
+            lane = lane ^ int(operands[2])
+        elif kinds == ["sync", "idx", "b32"] and operands[2] == "0":
+            lane = lane // WARP * WARP
+        else:
+            raise NotImplementedError(f"shfl.{'.'.join(kinds)} {operands}")
+        if guard or operands[3:] != ["31", "-1"]:
             raise NotImplementedError(f"{guard} shfl.{'.'.join(kinds)} {operands}")
         value = np.broadcast_to(self._read(operands[1]), self.shape)
-        self._write(operands[0], value[:, np.arange(self.shape[1]) ^ int(operands[2])])
+        self._write(operands[0], value[:, lane])
+
+    def _exchange(self, instruction: Instruction) -> None:
+        """`atom.exch`: the threads that take part write to different words."""
+        guard, _, kinds, operands = instruction
+        if set(kinds) - {"relaxed", "release"} != {"global", "sys", "exch", "b64"}:
+            raise NotImplementedError(f"atom.{'.'.join(kinds)}")
+        active = self._active(guard)
+        at = self._address(operands[1])[active]
+        new = np.broadcast_to(self._read(operands[2]), self.shape)[active]
+        old = np.zeros(self.shape, dtype=np.uint64)
+        before = np.zeros(at.shape, dtype=np.uint64)
+        for start, inside, units, index in _places(self.writable, at, 8):
+            before[inside] = self.memory.exchange(start, units, index, new[inside], kinds)
+        old[active] = before
+        self._write(operands[0], old)
 
     def _active(self, guard: str) -> Array:
         if not guard:
@@ -187,7 +228,7 @@ class Blocks:
         first = self._address(address)[active]
         if (first % np.uint64(itemsize * len(_names(registers)))).any():
             raise MemoryError(f"{name}.{'.'.join(kinds)} at an address that is no multiple of it")
-        if kinds[0] == "global":
+        if "shared" not in kinds:
             block, thread = np.nonzero(active)
             warp = (block * self.shape[1] + thread) // WARP
             sector = (first >> np.uint64(5)).astype(np.int64)  # 16 aligned bytes lie in one
@@ -197,28 +238,30 @@ class Blocks:
             if name == "ld":
                 before = self.registers.get(register, number(0))
                 value = np.broadcast_to(before, self.shape).copy()
-                value[active] = self._load(kinds[0], at, itemsize, active)
+                value[active] = self._load(kinds, at, itemsize, active)
                 self.registers[register] = value
             else:
                 value = np.broadcast_to(self.registers[register], self.shape)[active]
-                self._store(kinds[0], at, itemsize, active, value)
+                self._store(kinds, at, itemsize, active, value)
 
-    def _load(self, space: str, at: Array, itemsize: int, active: Array) -> Array:
-        if space == "shared":
+    def _load(self, kinds: list[str], at: Array, itemsize: int, active: Array) -> Array:
+        if "shared" in kinds:
             return self._load_shared(np.nonzero(active), at, itemsize)
         self.loaded += at.size * itemsize
         value = np.zeros(at.shape, dtype=np.uint64)
-        for inside, units, index in _places(self.readable, at, itemsize):
-            value[inside] = units[index]
+        for start, inside, units, index in _places(self.readable, at, itemsize):
+            value[inside] = self.memory.load(start, units, index, kinds)
         return value
 
-    def _store(self, space: str, at: Array, itemsize: int, active: Array, value: Array) -> None:
-        if space == "shared":
+    def _store(
+        self, kinds: list[str], at: Array, itemsize: int, active: Array, value: Array
+    ) -> None:
+        if "shared" in kinds:
             self._store_shared(np.nonzero(active), at, itemsize, value)
             return
         self.stored += at.size * itemsize
-        for inside, units, index in _places(self.writable, at, itemsize):
-            units[index] = value[inside]
+        for start, inside, units, index in _places(self.writable, at, itemsize):
+            self.memory.store(start, units, index, value[inside])
 
     def _store_shared(
         self, where: tuple[Array, ...], at: Array, itemsize: int, value: Array
@@ -269,8 +312,10 @@ def _names(operand: str) -> list[str]:
     return [name.strip() for name in operand.strip("{}[] ").split(",")]
 
 
-def _places(memory: Memory, at: Array, itemsize: int) -> list[tuple[Array, Array, Array]]:
-    """For each range of `memory` that is accessed: by which accesses, its units, and which."""
+def _places(memory: Memory, at: Array, itemsize: int) -> list[tuple[int, Array, Array, Array]]:
+    """For each range of `memory` that is accessed: its start, by which accesses, its units, and
+    which of them.
+    """
     places = []
     outside = np.ones(at.shape, dtype=bool)
     for start, data in memory:
@@ -280,9 +325,8 @@ def _places(memory: Memory, at: Array, itemsize: int) -> list[tuple[Array, Array
         if inside.any():
             outside &= ~inside
             index = (at[inside] - np.uint64(start)) // np.uint64(itemsize)
-            places.append(
-                (inside, data[: data.size // itemsize * itemsize].view(f"u{itemsize}"), index)
-            )
+            units = data[: data.size // itemsize * itemsize].view(f"u{itemsize}")
+            places.append((start, inside, units, index))
     if outside.any():
         ranges = [f"{start:#x} + {data.size}" for start, data in memory]
         raise MemoryError(f"{itemsize} bytes at {at[outside][0]:#x} are in none of {ranges}")

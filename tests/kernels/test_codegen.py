@@ -239,7 +239,7 @@ def test_nothing_is_spilled_and_local_memory_is_not_used(
 ):
     for code in production + packs + transposes + narrow:
         if code.backend == "cuda":
-            usage = _resource_usage(code.binary, tmp_path)
+            usage = resource_usage(code.binary, tmp_path)
             assert re.search(r"\bSTACK:0\b.*\bLOCAL:0\b", usage), f"{code.name}: {usage}"
         else:
             counts = re.findall(
@@ -288,7 +288,7 @@ def test_strides_over_2_31_compile_to_the_same_accesses(compiler):
     assert all(re.fullmatch(WIDE_ACCESS[code.backend], access) for access in code.accesses)
 
 
-def _resource_usage(cubin: bytes, folder: Path) -> str:
+def resource_usage(cubin: bytes, folder: Path) -> str:
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     tool = triton.knobs.nvidia.cuobjdump.path

@@ -60,6 +60,30 @@ $OTHERS:
     assert run(body, 7, num_blocks=1) == list(range(64))
 
 
+@pytest.mark.parametrize("jumps", ["eq", "ne"], ids=["who writes", "who waits"])
+def test_blocks_that_wait_let_the_others_go_on(jumps):
+    """Block 0 writes a number that the others wait for; one or the other jumps."""
+    writes = "st.global.b32 [%rd1 + 0], %r4; bra.uni $END;"
+    waits = """
+$WAITS:
+    ld.volatile.global.b32 %r3, [%rd1 + 0];
+    setp.ne.b32 %p2, %r3, %r4;
+    @%p2 bra $WAITS;
+    bra.uni $END;
+    """
+    first, second = (waits, writes) if jumps == "eq" else (writes, waits)
+    body = f"""
+    mov.u32 %r5, %ctaid.x;
+    setp.{jumps}.b32 %p1, %r5, 0;
+    @%p1 bra $JUMPS;
+    {first}
+$JUMPS:
+    {second}
+$END:
+    """
+    assert run(body, 7, num_blocks=3)[0] == 7
+
+
 @pytest.mark.parametrize(
     ("operation", "expected"),
     [
@@ -71,6 +95,7 @@ $OTHERS:
         ("cvt.s64.s32 %rd3, %r4; neg.s64 %rd3, %rd3; cvt.u32.u64 %r3, %rd3;", -3),
         ("bfe.u32 %r3, %r4, 1, 1;", 1),
         ("bfe.s32 %r3, %r4, 1, 1;", -1),
+        ("cvt.u64.u32 %rd3, %r4; bfe.s64 %rd3, %rd3, 1, 1; cvt.u32.u64 %r3, %rd3;", -1),
         ("prmt.b32 %r3, %r4, 256, 0x5040U;", 0x0103_0003),
         ("shf.l.wrap.b32 %r3, 0x80000000, %r4, 1;", 7),
         ("div.s32 %r3, 17, %r4; rem.s32 %r5, 17, %r4; mad.lo.s32 %r3, %r3, 10, %r5;", 52),
@@ -124,6 +149,9 @@ def test_an_access_outside_or_across_is_an_error(body, start, message):
     ("body", "message"),
     [
         ("fma.rn.f32 %r3, %r4, %r4, %r4;", r"fma\.rn\.f32"),
+        ("atom.global.gpu.release.exch.b64 %rd3, [%rd1], %rd3;", r"atom\.global\.gpu"),
+        ("atom.global.sys.acquire.add.u64 %rd3, [%rd1], %rd3;", r"atom\.global\.sys\.acquire"),
+        ("shfl.sync.idx.b32 %r3, %r1, 5, 31, -1;", r"shfl\.sync\.idx"),
         ("setp.lt.s32 %p1, %r1, 5; @%p1 bra $END;\n$END:", "threads of a block differ"),
         ("div.s32 %r3, -1, %r4;", "division"),
     ],
@@ -136,6 +164,38 @@ def test_what_it_does_not_know_is_an_error(body, message):
 def test_lanes_of_a_warp_trade_numbers():
     body = "shfl.sync.bfly.b32 %r3, %r1, 3, 31, -1; st.global.b32 [%rd2], %r3;"
     assert run(body) == [i ^ 3 for i in range(64)]
+    first = "shfl.sync.idx.b32 %r3, %r1, 0, 31, -1; st.global.b32 [%rd2], %r3;"
+    assert run(first) == [0] * 32 + [32] * 32
+
+
+def test_an_exchange_writes_a_number_and_returns_the_one_before():
+    words = "mad.wide.u32 %rd3, %r1, 8, %rd1; setp.lt.s32 %p1, %r1, 2; mov.b64 %rd4, 7;"
+    swap = "@%p1 atom.global.sys.release.exch.b64 %rd5, [%rd3], %rd4;"
+    back = "@%p1 st.global.b64 [%rd3 + 32], %rd5;"
+    assert run(f"{words} {swap} {back}")[:12] == [7, 0, 7, 0, 4, 5, 6, 7, 0, 1, 2, 3]
+
+
+def test_the_number_of_blocks_is_known_to_each():
+    body = "mov.u32 %r3, %nctaid.x; st.global.b32 [%rd2], %r3;"
+    assert run(body, num_blocks=3) == [3] * 64
+
+
+def test_blocks_go_around_a_loop_so_often_as_each_wants():
+    """Block b adds one b + 1 times to its number; 3 blocks, from 0, 1 and 2."""
+    body = """
+    mov.u32 %r5, %ctaid.x;
+    mad.wide.u32 %rd3, %r5, 4, %rd1;
+    setp.eq.b32 %p1, %r1, 0;
+    mov.b32 %r6, 0;
+$AGAIN:
+    ld.volatile.global.b32 %r3, [%rd3];
+    add.s32 %r3, %r3, 1;
+    @%p1 st.global.b32 [%rd3], %r3;
+    add.s32 %r6, %r6, 1;
+    setp.le.s32 %p2, %r6, %r5;
+    @%p2 bra $AGAIN;
+    """
+    assert run(body, num_blocks=3)[:4] == [1, 3, 5, 3]
 
 
 @pytest.mark.parametrize(

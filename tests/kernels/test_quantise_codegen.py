@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from quantise_rows_module import imported_quantise_rows, packed
-from test_codegen import ANY_ACCESS, TARGETS, WIDE_ACCESS, Driver, _resource_usage
+from test_codegen import ANY_ACCESS, TARGETS, WIDE_ACCESS, Driver, resource_usage
 
 from fastvideo_comm.kernels.plan import NUM_WARPS, ROWS_TILE_ELEMENTS
 from fastvideo_comm.kernels.quantise import FORMATS, SMALLEST_SCALE
@@ -101,7 +101,7 @@ def test_a_thread_has_one_scale_and_one_seed_for_each_of_its_rows(codes):
 
 def test_nothing_is_spilled(codes, tmp_path):
     for code in codes:
-        usage = _resource_usage(code.cubin, tmp_path)
+        usage = resource_usage(code.cubin, tmp_path)
         assert re.search(r"\bLOCAL:0\b", usage), f"{code.name}: {usage}"
 
 

@@ -1,0 +1,102 @@
+"""Notices that a rank does not come, while kernels wait for it on the device.
+
+The host does not wait with them. A thread looks at the words in which these kernels write their
+steps (`kernels/posts.py`). It ends the waits that last too long: it sets the word that every wait
+looks at. So the device goes on, and the next use of the memory raises an error that names the rank.
+This covers the replays of a captured graph too, of which the host knows nothing.
+
+After such an end the memory cannot be used again: a rank that comes late may still write to what
+was posted, and the counts of the ranks differ.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from torch import Tensor
+
+from ..errors import CommunicationTimeoutError
+
+# How often the thread looks: so many times in a timeout, but at least once in so many seconds.
+_LOOKS = 8
+_MOST_SECONDS = 1.0
+
+
+class Watch:
+    """Ends the waits of one rank's kernels that take longer than a timeout.
+
+    Example:
+        >>> import time, torch
+        >>> host = torch.zeros(3, dtype=torch.int64)  # of rank 0 of 2
+        >>> watch = Watch(host, timeout=0.05, name="sequence")
+        >>> host[2] = 1  # a kernel waits for the post of rank 1, which does not come
+        >>> time.sleep(0.5)
+        >>> host[0].item()  # the kernel ends
+        1
+        >>> watch.check()
+        Traceback (most recent call last):
+        fastvideo_comm.errors.CommunicationTimeoutError: call 0 of group 'sequence' waited 0.05 s: \
+rank 1 did not come
+        >>> watch.close()
+    """
+
+    def __init__(self, host: Tensor, *, timeout: float, name: str) -> None:
+        """Begins to watch.
+
+        Args:
+            host: The words that the kernels share with the host, as `kernels/posts.py` says.
+            timeout: Seconds that one wait may take.
+            name: What errors call the group.
+        """
+        self._host = host
+        self._timeout = timeout
+        self._name = name
+        self._failure: tuple[str, tuple[int, ...]] | None = None
+        self._is_closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fastvideo_comm watch", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises where a wait was ended.
+
+        Raises:
+            CommunicationTimeoutError: A rank did not come in time, or came and did not finish.
+        """
+        if self._failure is not None:
+            text, peers = self._failure
+            raise CommunicationTimeoutError(text, peers=peers)
+
+    def close(self) -> None:
+        """Stops watching; the device must have done what it was given."""
+        self._is_closed.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        pause = min(self._timeout / _LOOKS, _MOST_SECONDS)
+        steps: list[int] = self._host[1:].tolist()
+        since = [time.monotonic()] * len(steps)
+        while not self._is_closed.wait(pause):
+            now = time.monotonic()
+            for rank, step in enumerate(self._host[1:].tolist()):
+                if step != steps[rank]:
+                    steps[rank], since[rank] = step, now
+            waiting = [rank for rank, step in enumerate(steps) if step % 2]
+            if any(now - since[rank] >= self._timeout for rank in waiting):
+                self._fail({rank: steps[rank] for rank in waiting})
+                return
+
+    def _fail(self, waiting: dict[int, int]) -> None:
+        """Ends the waits. `waiting` are the steps of those that have not ended, by rank."""
+        absent = [rank for rank, step in waiting.items() if step % 4 == 1]
+        undone = [rank for rank, step in waiting.items() if step % 4 == 3]
+        parts = [f"{_ranks(absent)} did not come"] if absent else []
+        parts += [f"{_ranks(undone)} came and did not finish"] if undone else []
+        call = max(waiting.values()) // 4
+        text = f"call {call} of group {self._name!r} waited {self._timeout:g} s: "
+        self._failure = text + " and ".join(parts), (*absent, *undone)
+        self._host[0] = 1
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
