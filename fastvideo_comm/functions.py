@@ -291,7 +291,9 @@ class Unslice(torch.autograd.Function):
 
     @staticmethod
     def forward(group: AnyGroup, input_: Tensor, split: Split) -> Tensor:
-        return AllGather.forward(group, input_, split)
+        if isinstance(group, Group):
+            return AllGather.forward(group, input_, split)
+        return AllGather.forward(group, input_[None], split.moved(1)).squeeze(0)  # see `AllReduce`
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -325,7 +327,13 @@ class AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(group: AnyGroup, input_: Tensor, op: str, is_replicated: bool) -> Tensor:
         way, routed = route(group)
-        output: Tensor = way.all_reduce(routed, input_, op)
+        output: Tensor
+        if is_replicated and not isinstance(group, Group):
+            # Where a compiled graph returns two equal collectives of one tensor, torch makes them
+            # one output with one gradient. So this one is not equal to that of another gradient.
+            output = way.all_reduce(routed, input_[None], op).squeeze(0)
+        else:
+            output = way.all_reduce(routed, input_, op)
         return output
 
     @staticmethod

@@ -57,6 +57,30 @@ def test_every_op_traces_whole_and_its_gradient_is_that_of_eager(ranks: Ranks, n
     ranks.run(2, compiled, name, "aot_eager")
 
 
+def returned_beside(communicator: DeviceCommunicatorBase) -> None:
+    """Two equal collectives of one tensor, which differ in their gradients alone."""
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            communicator.all_reduce(x),
+            communicator.all_reduce(x, grad="identity"),
+            communicator.all_gather(x, 0),
+            communicator.all_gather(x, 0, grad="slice"),
+        )
+
+    x = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
+    torch._dynamo.reset()
+    grads = []
+    for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        losses = [(output * factor).sum() for factor, output in enumerate(call(x), 1)]
+        grads.append(torch.autograd.grad(sum(losses), x)[0])
+    torch.testing.assert_close(*grads)  # the sums of four terms, in another order
+
+
+def test_two_collectives_of_one_tensor_keep_their_own_gradients(ranks: Ranks):
+    ranks.run(2, returned_beside)
+
+
 def test_exchange_compiles_to_code_that_agrees(ranks: Ranks):
     ranks.run((1, 3), compiled, "all_to_all_4D", "inductor")
 

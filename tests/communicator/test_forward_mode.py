@@ -160,8 +160,7 @@ Derivative = Callable[[Tensor, Tensor], tuple[tuple[Tensor, ...], ...]]
 OF_KIND = {
     "exchanges": [op for op in OF_SHAPE if op.startswith("all_to_all")],
     "gathers": [op for op in OF_SHAPE if op.startswith(("all_gather", "slice", "broadcast"))],
-    # Not beside the sum of the same tensor, with which torch.compile merges it.
-    "reductions": [op for op in OF_SHAPE if "reduce" in op and op != "all_reduce identity"],
+    "reductions": [op for op in OF_SHAPE if "reduce" in op],
     "some": ["all_to_all_4D grouped", "all_gather uneven", "all_reduce identity", "slice"],
 }
 
