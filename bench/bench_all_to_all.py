@@ -8,7 +8,8 @@ Operations: `forward` is all_to_all_4D(x, 2, 1), `back` is (1, 2), `forward+grad
 `attention` is a system's whole sequence for q, k and v there and the output back, around a local
 attention that costs nothing (FastVideo: `DistributedAttention.forward`; DeepSpeed:
 `DistributedAttention`; diffusers: `TemplatedUlyssesAttention`). `tiny` is [1, 8, 4, 8] and
-[3, 8, 4, 8] in fp32, their host time. Every system's result, and gradient, is compared before it is timed.
+[3, 8, 4, 8] in fp32, their host time. Every system's result, and gradient, is compared before it is
+timed.
 
 On the CPU every process runs one thread, so that P ranks and one process compare. "fresh pages"
 gives the C heap back to the system before each sample: without it, freed tensors of less than
