@@ -236,6 +236,30 @@ def test_no_store_is_a_join_error_in_time():
     assert time.monotonic() - start < 1.5
 
 
+def test_a_store_that_hangs_up_is_asked_again():
+    """A store that strangers besiege hangs up on ranks too, before it has answered."""
+    with listener() as server:
+        joined = []
+        rank_1 = threading.Thread(
+            target=lambda: joined.append(
+                StatelessProcessGroup.create(*server.getsockname(), 1, 2, timeout=15)
+            )
+        )
+        rank_1.start()
+        for _ in range(3):
+            stranger, _ = server.accept()
+            stranger.recv(1)  # its greeting has come
+            stranger.close()
+        group = StatelessProcessGroup.create(
+            *server.getsockname(), 0, 2, timeout=15, listen_socket=server
+        )
+        rank_1.join()
+        group.send_obj("there", 1)
+        assert joined[0].recv_obj(0) == "there"
+        joined[0].close()
+        group.close()
+
+
 def test_a_failed_join_leaves_nothing_behind():
     gc.collect()  # what earlier tests have left would go meanwhile
     threads, files = set(threading.enumerate()), _descriptors()

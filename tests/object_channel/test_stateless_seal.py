@@ -212,3 +212,19 @@ def test_the_kind_of_seal_is_chosen_by_what_is_asked_for_and_possible(monkeypatc
         choose("required")
     with pytest.raises(ValueError, match="encryption must be 'auto', 'required' or 'off', got 1"):
         choose(1)
+
+
+def test_no_two_addresses_are_encrypted_alike():
+    """With a session the address is the nonce: the same bytes twice would give both away."""
+    seal = MessageSeal(SECRET, "group", b"session", SealKind.GCM)
+    last = MAX_RANKS - 1
+    addresses = [
+        Address(op, src, dst, number)
+        for op in (Op.SEND, Op.GATHER)
+        for src in (0, 1, last)
+        for dst in (0, 1, last, EVERYONE)
+        for number in (0, 1, 2**32, 2**51)
+    ]
+    half = TAG_BYTES // 2  # one half of the seal stands before the body, the other behind it
+    bodies = {b"".join(seal.seal(address, [bytes(32)]))[half:-half] for address in addresses}
+    assert len(bodies) == len(addresses)
