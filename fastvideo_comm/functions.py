@@ -23,7 +23,7 @@ from .collective.route import route
 from .forward_mode import primals
 from .kernels import contiguous_copy
 from .recording import (
-    Flight,
+    AsyncExchange,
     along,
     before_backward,
     before_backward_of_exchange,
@@ -76,24 +76,24 @@ class StartAllToAll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(group: Group, flight: Flight, *inputs: Tensor) -> Tensor:
+    def forward(group: Group, exchange: AsyncExchange, *inputs: Tensor) -> Tensor:
         way, routed = route(group)
-        flight.work = quantised.start_all_to_all(way, routed, inputs, flight.splits)
-        flight.call = last_call(group)
+        exchange.work = quantised.start_all_to_all(way, routed, inputs, exchange.splits)
+        exchange.call = last_call(group)
         return torch.empty(0, device=inputs[0].device)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.group, ctx.flight = inputs[:2]
+        ctx.group, ctx.exchange = inputs[:2]
 
     @staticmethod
     def backward(ctx: Any, grad_token: Tensor) -> tuple[Tensor | None, ...]:
-        returning = ctx.flight.returning
+        returning = ctx.exchange.returning
         return None, None, *run(FinishAllToAll, ctx.group, returning, grad_token)
 
     @staticmethod
     def tangent(ctx: Any, _: None, __: None, *tangents: Tensor) -> Tensor:
-        token: Tensor = along(StartAllToAll, ctx.group, ctx.flight.tangents(), *tangents)
+        token: Tensor = along(StartAllToAll, ctx.group, ctx.exchange.tangents(), *tangents)
         return token
 
 
@@ -102,26 +102,26 @@ class FinishAllToAll(torch.autograd.Function):
     """The second half of `AllToAll`: waits. Its backward starts to send the gradients."""
 
     @staticmethod
-    def forward(group: Group, flight: Flight, token: Tensor) -> tuple[Tensor, ...]:
-        return tuple(flight.land())
+    def forward(group: Group, exchange: AsyncExchange, token: Tensor) -> tuple[Tensor, ...]:
+        return tuple(exchange.land())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.group, ctx.flight = inputs[:2]
+        ctx.group, ctx.exchange = inputs[:2]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, Tensor]:
-        splits = ctx.flight.splits
+        splits = ctx.exchange.splits
         before_backward_of_exchange(
-            ctx.group, grad_outputs, splits, of_call=ctx.flight.call, async_op=True
+            ctx.group, grad_outputs, splits, of_call=ctx.exchange.call, async_op=True
         )
-        ctx.flight.returning = Flight(splits.reverse())
-        return None, None, run(StartAllToAll, ctx.group, ctx.flight.returning, *grad_outputs)
+        ctx.exchange.returning = AsyncExchange(splits.reverse())
+        return None, None, run(StartAllToAll, ctx.group, ctx.exchange.returning, *grad_outputs)
 
     @staticmethod
     def tangent(ctx: Any, _: None, __: None, tangent_token: Tensor) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = along(
-            FinishAllToAll, ctx.group, ctx.flight.tangents(), tangent_token
+            FinishAllToAll, ctx.group, ctx.exchange.tangents(), tangent_token
         )
         return outputs
 

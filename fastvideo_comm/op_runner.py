@@ -24,7 +24,7 @@ from .errors import ClosedError, CommunicationError
 from .gradient_buckets import agreed_gradients
 from .handle import AsyncHandle
 from .profiling import Stats, span
-from .recording import Flight, run
+from .recording import AsyncExchange, run
 
 _PROXIES = torch._C._TorchDispatchModeKey.PROXY
 
@@ -202,13 +202,13 @@ class OpCall:
         if self._is_traced or group.size() == 1:
             outputs = self.run(functions.AllToAll, splits, *inputs, alone=inputs)
             return AsyncHandle.done(result(outputs))
-        flight = Flight(splits)
-        token = run(functions.StartAllToAll, group, flight, *inputs)
+        exchange = AsyncExchange(splits)
+        token = run(functions.StartAllToAll, group, exchange, *inputs)
         return AsyncHandle(
             self.op,
             group.place,
-            lambda: result(run(functions.FinishAllToAll, group, flight, token)),
-            flight.is_completed,
+            lambda: result(run(functions.FinishAllToAll, group, exchange, token)),
+            exchange.is_completed,
         )
 
     def run_unrecorded(self, name: str, *arguments: Any) -> Any:

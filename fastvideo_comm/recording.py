@@ -75,7 +75,7 @@ def _of_many(
 
     An exchange takes them as one larger batch. The other ops take tensors of any number of dims.
     """
-    is_exchange = isinstance(arguments[1], Splits | Flight)
+    is_exchange = isinstance(arguments[1], Splits | AsyncExchange)
     together: list[Any] = []
     for argument, dim in zip(arguments, in_dims, strict=True):
         if isinstance(argument, Tensor):
@@ -152,7 +152,7 @@ def before_backward_of_exchange(
     )
 
 
-class Flight:
+class AsyncExchange:
     """An exchange between its start and its finish, and those of its gradients and tangents."""
 
     def __init__(self, splits: Splits) -> None:
@@ -160,13 +160,13 @@ class Flight:
         self.splits = splits
         self.call: int | None = None
         self.work: Work | None = None
-        self.returning: Flight | None = None
-        self._tangents: dict[int | None, Flight] = {}
+        self.returning: AsyncExchange | None = None
+        self._tangents: dict[int | None, AsyncExchange] = {}
 
-    def tangents(self) -> Flight:
+    def tangents(self) -> AsyncExchange:
         """The exchange of the tangents at the current level of `torch.func`; levels nest."""
         level = torch._C._functorch.maybe_current_level()
-        return self._tangents.setdefault(level, Flight(self.splits.exact()))
+        return self._tangents.setdefault(level, AsyncExchange(self.splits.exact()))
 
     def is_completed(self) -> bool:
         """Whether `land` would return at once."""

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .loading import loading
 from .plan import ACCESS_BYTES, NUM_WARPS, ROWS_TILE_ELEMENTS
 from .tile_copy import _decoded, _encoded
 
@@ -197,7 +198,7 @@ def launch_quantise(
         return
     tensors = (payload, scales, src, scales if seeds is None else seeds)
     grid, numbers, settings = plan_rows(*tensors, payload.dtype)
-    with torch.accelerator.device_index(src.device.index):  # None, on the CPU: no change
+    with loading, torch.accelerator.device_index(src.device.index):  # None, on the CPU: no change
         quantise_rows[grid](
             payload.view(torch.uint8),
             scales,
@@ -218,7 +219,7 @@ def launch_dequantise(dst: Tensor, payload: Tensor, scales: Tensor) -> None:
     if not payload.numel():
         return
     grid, numbers, settings = plan_rows(dst, scales, payload, scales, payload.dtype)
-    with torch.accelerator.device_index(dst.device.index):  # None, on the CPU: no change
+    with loading, torch.accelerator.device_index(dst.device.index):  # None, on the CPU: no change
         dequantise_rows[grid](
             dst,
             scales,

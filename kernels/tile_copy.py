@@ -7,7 +7,6 @@ the package can be imported without triton.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,12 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plan
+from .loading import loading
 from .plan import ACCESS_BYTES, MAX_OUTER, coalesce, plan_copy
 
 # The number of pairs of one launch. Each pair is a branch of the code, compiled for its layout.
 MAX_PAIRS = 8
-# Triton loads a kernel at its first launch. A second thread could launch a half-loaded kernel.
-_first_launch = threading.Lock()
 _ELEMENT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Shape, strides of dst and src, bytes of an element, and how far the addresses of dst and src are
@@ -154,7 +152,7 @@ def _launch(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     kernel = launch.kernels.get(device)
     with torch.accelerator.device_index(device):  # None, on the CPU: no change
         if kernel is None:
-            with _first_launch:
+            with loading:
                 launch.kernels[device] = tile_copy[launch.grid](
                     tuple(map(triton.reinterpret, (dst for dst, _ in pairs), launch.elements)),
                     tuple(map(triton.reinterpret, (src for _, src in pairs), launch.elements)),
