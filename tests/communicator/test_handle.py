@@ -72,6 +72,7 @@ def order_of_backward(communicator: DeviceCommunicatorBase) -> None:
 def _order_of_backward(communicator: DeviceCommunicatorBase) -> None:
     """The gradient is on its way while the nodes between call and wait run backward."""
     events: list[str] = []
+    communicator.all_gather(torch.zeros(1))  # the first call also asks who shares memory
     channel = communicator._runner.group.c10d
     start, wait = channel.all_to_all, channel.wait
 
