@@ -137,19 +137,24 @@ def test_20_000_mixed_calls_on_4_ranks(monkeypatch):
 def random_death(seed: int) -> None:
     generator = random.Random(seed)
     victim = generator.randrange(3)
+    begun, begins = os.pipe()
+    killed = []
 
     def meanwhile(processes: list[int]) -> None:
-        time.sleep(0.15 + generator.uniform(0, 0.1))
+        os.read(begun, 1)
+        time.sleep(generator.uniform(0, 0.1))
+        killed.append(time.monotonic())  # a clock that all processes share
         os.kill(processes[victim], signal.SIGKILL)
 
     def job(memory: HostMemory) -> float:
         own = random.Random(seed + memory.rank)
         held = []
-        begin = time.monotonic()
         call = 0
         lost: PeerLostError | None = None
         while lost is None:
-            begin, call = time.monotonic(), call + 1
+            call += 1
+            if call == 2 and memory.rank == victim:
+                os.write(begins, b"!")
             ask = ask_all(memory, call, size=generator.choice([1, 3000]))
             try:
                 memory.start(ask, background=own.random() < 0.5).wait()
@@ -157,7 +162,7 @@ def random_death(seed: int) -> None:
                 lost = error
             if len(held) < 30 and lost is None:
                 held.append((call, outputs(ask)))
-        seconds = time.monotonic() - begin
+        heard = time.monotonic()
         assert str(lost) == f"rank {victim} has died"
         assert lost.peers == (victim,)
         for number, tensor in held:
@@ -165,19 +170,24 @@ def random_death(seed: int) -> None:
             assert torch.equal(tensor, want)
         others = [rank for rank in range(3) if rank != victim]
         memory.start(ask_pair(memory, *others)).wait()
-        return seconds
+        return heard
 
     results = in_processes(3, job, meanwhile=meanwhile)
+    os.close(begun)
+    os.close(begins)
     assert results.pop(victim) is KILLED
-    assert max(results) < 2  # 1 s, and a busy machine
+    # At once, where the machine is not busy; the group's timeout of 60 s is not waited for.
+    assert max(results) - killed[0] < 5
 
 
 def random_stop(seed: int) -> None:
     generator = random.Random(seed)
     victim = generator.randrange(3)
+    begun, begins = os.pipe()
 
     def meanwhile(processes: list[int]) -> None:
-        time.sleep(0.15 + generator.uniform(0, 0.1))
+        os.read(begun, 1)
+        time.sleep(generator.uniform(0, 0.1))
         os.kill(processes[victim], signal.SIGSTOP)
         time.sleep(2)
         os.kill(processes[victim], signal.SIGCONT)
@@ -188,6 +198,8 @@ def random_stop(seed: int) -> None:
         call = 0
         while time.monotonic() < end and not reasons:
             call += 1
+            if call == 2 and memory.rank == victim:
+                os.write(begins, b"!")
             try:
                 exchange(memory, call, size=100)
             except CommunicationTimeoutError as error:
@@ -197,6 +209,8 @@ def random_stop(seed: int) -> None:
         return reasons
 
     results = in_processes(3, job, timeout=0.7, meanwhile=meanwhile)
+    os.close(begun)
+    os.close(begins)
     others = [reasons for rank, reasons in enumerate(results) if rank != victim]
     assert any(f"rank {victim}" in text for reasons in others for text in reasons)
 
