@@ -107,6 +107,7 @@ class DistributedAutograd:
             gather_dim: int,
         ) -> Tensor:
             validation.check_world_size(group, world_size)
+            validation.check_tensor("input_", input_)
             splits = validation.all_to_all_4D(input_, world_size, scatter_dim, gather_dim)
             return _recorded(ctx, functions.AllToAll, group, splits, input_)
 

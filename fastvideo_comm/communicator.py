@@ -331,7 +331,6 @@ class DeviceCommunicatorBase:
             TypeError: not a dense tensor, or a dtype that is not rounded to fp8.
         """
         with self._runner.call("all_to_all_4D") as call:
-            call.check_open()
             plain = scatter_sizes is None and gather_sizes is None and not async_op
             plain = plain and wire_dtype is None and grad_wire_dtype is None
             plain = plain and rounding == "nearest" and generator is None
@@ -340,6 +339,7 @@ class DeviceCommunicatorBase:
                 splits = validation.all_to_all_4D(input_, self.world_size, scatter_dim, gather_dim)
                 call.compare(input_, (scatter_dim, gather_dim))
                 return call.run(functions.AllToAll, splits, input_, alone=(input_,))[0]
+            call.check_open()
             packed = not isinstance(input_, Tensor)
             inputs = validation.tensors(input_)
             for each in inputs:

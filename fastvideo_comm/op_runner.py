@@ -125,10 +125,13 @@ class OpCall:
 
     def check(self, name: str, tensor: Tensor) -> None:
         """Checks for a dense tensor on the communicator's device; counts its bytes."""
-        self.check_open()
+        if not self._runner.is_open:
+            self.check_open()
         validation.check_tensor(name, tensor)
-        validation.check_device(name, tensor, self._runner.device)
-        self.count(tensor)
+        if tensor.device != self._runner.device:
+            validation.check_device(name, tensor, self._runner.device)
+        if not self._is_traced:
+            self._num_bytes += tensor.nbytes
 
     def check_not_compiled(self) -> None:
         """For ops that a compiler would move, or leave out: they have no result in the graph."""

@@ -50,6 +50,7 @@ class Group:
         self.memory: HostMemory | None = None
         self.refusal = "it is for communicators on the CPU" if memory is None else ""
         self._memory_mode = memory
+        self._may_connect = memory is not None and process_group.size() > 1  # not decided yet
         self.operator_name = ""  # by which compiled code finds this, once memory is connected
         self._insists_on_memory = False  # some rank does
         self.last_call: int | None = None  # its number, which a backward of it names
@@ -57,11 +58,6 @@ class Group:
         self._asked_of: int | None = None
         self._rank = process_group.rank()
         self._size = process_group.size()
-
-    @staticmethod
-    def of(group: dist.ProcessGroup | Group) -> Group:
-        """Returns `group` itself, or wraps a process group for one call."""
-        return group if isinstance(group, Group) else Group(group)
 
     def close(self) -> None:
         """Lets go of the process group, the buffers and the memory.
@@ -117,11 +113,9 @@ class Group:
         """Whether the ranks write into each other's memory; their first call connects it."""
         if self.memory is not None:
             return True
-        if self._memory_mode is None or self._size == 1:
-            return False
-        if self._may_connect():
+        if self._may_connect:
             # A rank that does not want memory must say so: it is not known to the others.
-            own = MEMORY_MODES.index(self._memory_mode)
+            own = MEMORY_MODES.index(self._memory_mode or "off")
             modes = [MEMORY_MODES[index] for (index,) in self._everyone(bytes([own]))]
             self._insists_on_memory = "on" in modes
             self.memory, self.refusal = HostMemory.connect(
@@ -132,13 +126,10 @@ class Group:
                 name=self.name,
                 enabled=self._memory_mode != "off",
             )
+            self._may_connect = False
         if self.refusal and self._insists_on_memory:
             raise CollectiveError(f"{self.where('connecting memory')} failed: {self.refusal}")
         return self.memory is not None
-
-    def _may_connect(self) -> bool:
-        """Whether the ranks have not decided yet."""
-        return self._memory_mode is not None and self._size > 1 and not self.refusal
 
     def memory_stats(self) -> MemoryStats:
         """What this rank's outputs take, or why memory is not used."""
@@ -169,11 +160,11 @@ class Group:
             By memory, an op that `sends` nothing is compared in a call of its own: the facts for
             that call. Otherwise None.
         """
-        if self.memory is None and self.diagnosis is not None:
-            self.diagnosis.before(op, tensors, arguments, **named)
-            self.last_call = self.diagnosis.number - 1
-        if self.memory is None and not self._may_connect():
-            return None
+        if self.memory is None:
+            if self.diagnosis is not None:
+                self.last_call = self.diagnosis.before(op, tensors, arguments, **named)
+            if not self._may_connect:
+                return None
         asked = facts_of(op, tensors, arguments, has_strides=True, **named)
         if sends:
             self._asked = asked  # in the first call too, which connects memory
@@ -201,8 +192,9 @@ class Group:
             self._asked_of = of_call
             self._asked = facts_of(f"{op} backward", gradients, arguments, **named)
         elif self.diagnosis is not None:
-            self.diagnosis.before_backward(op, gradients, arguments, of_call=of_call, **named)
-            self.last_call = self.diagnosis.number - 1
+            self.last_call = self.diagnosis.before_backward(
+                op, gradients, arguments, of_call=of_call, **named
+            )
 
     def before_pair(
         self, op: Literal["send", "recv"], shape: Sequence[int], dtype: torch.dtype, peer: int

@@ -57,11 +57,12 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
         >>> way, group = route(group)  # doctest: +SKIP
         >>> output = way.all_gather(group, input_, split)  # doctest: +SKIP
     """
-    if torch.compiler.is_compiling():
-        return (operator if isinstance(group, OperatorGroup) else traced), group
-    if isinstance(group, OperatorGroup):  # compiled code runs eagerly, for example in a debugger
-        group = group.process_group
-    group = Group.of(group)
+    if not isinstance(group, Group):  # which a compiled graph never holds
+        if torch.compiler.is_compiling():
+            return (operator if isinstance(group, OperatorGroup) else traced), group
+        if isinstance(group, OperatorGroup):  # compiled code runs eagerly, as in a debugger
+            group = group.process_group
+        group = Group(group)
     if not group.connects_memory():
         return messages, group
     if not group.operator_name:

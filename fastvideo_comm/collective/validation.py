@@ -92,10 +92,10 @@ def check_divisible(input_: Tensor, name: str, dim: int, world_size: int, remedy
 
 
 def all_to_all_4D_dims(input_: Tensor, scatter_dim: int, gather_dim: int) -> tuple[int, int]:
-    """Checks a 4-d tensor and its two dims; returns the dims counted from the front."""
-    check_tensor("input_", input_)
-    check_int("scatter_dim", scatter_dim)
-    check_int("gather_dim", gather_dim)
+    """Checks a dense tensor's dims, and the two; returns the two counted from the front."""
+    if not type(scatter_dim) is type(gather_dim) is int:
+        check_int("scatter_dim", scatter_dim)
+        check_int("gather_dim", gather_dim)
     if input_.dim() != 4:
         raise ValueError(f"input_ must have 4 dims [B, S, H, D], got shape {list(input_.shape)}")
     dims = (

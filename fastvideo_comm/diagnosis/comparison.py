@@ -125,7 +125,7 @@ class Diagnosis:
         *,
         uneven_dim: int | None = None,
         **named: Any,
-    ) -> None:
+    ) -> int:
         """Compares a collective of the whole group, if its number is one that is compared.
 
         Args:
@@ -135,15 +135,18 @@ class Diagnosis:
             uneven_dim: a dim whose size may differ between the ranks.
             named: more such arguments. The table shows their names, and leaves out None.
 
+        Returns:
+            The number of the collective.
+
         Raises:
             MismatchError: the ranks asked for different things, or one had bad arguments.
             PeerLostError: a rank that has not arrived is dead.
             CommunicationTimeoutError: a rank did not arrive in time; `peers` says which.
         """
-        if self._board is None or not self.counted():
-            return
-        record = describe(op, tensors, arguments, uneven_dim=uneven_dim, **named)
-        self._compare(self._board, record, str(self._number - 1), range(self._size))
+        if self._board is not None and self.counted():
+            record = describe(op, tensors, arguments, uneven_dim=uneven_dim, **named)
+            self._compare(self._board, record, str(self._number - 1), range(self._size))
+        return self._number - 1
 
     def before_backward(
         self,
@@ -154,7 +157,7 @@ class Diagnosis:
         of_call: int | None = None,
         uneven_dim: int | None = None,
         **named: Any,
-    ) -> None:
+    ) -> int:
         """As `before`, for the first collective of the backward of `op`.
 
         The strides of gradients are not compared, because they depend on each rank's own loss. But
@@ -170,11 +173,13 @@ class Diagnosis:
             )
             self.failed(f"{op} backward", error)
             raise error
-        if self._board is None or not self.counted():
-            return
-        record = describe(f"{op} backward", gradients, arguments, uneven_dim=uneven_dim, **named)
-        record = dataclasses.replace(record, strides="").of_call(of_call)
-        self._compare(self._board, record, str(self._number - 1), range(self._size))
+        if self._board is not None and self.counted():
+            record = describe(
+                f"{op} backward", gradients, arguments, uneven_dim=uneven_dim, **named
+            )
+            record = dataclasses.replace(record, strides="").of_call(of_call)
+            self._compare(self._board, record, str(self._number - 1), range(self._size))
+        return self._number - 1
 
     def close(self) -> None:
         """Closes: a later backward is an error. The last rank that closes clears the store."""
@@ -221,11 +226,6 @@ class Diagnosis:
         src, dst = (self._rank, peer) if op == "send" else (peer, self._rank)
         record = Record(op, shape_text(shape), dtype_text(dtype), arguments=f"{src} -> {dst}")
         self._compare(self._board, record, f"{pair[0]}-{pair[1]}/{number}", pair)
-
-    @property
-    def number(self) -> int:
-        """The number of the next collective."""
-        return self._number
 
     def compares_next(self) -> bool:
         """Whether the ranks compare the next collective."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import Ranks
 
-from fastvideo_comm import DeviceCommunicatorBase, profiling
+from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.profiling import Stats, span
 
 
@@ -44,8 +44,18 @@ def test_a_range_encloses_what_happens_in_it():
     assert events["aten::add_"].cpu_parent is inner
 
 
-def test_while_nobody_listens_a_range_is_nothing_at_all():
-    assert span("op", "sp") is span("other", "sp") is profiling._NOTHING
+class Unspoken:
+    """A name that must not become a text."""
+
+    def __format__(self, _: str) -> str:
+        raise AssertionError("a name was built")
+
+
+def test_while_nobody_listens_no_name_is_built():
+    with span("op", Unspoken()), span("pack", Unspoken()):
+        pass
+    with torch.profiler.profile(), pytest.raises(AssertionError, match="a name was built"):
+        span("op", Unspoken())
 
 
 def fastest(call: Any, repeats: int = 20, calls: int = 200) -> float:

@@ -259,7 +259,7 @@ def undisturbed(communicator: DeviceCommunicatorBase, memory: str) -> int:
             communicator.cpu_group, unique_name="all", validate=validate, memory=memory
         )
         answers.append(program(c))
-        numbers.append(c._runner.group.diagnosis.number)
+        numbers.append(c._runner.group.diagnosis._number)
     for one, other in zip(*answers, strict=True):
         assert torch.equal(one, other)
     assert numbers[0] == 0, "off compares nothing"
@@ -302,7 +302,7 @@ def compiled(communicator: DeviceCommunicatorBase) -> None:
     x = leaf(1, 2, communicator.world_size, 2)
     function(x).sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 2))
-    assert checked.diagnosis.number == 0
+    assert checked.diagnosis._number == 0
 
 
 def test_nothing_is_compared_in_compiled_code(ranks: Ranks):
@@ -349,4 +349,4 @@ def uncounted(communicator: DeviceCommunicatorBase) -> None:
     for validate in ("off", "auto"):
         diagnosis = Diagnosis(communicator.cpu_group, validate=validate)
         diagnosis.before_backward("all_gather", torch.ones(2), (0,))
-        assert diagnosis.number == 0
+        assert diagnosis._number == 0

@@ -133,7 +133,7 @@ WRONG_CALLS = [
     "validation.all_to_all_4D(torch.zeros(2, 3), 2, 2, 1)",
     "validation.all_to_all_4D(torch.zeros(1, 2, 3, 4), 2, 2, 1)",
     "validation.all_to_all_4D(torch.zeros(1, 2, 4, 4), 2, 3, 1)",
-    "validation.all_to_all_4D('x', 2, 2, 1)",
+    "validation.check_tensor('input_', 'x')",
     "validation.all_gather(torch.zeros(2), 1)",
     "validation.parts(torch.zeros(3), 2, 0)",
     "validation.all_reduce(torch.zeros(2, dtype=torch.bool), None)",
