@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 from ranks import Ranks
+
+# A shell starts a job in the background with Ctrl-C ignored, and children inherit that: tests that
+# interrupt a rank would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # `ci` is the same examples every time; `thorough` looks for new ones:
 # HYPOTHESIS_PROFILE=thorough make test

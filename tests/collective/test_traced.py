@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -27,34 +27,43 @@ OPS: dict[str, Callable[[DeviceCommunicatorBase, torch.Tensor], torch.Tensor]] =
 }
 
 
-def compiled(communicator: DeviceCommunicatorBase, name: str, backend: str) -> None:
+# Several in a graph: most of the time is for each graph.
+NUM_GRAPHS = 4
+
+
+def compiled(communicator: DeviceCommunicatorBase, names: Sequence[str], backend: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
 
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return OPS[name](communicator, x * 2)
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        return [OPS[name](communicator, x * (2 + index)) for index, name in enumerate(names)]
 
     traced = torch.compile(function, backend=counter, fullgraph=True)
     torch.manual_seed(communicator.rank)
     size = communicator.world_size
     for _ in range(2):
         x = torch.rand(2, 3 * size, 2 * size, 4, dtype=torch.float64, requires_grad=True)
-        grads = []
-        outputs = []
-        for call in (function, traced):
-            output = call(x)
-            (grad,) = torch.autograd.grad(output.square().sum(), x)
-            grads.append(grad)
-            outputs.append(output)
-        # The compiler fuses and reorders arithmetic in fp64.
-        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(grads[1], grads[0], rtol=1e-12, atol=1e-12)
+        right, outputs = function(x), traced(x)
+        for name, *pair in zip(names, right, outputs, strict=True):
+            # A graph runs once backward with all its outputs, of which one has a gradient.
+            grads = [
+                torch.autograd.grad(output.square().sum(), x, retain_graph=True)[0]
+                for output in pair
+            ]
+            # The compiler fuses and reorders arithmetic in fp64.
+            for got, expected in (pair[::-1], grads[::-1]):
+                torch.testing.assert_close(
+                    *(got, expected),
+                    rtol=1e-12,
+                    atol=1e-12,
+                    msg=lambda text, name=name: f"{name}: {text}",
+                )
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_every_op_traces_whole_and_its_gradient_is_that_of_eager(ranks: Ranks, name):
-    ranks.run(2, compiled, name, "aot_eager")
+@pytest.mark.parametrize("first", range(NUM_GRAPHS))
+def test_every_op_traces_whole_and_its_gradient_is_that_of_eager(ranks: Ranks, first):
+    ranks.run(2, compiled, list(OPS)[first::NUM_GRAPHS], "aot_eager")
 
 
 def returned_beside(communicator: DeviceCommunicatorBase) -> None:
@@ -82,7 +91,7 @@ def test_two_collectives_of_one_tensor_keep_their_own_gradients(ranks: Ranks):
 
 
 def test_exchange_compiles_to_code_that_agrees(ranks: Ranks):
-    ranks.run((1, 3), compiled, "all_to_all_4D", "inductor")
+    ranks.run((1, 3), compiled, ["all_to_all_4D"], "inductor")
 
 
 def growing(communicator: DeviceCommunicatorBase) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strided_layouts import NAMED_PAIRS, assert_all_copied_like_torch, copies
 from tile_copy_module import Launch, imported_tile_copy, recorded_launches
@@ -43,6 +43,7 @@ def _heads_for_rank(
     return torch.zeros(view.shape, dtype=dtype), view
 
 
+@settings(max_examples=20)  # a second each in Triton's interpreter
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 @given(st.lists(copies(), max_size=5), st.integers(0, 2**32))
 def test_pairs_of_any_layouts_and_dtypes_are_copied_and_nothing_else(impl, cases, seed):

@@ -111,7 +111,8 @@ def assert_delivered_like_torch(
         assert torch.equal(memory, right)
 
 
-@settings(max_examples=12)
+# Every example is compiled.
+@settings(max_examples=4)
 @given(st.data())
 def test_parts_of_any_layout_go_to_their_ranks_and_nothing_else(gpu, kernels, data):
     world = data.draw(st.integers(1, 4))
@@ -119,16 +120,17 @@ def test_parts_of_any_layout_go_to_their_ranks_and_nothing_else(gpu, kernels, da
     assert_delivered_like_torch(gpu, kernels, parts, world)
 
 
-def test_every_kind_of_layout_beside_every_other(gpu, kernels):
-    """22 kinds, and so three launches."""
+def test_every_kind_of_layout_beside_every_other(request, gpu, kernels):
+    """Each capability gets its share of the 22 kinds, in one launch."""
+    first = list(CAPABILITIES).index(request.node.callspec.params["gpu"])
     dtypes = (torch.bfloat16, torch.int8, torch.float32)
     parts = [
         parts_of(pair, dtypes[index % 3], 2, first=1, begin=1)
-        for index, pair in enumerate(NAMED_PAIRS.values())
+        for index, pair in enumerate(list(NAMED_PAIRS.values())[first :: len(CAPABILITIES)])
     ]
     before = gpu.num_launches
     assert_delivered_like_torch(gpu, kernels, parts, world=3)
-    assert gpu.num_launches == before + 3
+    assert gpu.num_launches == before + 1
 
 
 def test_parts_at_an_odd_distance_are_copied_by_narrow_accesses(gpu, kernels):

@@ -66,7 +66,7 @@ class TestCopies:
         assert_copies_like_torch(_triton_copy, *layouts, dtype, 0, device)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("shape", [(1003, 1001), (1024, 768)], ids=["odd", "even"])
+    @pytest.mark.parametrize("shape", [(517, 509), (512, 384)], ids=["odd", "even"])
     def test_transposes_of_every_dtype(self, device, shape, dtype):
         rows, columns = shape
         dst, src = StridedLayout(shape, (columns, 1), 0), StridedLayout(shape, (1, rows), 0)
@@ -89,9 +89,13 @@ class TestCopies:
             assert not dst[:dst_offset].any()
             assert not dst[dst_offset + 1500 :].any()
 
-    def test_every_production_layout_moving_each_byte_once(self, gpu, device):
+    def test_every_production_layout_moving_each_byte_once(self, request, gpu, device):
         """And wherever a warp touches 32 bytes of memory it wants all of them."""
-        for name, dst_view, src_view in production_copies([200]):  # 25 a rank for 8
+        production = list(production_copies([200]))  # 25 a rank for 8
+        if gpu:  # each capability gets its share
+            first = list(CAPABILITIES).index(request.node.callspec.params["gpu"])
+            production = production[first :: len(CAPABILITIES)]
+        for name, dst_view, src_view in production:
             dst, src = (_memory_for(view, device) for view in (dst_view, src_view))
             src.copy_(torch.randn(src.shape))
             before = _moved(gpu)

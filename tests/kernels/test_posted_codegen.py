@@ -17,14 +17,19 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 INT64 = torch.empty(16, dtype=torch.int64)
+CAPABILITIES = ("sm_80", "sm_90", "sm_100")
 # A thread's access to the place of its tile, which is one number.
 PLACE = r"ld\.global\.b64"
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
-def kernels(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Kernels]:
+@pytest.fixture(scope="module", params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def kernels(capability: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernels]:
     with (
         triton.knobs.cache.scope(),
         imported_tile_copy(interpret=False),
@@ -33,7 +38,7 @@ def kernels(
     ):
         triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton_cache"))
         # Not set_active: its inverse asks for a GPU.
-        patch.setattr(triton.runtime.driver, "_active", Driver(TARGETS[request.param]))
+        patch.setattr(triton.runtime.driver, "_active", Driver(TARGETS[capability]))
         yield kernels
 
 
@@ -64,15 +69,19 @@ def _delivery(src: Tensor, to: Tensor) -> tuple[Tensor, int, tuple[int, ...]]:
 
 
 @pytest.fixture(scope="module")
-def deliveries(kernels: Kernels) -> dict[str, Any]:
-    """Each code that a launch would compile, once, with the name of one exchange that needs it."""
-    compiled: dict[Any, tuple[str, Any]] = {}
+def deliveries(capability: str, kernels: Kernels) -> dict[str, Any]:
+    """Each code that a launch would compile, once, with the name of one exchange that needs it.
+
+    Each capability gets its share of them.
+    """
+    compiled: dict[Any, tuple[str, Any] | None] = {}
     for name, parts in exchanges():
         launch = plan_of(kernels, parts)
         key = (launch.elements, launch.tiles, tuple(map(len, launch.numbers)))
         if key not in compiled:
-            compiled[key] = (name, code_of(kernels, launch))
-    return dict(compiled.values())
+            mine = len(compiled) % len(CAPABILITIES) == CAPABILITIES.index(capability)
+            compiled[key] = (name, code_of(kernels, launch)) if mine else None
+    return dict(code for code in compiled.values() if code is not None)
 
 
 def plan_of(kernels: Kernels, parts: Sequence[tuple[Tensor, int, tuple[int, ...]]]) -> Any:

@@ -302,17 +302,17 @@ def worst(measure, seed, rounds, num_bytes=MIB // 2):
 
 
 # Fifty times as many messages take minutes.
-LONG = pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])
+LONG_RUN = pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])
 
 
-@pytest.mark.parametrize("seed", [0, LONG])
+@pytest.mark.parametrize("seed", [0, LONG_RUN])
 def test_no_message_takes_more_than_20_times_its_bytes(seed):
     rounds = 30 if seed == 0 else 1500
     ratio, _data = worst(peak_memory, seed, rounds)
     assert 4 < ratio < MEMORY_PER_BYTE - 1  # 1 for the message itself
 
 
-@pytest.mark.parametrize("seed", [0, LONG])
+@pytest.mark.parametrize("seed", [0, LONG_RUN])
 def test_no_message_takes_more_than_its_time(seed):
     rounds = 30 if seed == 0 else 1500
     _ratio, data = worst(cpu_seconds, seed, rounds)
