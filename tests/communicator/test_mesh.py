@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
+from ranks import Ranks, device_mesh
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -102,7 +102,7 @@ def shares(dp: int, dp_size: int, sp: int, sp_size: int) -> tuple[Tensor, Tensor
 
 
 def data_by_sequence(communicator: DeviceCommunicatorBase, wrapper: str) -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    mesh = device_mesh((2, 2), ("dp", "sp"))
     sp = DeviceCommunicatorBase.from_mesh(mesh, "sp")
     assert (sp.world_size, sp.rank, sp.unique_name) == (2, mesh.get_local_rank("sp"), "sp")
     assert sp.ranks == [2 * mesh.get_local_rank("dp") + r for r in range(2)]
@@ -135,7 +135,7 @@ class Checkpointed(nn.Module):
 
 
 def checkpointed(communicator: DeviceCommunicatorBase, use_reentrant: bool) -> None:
-    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("dp", "sp"))
+    mesh = device_mesh((1, 4), ("dp", "sp"))
     sp = DeviceCommunicatorBase.from_mesh(mesh, "sp")
     model = DistributedDataParallel(make(sp))
     blocks = model.module
@@ -165,7 +165,7 @@ def test_a_moving_average_of_a_model_exchanges_with_the_same_ranks(ranks: Ranks)
 
 
 def ulysses_by_ring(communicator: DeviceCommunicatorBase) -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
+    mesh = device_mesh((2, 2), ("ring", "ulysses"))
     ring, ulysses = (DeviceCommunicatorBase.from_mesh(mesh, name) for name in mesh.mesh_dim_names)
     model = DistributedDataParallel(make(ulysses, ring))
     # The ulysses ranks of one ring rank hold neighbouring parts of the sequence.
@@ -179,7 +179,7 @@ def test_a_step_of_ulysses_by_ring_is_that_of_one_process(ranks: Ranks):
 
 def passed_round(communicator: DeviceCommunicatorBase) -> None:
     """Ring attention proper: keys and values go round with send and recv, softmax is merged."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
+    mesh = device_mesh((2, 2), ("ring", "ulysses"))
     ring, ulysses = (DeviceCommunicatorBase.from_mesh(mesh, name) for name in mesh.mesh_dim_names)
     generator = torch.Generator().manual_seed(5)
     shape = (3, BATCH, SEQUENCE, HEADS, HEAD_DIM)
@@ -214,7 +214,7 @@ def groups_and_meshes(communicator: DeviceCommunicatorBase) -> None:
     line = init_device_mesh("cpu", (4,))
     whole = DeviceCommunicatorBase.from_mesh(line)
     assert (whole.world_size, whole.unique_name, whole.device.type) == (4, "", "cpu")
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    mesh = device_mesh((2, 2), ("dp", "sp"))
     by_number = DeviceCommunicatorBase.from_mesh(mesh, 1, unique_name="mine")
     assert by_number.device_group is mesh.get_group("sp")
     assert by_number.unique_name == "mine"

@@ -9,7 +9,7 @@ fails the test with its own traceback, and the next job gets new processes.
 from __future__ import annotations
 
 import datetime
-import gc
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastvideo_comm import DeviceCommunicatorBase
 
@@ -38,6 +39,12 @@ class RankError(Exception):
 
 # How a communicator moves tensors: `memory=` of each.
 WAYS = {"messages": "off", "memory": "on"}
+
+
+@functools.cache
+def device_mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    """The mesh of the CPU ranks; made once, because a gloo group wakes up 100 times a second."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
 class Ranks:
@@ -150,13 +157,11 @@ def _work(rank: int, folder: str, connection: multiprocessing.connection.Connect
         "gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=GROUP_TIMEOUT
     )
     communicators: dict[tuple[tuple[int, ...], str], DeviceCommunicatorBase] = {}
-    own_groups = set(dist.distributed_c10d._world.pg_map)
 
     def communicator(members: tuple[int, ...], way: str) -> DeviceCommunicatorBase:
         """The members make their group when a job first needs it; the other ranks do not wait."""
         if (members, way) not in communicators:
             group = dist.new_group(list(members), use_local_synchronization=True)
-            own_groups.add(group)
             for each, memory in WAYS.items():
                 communicators[members, each] = DeviceCommunicatorBase(
                     group, unique_name="test", memory=memory
@@ -175,16 +180,4 @@ def _work(rank: int, folder: str, connection: multiprocessing.connection.Connect
             answer = (False, job(communicator(members, way), *arguments))
         except BaseException:
             answer = (True, traceback.format_exc())
-        del job, arguments
-        _destroy_groups_but(own_groups)
         connection.send_bytes(pickle.dumps(answer))
-
-
-def _destroy_groups_but(own_groups: set[dist.ProcessGroup]) -> None:
-    """Ends the groups that a job made: the thread of a gloo group wakes up 100 times a second."""
-    made = [group for group in dist.distributed_c10d._world.pg_map if group not in own_groups]
-    for group in made:
-        dist.destroy_process_group(group)
-    if made:
-        made.clear()
-        gc.collect()  # a mesh, and a model that holds a communicator, hang in cycles

@@ -14,9 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers_models import MODELS, attention_with_lse, gradient_of_attention
-from ranks import Ranks
+from ranks import Ranks, device_mesh
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.integrations import diffusers
@@ -83,7 +82,7 @@ def differences(
         expected = trained_step(MODELS[family].make(num_heads), inputs)
 
         shape = (4 // ring // options["ulysses_degree"], ring, options["ulysses_degree"])
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "ring", "ulysses"))
+        mesh = device_mesh(shape, ("data", "ring", "ulysses"))
         model = MODELS[family].make(num_heads)
         original = DeviceCommunicatorBase.all_to_all_4D
         patch.setattr(
