@@ -196,6 +196,13 @@ def test_only_a_seal_that_is_told_to_keeps_its_buffer():
         assert is_opened(seal, ADDRESS, b"".join(parts)) != keeps_buffer
 
 
+def test_a_kept_buffer_serves_messages_of_any_length_after_each_other():
+    seal = MessageSeal(SECRET, "g", b"s", SealKind.GCM, keeps_buffer=True)
+    for number, more in enumerate((0, 1, 16, 17, 40, 3, 0)):  # a tag is 16 bytes
+        address, body = ADDRESS._replace(number=number), bytes([number]) * (100_000 + more)
+        assert bytes(seal.open(address, b"".join(seal.seal(address, [body])))) == body
+
+
 def test_the_kind_of_seal_is_chosen_by_what_is_asked_for_and_possible(monkeypatch):
     def choose(encryption, has_secret=True):
         return SealKind.choose(encryption, has_secret=has_secret)
