@@ -72,7 +72,7 @@ def link_key(secret: bytes | None, exchange: bytes) -> bytes | None:
 
 
 class HandshakeError(FrameError):
-    """A stranger stays one.
+    """The other side did not prove that it belongs to the group.
 
     Attributes:
         last_words: What it is still sent, so that it can tell its user why.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from stateless_proxy import Proxy
@@ -18,8 +19,11 @@ from fastvideo_comm.object_channel.settings import RUN_VARIABLE, SECRET_VARIABLE
 from fastvideo_comm.object_channel.store_handshake import (
     ANSWER_BYTES,
     PROOF_BYTES,
+    SESSION_BYTES,
+    ServerHandshake,
     make_hello,
     make_proof,
+    shake_hands,
 )
 from fastvideo_comm.stateless import StatelessProcessGroup
 
@@ -89,6 +93,21 @@ def test_a_stranger_gets_nothing_that_depends_on_the_secret():
             assert len(answer) == ANSWER_BYTES  # magic, version, flag, nonce, session
             assert rest == bytes(PROOF_BYTES)
         forming.finish(1)
+
+
+def test_the_key_of_a_connection_is_nothing_that_travelled():
+    store, travelled = ServerHandshake(SECRET, bytes(SESSION_BYTES)), b""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ThreadPoolExecutor(1) as threads:
+        rank = threads.submit(shake_hands, ours, SECRET, time.monotonic() + 10)
+        while not store.is_done:
+            data = theirs.recv(store.num_missing)
+            answer = store.feed(data)
+            theirs.sendall(answer)
+            travelled += data + answer
+        assert rank.result()[0] == store.key
+    assert len(store.key) == PROOF_BYTES
+    assert store.key not in travelled
 
 
 # Which run it is for
