@@ -43,12 +43,6 @@ def run_on_duals(function: Any, group: AnyGroup, arguments: Sequence[Any]) -> An
     """In compiled code: the output of a Function, which is dual where an argument is."""
     values, tangents, is_dual = _apart(arguments)
     if not is_dual:
-        if _LEAVES_OUT_TANGENTS and not _functorch_is_active():
-            raise RuntimeError(
-                "an op of a communicator must get a tensor with a tangent in compiled code inside "
-                f"forward_ad.dual_level, got none: torch {torch.__version__} leaves out the "
-                "tangents of what compiled code is given; make the dual tensors inside it"
-            )
         return (function.apply if requires_grad(values) else function.forward)(group, *values)
     # A gradient of the values alone would make the tangents' gradient too, of zeros.
     if isinstance(values[0], Splits) and not requires_grad((*values, *tangents)):
@@ -159,6 +153,18 @@ def requires_grad(arguments: Sequence[Any]) -> bool:
             if isinstance(argument, Tensor) and argument.requires_grad:
                 return True
     return False
+
+
+def check_tangents(arguments: Sequence[Any]) -> None:
+    """Raises where compiled code may have been given tangents that torch leaves out."""
+    if forward_ad._current_level < 0 or not _LEAVES_OUT_TANGENTS or _functorch_is_active():
+        return
+    if not _apart(arguments)[2]:
+        raise RuntimeError(
+            "an op of a communicator must get a tensor with a tangent in compiled code inside "
+            f"forward_ad.dual_level, got none: torch {torch.__version__} leaves out the tangents "
+            "of what compiled code is given; make the dual tensors inside it"
+        )
 
 
 def check_transforms(arguments: Sequence[Any], *, is_forward: bool) -> None:
