@@ -119,7 +119,8 @@ def ulysses_attention(
             key heads as in torch's `enable_gqa`, and returns `[B, S, h, E]`; with joint tokens, of
             S + T tokens. The tokens, and so masks and positions, stand in the order of ranks, the
             joint ones last. It is called for each stage of a pipeline, and not called where a rank
-            has no heads. None: torch's `scaled_dot_product_attention`.
+            has no heads: where there is such a rank, the result has the dtype of `value`, or that
+            of autocast. None: torch's `scaled_dot_product_attention`.
         joint: query `[B, T, H, D]`, key `[B, T, K, D]` and value `[B, T, K, E]` of tokens that are
             the same on every rank.
         pipeline: in how many stages the heads of a rank travel: while one is computed, the next and
@@ -271,7 +272,11 @@ class _Layer:
             # A rank without heads sends nothing, but its gradients take the same exchanges as
             # those of the others. The product saves a tensor, as an attention does: a checkpoint
             # recomputes as far as the last of these, which must be as far on every rank.
-            return value[:, :, :0] * (1 + query.sum() + key[:, :, :0].sum())
+            nothing = value[:, :, :0] * (1 + query.sum() + key[:, :, :0].sum())
+            device = value.device.type
+            if torch.is_autocast_enabled(device):  # what the others compute has its dtype
+                return nothing.to(torch.get_autocast_dtype(device))
+            return nothing
         attended = self.attention(query, key, value)
         is_tensor = isinstance(attended, Tensor)
         if not is_tensor or attended.dim() != 4 or attended.shape[:3] != query.shape[:3]:

@@ -1,26 +1,79 @@
-"""Forward mode in compiled code, where torch traces no autograd Function that has a `jvp`.
+"""Forward mode: the values and the tangents of dual tensors, taken apart, run and put together.
 
-There the values and the tangents are taken out of the dual tensors, exchanged, and put together
-again: all of it stands in the graph. What torch would compile to another call is refused.
+An exchange sends the values and the tangents in one call. In compiled code all of it stands in the
+graph, because torch traces no autograd Function that has a `jvp`; what torch would compile to
+another call is refused. In eager code this is done for one `torch.func.jvp`, or one
+`forward_ad.dual_level`, alone: torch's own way through the `jvp` of a Function, which several
+transforms take, costs milliseconds, and there the values travel before the tangents are known.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from .collective.group import AnyGroup
+from .collective.layout import Splits
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
 _LEAVES_OUT_TANGENTS = torch.__version__ < "2.15"  # later ones raise an error
 
 
+class Arrived(NamedTuple):
+    """An exchange that has taken place, and is still to be recorded by autograd.
+
+    Attributes:
+        splits: what was traded.
+        outputs: what arrived; it is taken away when it is recorded.
+        of: "values" or "tangents".
+    """
+
+    splits: Splits
+    outputs: list[Tensor]
+    of: str
+
+
 def run_on_duals(function: Any, group: AnyGroup, arguments: Sequence[Any]) -> Any:
-    """The output of a Function, of arguments that may be dual tensors; then it is dual too."""
+    """In compiled code: the output of a Function, which is dual where an argument is."""
+    values, tangents, is_dual = _apart(arguments)
+    if not is_dual:
+        return (function.apply if requires_grad(values) else function.forward)(group, *values)
+    # A gradient of the values alone would make the tangents' gradient too, of zeros.
+    if isinstance(values[0], Splits) and not requires_grad((*values, *tangents)):
+        return _together(*_exchanged(function, group, values, tangents))
+    return _together(*_one_after_the_other(function, group, values, tangents))
+
+
+def run_on_eager_duals(function: Any, group: AnyGroup, arguments: Sequence[Any]) -> Any:
+    """In eager code: as `run_on_duals`; NotImplemented where torch's way must be taken."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if len(stack) > 1 or (stack and stack[0].key().name != "Jvp"):
+        return NotImplemented
+    values, tangents, is_dual = _apart(arguments)
+    if not is_dual:
+        return NotImplemented
+    below: Any = contextlib.nullcontext()
+    if stack:
+        level = stack[0].level()
+        values = [_below(value, level) for value in values]
+        tangents = [_below(tangent, level) for tangent in tangents]
+        below = retrieve_current_functorch_interpreter().lower()
+    with below, forward_ad._set_fwd_grad_enabled(False):
+        if isinstance(values[0], Splits):
+            outputs, derivatives = _exchanged(function, group, values, tangents)
+        else:
+            outputs, derivatives = _one_after_the_other(function.eager, group, values, tangents)
+    return _together(outputs, derivatives)
+
+
+def _apart(arguments: Sequence[Any]) -> tuple[list[Any], list[Any], bool]:
+    """The values, their tangents, zeros where a tensor has none, and whether one has a tangent."""
     values: list[Any] = []
     tangents: list[Any] = []
     is_dual = False
@@ -31,25 +84,45 @@ def run_on_duals(function: Any, group: AnyGroup, arguments: Sequence[Any]) -> An
             is_dual = is_dual or tangent is not None
         values.append(value)
         tangents.append(tangent)
-    run_values = function.apply if requires_grad(values) else function.forward
-    outputs = run_values(group, *values)
-    if not is_dual:
-        if _LEAVES_OUT_TANGENTS and not _functorch_is_active():
-            raise RuntimeError(
-                "an op of a communicator must get a tensor with a tangent in compiled code inside "
-                f"forward_ad.dual_level, got none: torch {torch.__version__} leaves out the "
-                "tangents of what compiled code is given; make the dual tensors inside it"
-            )
-        return outputs
-    for index, (value, tangent) in enumerate(zip(values, tangents, strict=True)):
-        if isinstance(value, Tensor) and tangent is None:
-            tangents[index] = torch.zeros_like(value)
+    if is_dual:
+        for index, (value, tangent) in enumerate(zip(values, tangents, strict=True)):
+            if isinstance(value, Tensor) and tangent is None:
+                tangents[index] = torch.zeros_like(value)
+    return values, tangents, is_dual
+
+
+def _one_after_the_other(
+    function: Any, group: AnyGroup, values: Sequence[Any], tangents: Sequence[Any]
+) -> tuple[Any, Any]:
+    """The outputs of a Function and their tangents."""
+    outputs = (function.apply if requires_grad(values) else function.forward)(group, *values)
     context = _Context()
     function.setup_context(context, (group, *values), outputs)
-    derivatives = function.tangent(context, None, *tangents)
-    if isinstance(outputs, Tensor):
-        return _dual(outputs, derivatives)
-    return tuple(_dual(*pair) for pair in zip(outputs, derivatives, strict=True))
+    return outputs, function.tangent(context, None, *tangents)
+
+
+def _exchanged(
+    function: Any, group: AnyGroup, values: Sequence[Any], tangents: Sequence[Any]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The same of `AllToAll`, in one call; each of the two has a gradient of its own."""
+    splits = values[0]
+    both = [value.detach() for value in (*values[1:], *tangents[1:])]
+    arrived = function.forward(group, splits.with_tangents(), *both)
+    count = len(values) - 1
+    found = [arrived[:count], arrived[count:]]
+    for index, (inputs, of) in enumerate(((values, "values"), (tangents, "tangents"))):
+        if requires_grad(inputs):
+            exact = splits.exact() if index else splits
+            exchange = Arrived(exact, list(found[index]), of)
+            found[index] = function.arrived.apply(group, exchange, *inputs[1:])
+    return found[0], found[1]
+
+
+def _together(values: Any, tangents: Any) -> Any:
+    """The dual tensors of both."""
+    if isinstance(values, Tensor):
+        return _dual(values, tangents)
+    return tuple([_dual(*pair) for pair in zip(values, tangents, strict=True)])
 
 
 def _dual(value: Tensor, tangent: Tensor) -> Tensor:
@@ -82,6 +155,18 @@ def requires_grad(arguments: Sequence[Any]) -> bool:
     return False
 
 
+def check_tangents(arguments: Sequence[Any]) -> None:
+    """Raises where compiled code may have been given tangents that torch leaves out."""
+    if forward_ad._current_level < 0 or not _LEAVES_OUT_TANGENTS or _functorch_is_active():
+        return
+    if not _apart(arguments)[2]:
+        raise RuntimeError(
+            "an op of a communicator must get a tensor with a tangent in compiled code inside "
+            f"forward_ad.dual_level, got none: torch {torch.__version__} leaves out the tangents "
+            "of what compiled code is given; make the dual tensors inside it"
+        )
+
+
 def check_transforms(arguments: Sequence[Any], *, is_forward: bool) -> None:
     """Raises where torch would compile a call to another one without an error."""
     transforms = _transforms()
@@ -96,7 +181,7 @@ def check_transforms(arguments: Sequence[Any], *, is_forward: bool) -> None:
             "outside compiled code"
         )
     # Inside torch.func.jvp torch does not see that autograd records, and leaves out our backward.
-    if requires_grad([_below(argument) for argument in arguments]):
+    if requires_grad([_below(argument, 1) for argument in arguments]):
         raise RuntimeError(
             "an op of a communicator must not be recorded by autograd inside torch.func.jvp in "
             "compiled code: make the dual tensors with torch.autograd.forward_ad there, or call "
@@ -104,10 +189,10 @@ def check_transforms(arguments: Sequence[Any], *, is_forward: bool) -> None:
         )
 
 
-def _below(argument: Any) -> Any:
-    """What the one transform around a call wraps."""
+def _below(argument: Any, level: int) -> Any:
+    """What the transform of this level, the innermost one, wraps."""
     is_tensor = isinstance(argument, Tensor)
-    return torch._C._functorch._unwrap_for_grad(argument, 1) if is_tensor else argument
+    return torch._C._functorch._unwrap_for_grad(argument, level) if is_tensor else argument
 
 
 def _transforms() -> tuple[str, ...]:

@@ -381,12 +381,12 @@ def _part_of_extreme(group: AnyGroup, input_: Tensor, output: Tensor) -> Tensor:
     """1 / (number of ranks that hold the extreme) on those ranks, 0 on the others."""
     holds = (input_ == output) | (input_.isnan() & output.isnan())
     part = holds.detach().to(input_.dtype)
-    count: Tensor = run(AllReduce, group, part, "sum", False)
+    count: Tensor = along(AllReduce, group, part, "sum", False)
     return part / count
 
 
 def _product_of_others(group: AnyGroup, input_: Tensor) -> Tensor:
     """The product over the other ranks, without division, so that zeros are correct."""
-    gathered = run(AllGather, group, input_[None], Split(0))
+    gathered = along(AllGather, group, input_[None], Split(0))
     rank = group.rank()
     return torch.cat((gathered[:rank], gathered[rank + 1 :])).prod(0)

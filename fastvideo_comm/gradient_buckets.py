@@ -32,7 +32,8 @@ def checked_parameters(parameters: Tensor | Iterable[Tensor], device: torch.devi
     """The parameters, each once.
 
     Raises:
-        ValueError: none, on another device, or a gradient that shares memory with itself.
+        ValueError: none, on another device, a gradient that shares memory with itself, or that two
+            parameters have.
         TypeError: no tensor, a DTensor, or a gradient that is sparse or has a dtype that backends
             do not add.
     """
@@ -52,7 +53,17 @@ def checked_parameters(parameters: Tensor | Iterable[Tensor], device: torch.devi
         for tensor in (parameter, parameter.grad):
             if tensor is not None:
                 _check(tensor, f"parameter {index} of shape {list(parameter.shape)}", device)
-    return list({id(parameter): parameter for parameter in given}.values())
+    parameters = list({id(parameter): parameter for parameter in given}.values())
+    holders: dict[int, int] = {}
+    for index, parameter in enumerate(parameters):
+        if parameter.grad is not None:
+            holder = holders.setdefault(id(parameter.grad), index)
+            if holder != index:  # it would be added up twice
+                raise ValueError(
+                    "parameters must have a gradient tensor each, got one tensor for two different "
+                    f"ones of shape {list(parameter.shape)}"
+                )
+    return parameters
 
 
 def _check(tensor: Tensor, name: str, device: torch.device) -> None:

@@ -19,14 +19,13 @@ from . import functions
 from .collective import memory, validation
 from .collective.group import Group
 from .collective.layout import Split, Splits
-from .collective.route import route, route_of_pair, traced_form
+from .collective.route import is_recording, route, route_of_pair, traced_form
 from .errors import ClosedError, CommunicationError
+from .forward_mode import check_tangents
 from .gradient_buckets import agreed_gradients
 from .handle import AsyncHandle
 from .profiling import Stats, span
 from .recording import AsyncExchange, run
-
-_PROXIES = torch._C._TorchDispatchModeKey.PROXY
 
 
 class OpRunner:
@@ -87,14 +86,9 @@ class OpCall:
 
     def __enter__(self) -> OpCall:
         """Starts to count, unless the call is traced: a graph must not depend on counters."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_recording():
             self._is_traced = True
         else:
-            if torch._C._get_dispatch_mode(_PROXIES) is not None:
-                raise RuntimeError(
-                    f"{self.op} must not be recorded by make_fx, as torch.func.linearize does: the "
-                    "graph would not hold what the other ranks write; use torch.func.jvp"
-                )
             self._span = span(self.op, self._runner.group.name)
             self._span.__enter__()
             self._begin = perf_counter()
@@ -137,7 +131,7 @@ class OpCall:
         """For ops that a compiler would move, or leave out: they have no result in the graph."""
         if self._is_traced:
             raise ValueError(
-                f"{self.op} must be called outside compiled code, got a call that is compiled"
+                f"{self.op} must be called outside compiled code and make_fx, got a call inside"
             )
 
     def check_open(self) -> None:
@@ -167,7 +161,9 @@ class OpCall:
     def sizes_of_all_ranks(self, sizes: list[int]) -> list[list[int]]:
         """Returns, for each of this rank's sizes, the size on every rank; not in compiled code."""
         if self._is_traced:
-            raise ValueError("gather_sizes must be given where a call is compiled, got 'auto'")
+            raise ValueError(
+                "gather_sizes must be given where a call is compiled or recorded, got 'auto'"
+            )
         return self._runner.numbers_of_all_ranks(sizes)
 
     def gradients_of(self, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -192,8 +188,11 @@ class OpCall:
         group = self._runner.group
         if group.size() == 1:
             return alone
-        taken = traced_form(group) if self._is_traced else group
-        return run(function, taken, *arguments)
+        if self._is_traced:
+            if torch.compiler.is_compiling():
+                check_tangents(arguments)
+            return run(function, traced_form(group), *arguments)
+        return run(function, group, *arguments)
 
     def start(self, splits: Splits, inputs: Sequence[Tensor], *, packed: bool) -> AsyncHandle[Any]:
         """Starts an exchange; the handle gives its outputs, as a tuple if `packed`."""

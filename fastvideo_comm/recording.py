@@ -12,43 +12,67 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .collective.group import AnyGroup, Group
+from .collective.group import AnyGroup, Group, RecordedGroup
 from .collective.layout import Split, Splits
 from .collective.quantised import Work
-from .forward_mode import check_transforms, refuse_vmap, requires_grad, run_on_duals
+from .forward_mode import (
+    Arrived,
+    check_transforms,
+    refuse_vmap,
+    requires_grad,
+    run_on_duals,
+    run_on_eager_duals,
+)
+from .make_fx import recorded
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
 
 
-def run(function: Any, group: AnyGroup, *arguments: Any) -> Any:
+def run(function: Any, group: AnyGroup | RecordedGroup, *arguments: Any) -> Any:
     """The output of a Function, which autograd records where somebody differentiates.
 
     Its bookkeeping is a third of a tiny call. And without a gradient to record, torch 2.13 cannot
     trace a Function of a variable number of tensors.
     """
-    is_eager = isinstance(group, Group)  # a compiled graph holds no `Group`
     is_forward = forward_ad._current_level >= 0
-    if not is_eager:
-        if _functorch_is_active():
-            check_transforms(arguments, is_forward=is_forward)
+    if isinstance(group, Group):  # eager code
         if is_forward:
-            return run_on_duals(function, group, arguments)
-    is_recorded = is_eager and (is_forward or _functorch_is_active())
-    if is_recorded or requires_grad(arguments):
-        return (function.eager if is_eager else function).apply(group, *arguments)
-    return function.forward(group, *arguments)
+            is_forward = torch._C._is_fwd_grad_enabled()
+            if is_forward and not isinstance(arguments[0], AsyncExchange):
+                outputs = run_on_eager_duals(function, group, arguments)
+                if outputs is not NotImplemented:
+                    return outputs
+        if is_forward or _functorch_is_active() or requires_grad(arguments):
+            return function.eager.apply(group, *arguments)
+        return function.forward(group, *arguments)
+    if isinstance(group, RecordedGroup):
+        form = function.eager.recorded
+        is_watched = is_forward or _functorch_is_active() or requires_grad(arguments)
+        return (form.apply if is_watched else form.forward)(group, *arguments)
+    if _functorch_is_active():
+        check_transforms(arguments, is_forward=is_forward)
+    if is_forward:
+        return run_on_duals(function, group, arguments)
+    return (function.apply if requires_grad(arguments) else function.forward)(group, *arguments)
 
 
-def along(function: Any, group: AnyGroup, *arguments: Any) -> Any:
-    """As `run`, for tangents; many of them, as `torch.func.jacfwd` gives them, travel together."""
-    return run(function.along if isinstance(group, Group) else function, group, *arguments)
+def along(function: Any, group: AnyGroup | RecordedGroup, *arguments: Any) -> Any:
+    """As `run`, for tangents; many of them, as `torch.func.jacfwd` gives them, travel together.
+
+    In compiled code there is one transform of forward mode, whose tangents have no tangents.
+    """
+    if isinstance(group, Group | RecordedGroup):
+        return run(function.along, group, *arguments)
+    return (function.apply if requires_grad(arguments) else function.forward)(group, *arguments)
 
 
 def op(function: Any) -> Any:
     """Gives a Function its forms for eager code, which have forward mode, and say what vmap does.
 
     `eager` refuses vmap. `along` takes tangents, of which vmap may give many. Both are forms of
-    their own, because torch.compile traces no Function that has a `jvp` or a `vmap`.
+    their own, because torch.compile traces no Function that has a `jvp` or a `vmap`. `arrived`
+    records an exchange that has taken place, and has the gradient that the exchange has. Each of
+    the first two has a form `recorded` for make_fx.
     """
 
     def of_many(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -65,7 +89,31 @@ def op(function: Any) -> Any:
     function.eager = form(refuse_vmap)
     function.along = form(of_many)
     function.along.eager = function.along
+    function.arrived = _arrived(function)
+    for each in (function.eager, function.along):
+        each.recorded = recorded(each)
     return function
+
+
+def _arrived(function: Any) -> Any:
+    """The form of `AllToAll` that takes an `Arrived` in the place of its splits."""
+
+    def forward(_: AnyGroup, exchange: Arrived, *__: Tensor) -> tuple[Tensor, ...]:
+        outputs = tuple(exchange.outputs)
+        exchange.outputs.clear()  # else the output would hold itself
+        return outputs
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _: tuple[Tensor, ...]) -> None:
+        ctx.group, ctx.exchange = inputs[:2]
+        ctx.call = last_call(ctx.group)
+
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        splits, _, of = ctx.exchange
+        before_backward_of_exchange(ctx.group, gradients, splits, of_call=ctx.call, of=of)
+        return None, None, *run(function, ctx.group, splits.reverse(), *gradients)
+
+    methods = {each.__name__: staticmethod(each) for each in (forward, setup_context, backward)}
+    return type(function)(function.__name__, (function,), methods)
 
 
 def _of_many(
@@ -137,6 +185,7 @@ def before_backward_of_exchange(
     *,
     of_call: int | None,
     async_op: bool | None = None,
+    of: str | None = None,
 ) -> None:
     """`before_backward` for the way back of an exchange."""
     sizes = [split.sizes for split in splits.scatter]
@@ -148,6 +197,7 @@ def before_backward_of_exchange(
         uneven_dim=dims[0] if uneven else None,
         scatter_sizes=sizes if uneven else None,
         async_op=async_op,
+        of=of,
         wire_dtype=splits.wire.gradient.dtypes if splits.wire and splits.wire.gradient else None,
     )
 

@@ -23,6 +23,7 @@ IMPLEMENTATION_VARIABLE = "FASTVIDEO_COMM_IMPL"
 SMALL_COPY_BYTES = 1 << 20
 _IMPLEMENTATIONS = get_args(Implementation)
 _TRITON_DEVICES = ("cuda", "xpu")
+_PROXIES = torch._C._TorchDispatchModeKey.PROXY  # of make_fx
 # Only looks for triton: an import takes long, and copies on the CPU do not need it.
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -74,7 +75,7 @@ def copy_valid_(dst: Tensor, src: Tensor, *, impl: Implementation = "auto") -> T
 
 
 def contiguous_copy(src: Tensor) -> Tensor:
-    """Copies the elements of a view into new contiguous memory; torch.compile can trace it.
+    """Copies the elements of a view into new contiguous memory; a compiler or make_fx can trace it.
 
     Example:
         >>> import torch
@@ -82,7 +83,7 @@ def contiguous_copy(src: Tensor) -> Tensor:
         tensor([[0, 2],
                 [1, 3]])
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_PROXIES) is not None:
         return src.clone(memory_format=torch.contiguous_format)
     return copy_valid_(src.new_empty(src.shape), src)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..diagnosis import Diagnosis, Validate
 from ..diagnosis.board import group_timeout
@@ -160,6 +161,8 @@ class Group:
             By memory, an op that `sends` nothing is compared in a call of its own: the facts for
             that call. Otherwise None.
         """
+        if forward_ad._current_level >= 0:
+            named["tangents"] = _has_tangents(tensors)
         if self.memory is None:
             if self.diagnosis is not None:
                 self.last_call = self.diagnosis.before(op, tensors, arguments, **named)
@@ -188,6 +191,8 @@ class Group:
         ranks might begin with different ones, and their gradients would be exchanged for each
         other.
         """
+        if forward_ad._current_level >= 0:
+            named["tangents"] = _has_tangents(gradients)
         if self.memory is not None:
             self._asked_of = of_call
             self._asked = facts_of(f"{op} backward", gradients, arguments, **named)
@@ -230,6 +235,12 @@ class Group:
         return call
 
 
+def _has_tangents(tensors: Tensor | Sequence[Tensor]) -> bool | None:
+    """Whether a call takes tangents too, which the ranks compare; None: it does not."""
+    given = (tensors,) if isinstance(tensors, Tensor) else tensors
+    return any(forward_ad.unpack_dual(each).tangent is not None for each in given) or None
+
+
 class OperatorGroup(NamedTuple):
     """The form of a group with connected memory that compiled code holds."""
 
@@ -243,6 +254,21 @@ class OperatorGroup(NamedTuple):
     def size(self) -> int:
         """P, the number of ranks in the group."""
         return self.process_group.size()
+
+
+class RecordedGroup(NamedTuple):
+    """The two forms of a group that a call has which make_fx records."""
+
+    group: Group
+    traced: dist.ProcessGroup | OperatorGroup
+
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return self.group.rank()
+
+    def size(self) -> int:
+        """P, the number of ranks in the group."""
+        return self.group.size()
 
 
 AnyGroup: TypeAlias = "dist.ProcessGroup | OperatorGroup | Group"

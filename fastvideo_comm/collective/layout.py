@@ -198,6 +198,21 @@ class Splits(NamedTuple):
         """Returns the same exchange of tensors that travel as they are."""
         return self if self.wire is None else Splits(self.scatter, self.gather)
 
+    def of(self, which: Sequence[int]) -> Splits:
+        """Returns the same exchange of some of the tensors alone."""
+        wire = self.wire
+        if wire is not None:
+            wire = wire._replace(dtypes=tuple([wire.dtypes[each] for each in which]))
+        scatter, gather = ([parts[each] for each in which] for parts in self[:2])
+        return Splits(tuple(scatter), tuple(gather), wire)
+
+    def with_tangents(self) -> Splits:
+        """Returns the same exchange of the tensors and, behind them, of a tangent of each."""
+        wire = self.wire
+        if wire is not None:
+            wire = wire._replace(dtypes=wire.dtypes + (None,) * len(wire.dtypes))
+        return Splits(self.scatter * 2, self.gather * 2, wire)
+
     @staticmethod
     def output_shape(
         shape: Sequence[int], scatter: Split, gather: Split, rank: int, world_size: int

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..kernels import dequantise_, quantise_
 from . import traced
-from .group import AnyGroup
+from .group import AnyGroup, Group
 from .layout import SEQUENCE_TO_HEADS, Split, Splits, message_view
 from .wire import WireFormat
 
@@ -126,7 +126,7 @@ def _encode(
                 device=tensor.device,
             )
         is_even = Splits((scatter,), (gather,)).is_even
-        if is_even and tensor.numel() and not torch.compiler.is_compiling():
+        if is_even and tensor.numel() and isinstance(group, Group):
             encoded.append(_as_message(tensor, dtype, seeds, scatter.dim, gather.dim, group.size()))
         else:
             encoded.append(_as_two_tensors(way, tensor, dtype, seeds, scatter, gather))

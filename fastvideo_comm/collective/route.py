@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from . import memory, messages, operator, traced
-from .group import MEMORY_MODES, AnyGroup, Group, MemoryMode, OperatorGroup
+from .group import MEMORY_MODES, AnyGroup, Group, MemoryMode, OperatorGroup, RecordedGroup
 
 MEMORY_VARIABLE = "FASTVIDEO_COMM_MEMORY"
+_PROXIES = torch._C._TorchDispatchModeKey.PROXY
 
 
 def memory_mode(
@@ -46,8 +47,8 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
 
     The module is one of these:
 
-    - `traced` in compiled code: there the compiler plans copies and buffers.
-    - `operator` in compiled code of a communicator that has connected memory. The first eager call
+    - `traced` in code that is compiled or recorded: there the compiler plans copies and buffers.
+    - `operator` in such code of a communicator that has connected memory. The first eager call
       connects it.
     - `memory` if the ranks of a communicator can write into each other's memory, for every size: it
       is the fastest at every size that was measured (bench/NOTES.md, "Exchange by memory").
@@ -57,8 +58,8 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
         >>> way, group = route(group)  # doctest: +SKIP
         >>> output = way.all_gather(group, input_, split)  # doctest: +SKIP
     """
-    if not isinstance(group, Group):  # which a compiled graph never holds
-        if torch.compiler.is_compiling():
+    if not isinstance(group, Group):  # which a graph never holds
+        if torch.compiler.is_compiling() or is_recording():
             return (operator if isinstance(group, OperatorGroup) else traced), group
         if isinstance(group, OperatorGroup):  # compiled code runs eagerly, as in a debugger
             group = group.process_group
@@ -70,11 +71,17 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
     return memory, group
 
 
-def traced_form(group: Group) -> ProcessGroup | OperatorGroup:
-    """Returns the form of a group that compiled code holds."""
-    if group.memory is None:
-        return group.process_group
-    return OperatorGroup(group.process_group, group.operator_name)
+def traced_form(group: Group) -> ProcessGroup | OperatorGroup | RecordedGroup:
+    """Returns the form of a group that compiled or recorded code holds."""
+    traced_: ProcessGroup | OperatorGroup = group.process_group
+    if group.memory is not None:
+        traced_ = OperatorGroup(group.process_group, group.operator_name)
+    return traced_ if torch.compiler.is_compiling() else RecordedGroup(group, traced_)
+
+
+def is_recording() -> bool:
+    """Whether make_fx records what runs, as for `torch.func.linearize`."""
+    return torch._C._get_dispatch_mode(_PROXIES) is not None
 
 
 def route_of_pair(group: Group) -> ModuleType:

@@ -120,13 +120,19 @@ def compiled(communicator: DeviceCommunicatorBase, case: Case, backend: str) -> 
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("case", SOME, ids=str)
-def test_compiled_it_is_one_graph_and_equal(ranks: Ranks, case: Case):
-    ranks.run(3, compiled, case, "aot_eager")
-
-
-def test_compiled_to_code_it_is_equal(ranks: Ranks):
-    ranks.run(2, compiled, SOME[3], "inductor")
+# One way each: what a case adds to a graph is the same on both.
+@pytest.mark.parametrize(
+    ("case", "size", "backend", "way"),
+    [
+        (SOME[0], 2, "aot_eager", "messages"),
+        (SOME[1], 3, "aot_eager", "memory"),
+        (SOME[2], 3, "aot_eager", "messages"),
+        (SOME[3], 3, "inductor", "memory"),
+    ],
+    ids=str,
+)
+def test_compiled_it_is_one_graph_and_equal(ranks: Ranks, case: Case, size, backend, way):
+    ranks.run(size, compiled, case, backend, ways=(way,))
 
 
 def growing(communicator: DeviceCommunicatorBase) -> None:

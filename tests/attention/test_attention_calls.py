@@ -12,6 +12,7 @@ from attention_case import attend
 from ranks import Ranks
 from torch import Tensor
 from torch._dynamo.exc import Unsupported
+from torch.nn.functional import scaled_dot_product_attention
 
 from fastvideo_comm import DeviceCommunicatorBase, ulysses_attention
 
@@ -311,3 +312,21 @@ def alone(communicator: DeviceCommunicatorBase) -> None:
 
 def test_one_rank_computes_its_own_tensors_at_once(ranks: Ranks):
     ranks.run(1, alone)
+
+
+def autocast(communicator: DeviceCommunicatorBase) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.rand(3, 1, 8, 2, 4, generator=generator, requires_grad=True)
+    q, k, v = whole.chunk(4, 2)[communicator.rank]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ulysses_attention(communicator, q, k, v)
+        expected = scaled_dot_product_attention(*whole.transpose(2, 3)).transpose(1, 2)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    mine = expected.chunk(4, 1)[communicator.rank]
+    # The same numbers in bfloat16; a kernel may add over fewer heads in another order.
+    torch.testing.assert_close(out, mine, rtol=2**-7, atol=2**-7)
+    out.sum().backward()
+
+
+def test_ranks_without_heads_send_what_autocast_makes_on_the_others(ranks: Ranks):
+    ranks.run(4, autocast)

@@ -262,16 +262,6 @@ def test_vmap_is_refused_and_what_nobody_differentiates_is_not_recorded(ranks: R
     ranks.run(2, watched_by_others, op)
 
 
-def linearized(communicator: DeviceCommunicatorBase) -> None:
-    for op in (communicator.all_gather, communicator.all_reduce, communicator.all_to_all_4D):
-        with pytest.raises(RuntimeError, match="must not be recorded by make_fx"):
-            torch.func.linearize(op, torch.rand(1, 4, 4, 3))
-
-
-def test_what_a_recorded_graph_would_miss_is_refused(ranks: Ranks):
-    ranks.run(2, linearized)
-
-
 def written_in_place(communicator: DeviceCommunicatorBase, op: str) -> None:
     x = torch.rand(2, 4, 4, 3, requires_grad=True)
     output = OPS[op](communicator, x)

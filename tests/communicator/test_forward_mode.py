@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jvp
 
 from fastvideo_comm import DeviceCommunicatorBase, functions, ulysses_attention
+from fastvideo_comm.errors import MismatchError
 
 
 def of_rank(communicator: DeviceCommunicatorBase, number: int) -> tuple[Tensor, ...]:
@@ -39,24 +42,38 @@ def columns(communicator: DeviceCommunicatorBase, op: str) -> None:
         torch.testing.assert_close(column, expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("op", OF_SHAPE)
-@pytest.mark.parametrize("size", [1, 2, (0, 2, 3)])
+# What differs with the number of ranks is the same for the ops of a kind.
+@pytest.mark.parametrize(
+    ("size", "op"),
+    [
+        *[((0, 2, 3), op) for op in OF_SHAPE],
+        *[(size, op) for size in (1, 2) for op in ("all_to_all_4D grouped", "all_reduce product")],
+    ],
+)
 def test_jacfwd_gives_the_columns_of_jvp(ranks: Ranks, size, op):
     ranks.run(size, columns, op)
 
 
-def exchanged(communicator: DeviceCommunicatorBase) -> None:
-    (value,) = of_rank(communicator, 1)
-    sent: list[torch.Size] = []
+def exchanges_of(call: Callable[[], Any]) -> list[list[torch.Size]]:
+    """What each exchange of a call takes."""
+    taken: list[list[torch.Size]] = []
     forward = functions.AllToAll.forward
 
     def counting(group: Any, splits: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        sent.extend(each.shape for each in inputs)
+        taken.append([each.shape for each in inputs])
         return forward(group, splits, *inputs)
 
     with mock.patch.object(functions.AllToAll, "forward", staticmethod(counting)):
-        jacfwd(lambda scale: communicator.all_to_all_4D(value * scale.sum()))(torch.ones(5))
-    assert sent == [SHAPE, (5 * SHAPE[0], *SHAPE[1:])]
+        call()
+    return taken
+
+
+def exchanged(communicator: DeviceCommunicatorBase) -> None:
+    (value,) = of_rank(communicator, 1)
+    taken = exchanges_of(
+        lambda: jacfwd(lambda scale: communicator.all_to_all_4D(value * scale.sum()))(torch.ones(5))
+    )
+    assert taken == [[SHAPE], [(5 * SHAPE[0], *SHAPE[1:])]]
 
 
 def test_all_tangents_of_jacfwd_travel_in_one_exchange(ranks: Ranks):
@@ -147,18 +164,27 @@ def attended(
     torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize(("pipeline", "is_joint"), [(1, False), (2, True)])
 @pytest.mark.parametrize("size", [1, 2, (0, 1, 3)])
-def test_tangents_of_attention_are_those_of_one_process(
-    ranks: Ranks, size, pipeline, is_joint, is_compiled
+def test_tangents_of_attention_are_those_of_one_process(ranks: Ranks, size, pipeline, is_joint):
+    ranks.run(size, attended, pipeline, is_joint, False)
+
+
+# A graph of two ranks has all that a graph of three has, but two lengths of uneven heads.
+@pytest.mark.parametrize(
+    ("size", "pipeline", "is_joint", "way"), [(2, 2, True, "messages"), (3, 1, False, "memory")]
+)
+def test_compiled_tangents_of_attention_are_those_of_one_process(
+    ranks: Ranks, size, pipeline, is_joint, way
 ):
-    ranks.run(size, attended, pipeline, is_joint, is_compiled)
+    ranks.run(size, attended, pipeline, is_joint, True, ways=(way,))
 
 
 Derivative = Callable[[Tensor, Tensor], tuple[tuple[Tensor, ...], ...]]
+# Strides make no other graph.
+STRIDED = ("all_to_all_4D strided", "all_to_all_4D batch of one", "all_to_all_4D back, one")
 OF_KIND = {
-    "exchanges": [op for op in OF_SHAPE if op.startswith("all_to_all")],
+    "exchanges": [op for op in OF_SHAPE if op.startswith("all_to_all") and op not in STRIDED],
     "gathers": [op for op in OF_SHAPE if op.startswith(("all_gather", "slice", "broadcast"))],
     "reductions": [op for op in OF_SHAPE if "reduce" in op],
     "some": ["all_to_all_4D grouped", "all_gather uneven", "all_reduce identity", "slice"],
@@ -182,7 +208,7 @@ def by_level(communicator: DeviceCommunicatorBase, ops: list[str]) -> Derivative
     return function
 
 
-def compiled(communicator: DeviceCommunicatorBase, kind: str) -> None:
+def compiled(communicator: DeviceCommunicatorBase, kind: str, backend: str) -> None:
     value, tangent = of_rank(communicator, 2)
     ops = OF_KIND[kind]
     expected = by_transform(communicator, ops)(value, tangent)
@@ -190,7 +216,7 @@ def compiled(communicator: DeviceCommunicatorBase, kind: str) -> None:
     for make, given in ((by_transform, value), (by_level, leaf)):
         torch._dynamo.reset()
         function = make(communicator, ops)
-        counter = CompileCounterWithBackend("aot_eager")
+        counter = CompileCounterWithBackend(backend)
         traced = torch.compile(function, backend=counter, fullgraph=True)
         for _ in range(2):
             outputs = traced(given, tangent)
@@ -208,12 +234,24 @@ def compiled(communicator: DeviceCommunicatorBase, kind: str) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
+# By memory the exchange alone is compiled to another operator.
 @pytest.mark.parametrize(
-    ("size", "kind"),
-    [(2, "exchanges"), (2, "gathers"), (2, "reductions"), (1, "some"), ((0, 2, 3), "some")],
+    ("size", "kind", "way"),
+    [
+        (2, "exchanges", "messages"),
+        (2, "exchanges", "memory"),
+        (2, "gathers", "messages"),
+        (2, "reductions", "messages"),
+        (1, "some", "messages"),
+        ((0, 2, 3), "some", "memory"),
+    ],
 )
-def test_compiled_tangents_and_their_gradients_are_those_of_eager(ranks: Ranks, size, kind):
-    ranks.run(size, compiled, kind)
+def test_compiled_tangents_and_their_gradients_are_those_of_eager(ranks: Ranks, size, kind, way):
+    ranks.run(size, compiled, kind, "aot_eager", ways=(way,))
+
+
+def test_tangents_compiled_to_code_are_those_of_eager(ranks: Ranks):
+    ranks.run(2, compiled, "some", "inductor", ways=("messages",))
 
 
 def refused(communicator: DeviceCommunicatorBase) -> None:
@@ -242,4 +280,87 @@ def refused(communicator: DeviceCommunicatorBase) -> None:
 
 
 def test_what_compiled_code_cannot_differentiate_is_refused(ranks: Ranks):
-    ranks.run(2, refused)
+    ranks.run(2, refused, ways=("messages",))
+
+
+def linearize(function: Callable[..., Any], *primals: Tensor) -> tuple[Any, Callable[..., Any]]:
+    """`torch.func.linearize`, without a warning of its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
+        both: tuple[Any, Callable[..., Any]] = torch.func.linearize(function, *primals)
+        return both
+
+
+def linearized(communicator: DeviceCommunicatorBase, kind: str) -> None:
+    value, *tangents = of_rank(communicator, 3)
+    # A helper of the tests, which make_fx cannot see.
+    ops = [op for op in OF_KIND[kind] if op != "broadcast's gradient"]
+
+    def apply(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(OF_SHAPE[op](communicator, x.sin()) for op in ops)
+
+    gradient = grad(lambda x: sum(y.double().square().sum() for y in apply(x)))
+    for function in (apply, gradient):
+        output, derivative = linearize(function, value)
+        for tangent in tangents:
+            expected = jvp(function, (value,), (tangent,))
+            # In fp64; the graph adds gradients in another order.
+            got = (output, derivative(tangent))
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["exchanges", "gathers", "reductions"])
+def test_linearize_gives_the_jvp_of_every_tangent(ranks: Ranks, kind):
+    ranks.run(2, linearized, kind)
+
+
+def linearized_attention(communicator: DeviceCommunicatorBase, pipeline: int) -> None:
+    query, key, value, tangent = (x[:, :4] for x in of_rank(communicator, 4))
+
+    def attended(x: Tensor) -> Tensor:
+        return ulysses_attention(communicator, x, key, value, attention, pipeline=pipeline)
+
+    derivative = linearize(attended, query)[1]
+    for along in (tangent, tangent.sin()):
+        expected = jvp(attended, (query,), (along,))[1]
+        torch.testing.assert_close(derivative(along), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_linearize_goes_through_attention(ranks: Ranks, pipeline):
+    ranks.run(2, linearized_attention, pipeline)
+
+
+def together(communicator: DeviceCommunicatorBase) -> None:
+    q, k, v, along = of_rank(communicator, 4)
+
+    def op(*x: Tensor) -> tuple[Tensor, ...]:
+        return communicator.all_to_all_4D(x)
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, along)
+        assert exchanges_of(lambda: op(dual, k, v)) == [[SHAPE] * 6]
+    leaf = q.clone().requires_grad_()
+    for first in (q, leaf):
+        assert exchanges_of(partial(jvp, op, (first,), (along,))) == [[SHAPE] * 2]
+    # A loss of the values alone sends no gradients of the tangents.
+    (value,), (tangent,) = jvp(op, (leaf,), (along.clone().requires_grad_(),))
+    losses = value.square().sum(), (value * tangent).sum()
+    for loss, count in zip(losses, (1, 2), strict=True):
+        assert exchanges_of(partial(loss.backward, retain_graph=True)) == [[value.shape]] * count
+
+
+def test_values_and_tangents_travel_in_one_exchange(ranks: Ranks):
+    ranks.run(2, together)
+
+
+def alone_with_a_tangent(communicator: DeviceCommunicatorBase) -> None:
+    x, along = of_rank(communicator, 2)
+    with forward_ad.dual_level():
+        given = forward_ad.make_dual(x, along) if communicator.rank else x
+        with pytest.raises(MismatchError, match="tangents=True"):
+            communicator.all_to_all_4D(given)
+
+
+def test_a_tangent_on_some_ranks_alone_is_named(ranks: Ranks):
+    ranks.run(2, alone_with_a_tangent, ways=("memory",))
