@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from fastvideo_comm import DeviceCommunicatorBase, ulysses_attention
 from fastvideo_comm.collective.layout import Split
-from fastvideo_comm.collective.quantised import _as_message
+from fastvideo_comm.collective.quantised import _as_messages
 from fastvideo_comm.errors import MismatchError
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -374,9 +374,9 @@ def test_ranks_that_give_different_dtypes_hear_of_it(ranks: Ranks, name, memory)
 
 def test_a_message_is_little_more_than_half_of_bfloat16():
     x = torch.randn(2, 30, 8, 128).bfloat16()
-    encoded = _as_message(x, E4, None, 2, 1, 4)
-    (sent,) = encoded.tensors
+    (part,) = _as_messages(0, x, E4, None, 2, 1, 4, 1)
+    (sent,) = part.encode()
     assert sent.nbytes / x.nbytes <= 0.52
-    assert (encoded.scatter, encoded.gather) == (Split(1), Split(2))
+    assert (part.scatter, part.gather) == (Split(1), Split(2))
     payload_bytes = x.numel() // 4
     assert sent.shape[-1] % 16 == payload_bytes % 16 == 0, "rows are aligned in every message"

@@ -178,17 +178,17 @@ def test_seeds_decide_how_rows_are_rounded(format_):
 @pytest.mark.parametrize("format_", FORMATS, ids=str)
 def test_strides_and_the_number_of_rows_change_nothing(format_):
     """More elements than are worked on at a time, and rows that stand anywhere."""
-    src = torch.randn(3, 7, 130, 48, generator=torch.Generator().manual_seed(0))
+    src = torch.randn(3, 7, 521, 48, generator=torch.Generator().manual_seed(0))
     assert src.numel() > 2 * CHUNK_ELEMENTS - 48
-    seeds = torch.arange(3 * 7 * 130, dtype=torch.int32).view(3, 7, 130, 1)
+    seeds = torch.arange(3 * 7 * 521, dtype=torch.int32).view(3, 7, 521, 1)
     expected = torch.stack(
         [there_and_back(each, format_, seed) for each, seed in zip(src[0], seeds[0], strict=True)]
     )
     strided = src.mT.contiguous().mT
-    payload = torch.empty(130, 3, 7, 48, dtype=format_).permute(1, 2, 0, 3)
-    scales = torch.empty(7, 3, 130, 1).transpose(0, 1)
+    payload = torch.empty(521, 3, 7, 48, dtype=format_).permute(1, 2, 0, 3)
+    scales = torch.empty(7, 3, 521, 1).transpose(0, 1)
     quantise_(payload, scales, strided, seeds)
-    dst = torch.empty(48, 3, 7, 130).permute(1, 2, 3, 0)
+    dst = torch.empty(48, 3, 7, 521).permute(1, 2, 3, 0)
     dequantise_(dst, payload, scales)
     assert torch.equal(dst[0], expected)
     assert torch.equal(dst, there_and_back(src, format_, seeds))
