@@ -50,10 +50,10 @@ class _Part(NamedTuple):
     """One tensor, or a piece of one, as it travels.
 
     `encode` makes what is exchanged instead of it, divided as `scatter` and `gather` say. `decode`
-    makes of the tensors that arrive the output with the number `index`, or writes a piece of it.
+    makes of the tensors that arrive the output with this number, or writes a piece of it.
     """
 
-    index: int
+    number: int
     encode: Callable[[], list[Tensor]]
     scatter: Split
     gather: Split
@@ -124,7 +124,7 @@ def _exchanged(parts: list[_Part]) -> tuple[list[Tensor], Splits]:
 def _decoded(outputs: list[Tensor], parts: list[_Part]) -> dict[int, Tensor]:
     """Returns the tensors that arrived, by their numbers."""
     arrived = iter(outputs)
-    return {part.index: part.decode(arrived) for part in parts}
+    return {part.number: part.decode(arrived) for part in parts}
 
 
 def _batches(
@@ -135,11 +135,11 @@ def _batches(
     Tensors that are not quantised begin to travel first.
     """
     together, pieces = [], []
-    for index, (tensor, scatter, gather, dtype) in enumerate(
+    for number, (tensor, scatter, gather, dtype) in enumerate(
         zip(inputs, splits.scatter, splits.gather, wire.dtypes, strict=True)
     ):
         if dtype is None:
-            together.append(_exact(index, tensor, scatter, gather))
+            together.append(_exact(number, tensor, scatter, gather))
             continue
         seeds = None
         if wire.rounding == "stochastic":
@@ -151,13 +151,13 @@ def _batches(
             )
         is_even = Splits((scatter,), (gather,)).is_even
         if not is_even or not tensor.numel() or torch.compiler.is_compiling():
-            together.append(_as_two_tensors(index, way, tensor, dtype, seeds, scatter, gather))
+            together.append(_as_two_tensors(number, way, tensor, dtype, seeds, scatter, gather))
             continue
         num_pieces = 1
         if way is messages and tensor.is_cpu:
             num_pieces = max(1, min(MAX_PIECES, tensor.numel() // PIECE_BYTES))
         dims = scatter.dim, gather.dim
-        parts = _as_messages(index, tensor, dtype, seeds, *dims, group.size(), num_pieces)
+        parts = _as_messages(number, tensor, dtype, seeds, *dims, group.size(), num_pieces)
         if len(parts) == 1:
             together += parts
         else:
@@ -165,13 +165,13 @@ def _batches(
     return [together, *pieces] if together else pieces
 
 
-def _exact(index: int, tensor: Tensor, scatter: Split, gather: Split) -> _Part:
+def _exact(number: int, tensor: Tensor, scatter: Split, gather: Split) -> _Part:
     """The tensor as it is."""
-    return _Part(index, lambda: [tensor], scatter, gather, next)
+    return _Part(number, lambda: [tensor], scatter, gather, next)
 
 
 def _as_messages(
-    index: int,
+    number: int,
     tensor: Tensor,
     dtype: torch.dtype,
     seeds: Tensor | None,
@@ -191,11 +191,14 @@ def _as_messages(
     starts = range(0, view.shape[dim], length)
     of_pieces = [None] * len(starts) if of_rows is None else of_rows.split(length, dim)
     pieces = zip(view.split(length, dim), of_pieces, to.split(length, dim), strict=True)
-    return [_as_message(index, *from_, dtype, place, output) for *from_, place in pieces]
+    return [
+        _as_message(number, from_, seeds_of, dtype, place, output)
+        for from_, seeds_of, place in pieces
+    ]
 
 
 def _as_message(
-    index: int, view: Tensor, seeds: Tensor | None, dtype: torch.dtype, to: Tensor, output: Tensor
+    number: int, view: Tensor, seeds: Tensor | None, dtype: torch.dtype, to: Tensor, output: Tensor
 ) -> _Part:
     """One row of bytes for each rank: the payload, then the scales, then padding.
 
@@ -217,7 +220,7 @@ def _as_message(
         return output
 
     (scatter,), (gather,), _ = SEQUENCE_TO_HEADS
-    return _Part(index, encode, scatter, gather, decode)
+    return _Part(number, encode, scatter, gather, decode)
 
 
 def _planes(messages: Tensor, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -236,7 +239,7 @@ def _planes(messages: Tensor, shape: Sequence[int], dtype: torch.dtype) -> tuple
 
 
 def _as_two_tensors(
-    index: int,
+    number: int,
     way: ModuleType,
     tensor: Tensor,
     dtype: torch.dtype,
@@ -263,7 +266,7 @@ def _as_two_tensors(
             output = output.unflatten(gather.dim, (-1, gather.replicas)).sum(gather.dim + 1)
         return output
 
-    return _Part(index, encode, scatter, gather._replace(replicas=1), decode)
+    return _Part(number, encode, scatter, gather._replace(replicas=1), decode)
 
 
 @torch.library.custom_op("fastvideo_comm::quantise", mutates_args=())

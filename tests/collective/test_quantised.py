@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastvideo_comm import DeviceCommunicatorBase, ulysses_attention
+from fastvideo_comm.collective import messages, quantised
 from fastvideo_comm.collective.layout import Split
 from fastvideo_comm.collective.quantised import _as_messages
 from fastvideo_comm.errors import MismatchError
@@ -203,6 +205,30 @@ def stochastic(communicator: DeviceCommunicatorBase, name: str) -> None:
 @pytest.mark.parametrize("name", ["heads", "sequence", "asynchronous"])
 def test_a_generator_decides_how_gradients_are_rounded(ranks: Ranks, name):
     ranks.run(2, stochastic, name)
+
+
+def in_pieces(communicator: DeviceCommunicatorBase, job: Callable[..., None], *names: str) -> None:
+    starts = mock.patch.object(messages, "start_all_to_all", wraps=messages.start_all_to_all)
+    # Pieces of 5, 5 and 2 of the 12 tokens.
+    with mock.patch.object(quantised, "PIECE_BYTES", 2 * 12 * 12 * 32 // 3), starts as start:
+        job(communicator, *names)
+    assert start.call_count >= 6, "two tensors of three pieces each"
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        (forward, "heads"),
+        (forward, "several"),
+        (forward, "several, asynchronous"),
+        (gradients, "sequence"),
+        (stochastic, "heads"),
+        (one_stays_exact,),
+    ],
+    ids=lambda job: " ".join([job[0].__name__, *job[1:]]),
+)
+def test_a_large_tensor_in_pieces_is_the_same_as_in_one(ranks: Ranks, job):
+    ranks.run(2, in_pieces, *job, ways=["messages"])
 
 
 def compiled(communicator: DeviceCommunicatorBase, backend: str) -> None:

@@ -118,6 +118,27 @@ def test_divisions_are_exact(format_):
     assert torch.equal(payload.float(), quotients.to(format_).float())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format_", FORMATS, ids=str)
+def test_every_number_of_the_format_times_its_scale_is_rounded_once(format_, dtype):
+    numbers = torch.arange(256, dtype=torch.uint8).view(format_)
+    is_nan = numbers.float().isnan()
+    finite = numbers.view(torch.uint8)[~is_nan].view(format_)
+    largest = torch.finfo(torch.float32).max / torch.finfo(format_).max
+    for scale in (1.0, 1 / 3, 2.0**-126, 3e-5, largest):
+        # Of NaNs, one has a sign and the other has none.
+        for payload in (numbers, finite, numbers[:128], finite[:0], numbers[is_nan]):
+            result = torch.empty(payload.shape, dtype=dtype)
+            scales = torch.tensor([scale])
+            dequantise_(result, payload, scales)
+            # float64 holds the products.
+            expected = (payload.double() * scales.double()).float().to(dtype)
+            torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(
+                result.signbit() & ~result.isnan(), expected.signbit() & ~expected.isnan()
+            )
+
+
 @pytest.mark.parametrize("format_", FORMATS, ids=str)
 def test_random_rounding_is_right_on_average(format_):
     """By Hoeffding's inequality a right one fails with a probability below 16 * 1e-9.
