@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastvideo_comm.kernels import dequantise_, quantise_
-from fastvideo_comm.kernels.quantise import CHUNK_ELEMENTS, FORMATS
+from fastvideo_comm.kernels.quantise import CHUNK_ELEMENTS, FORMATS, _random_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # An element is within |x| / PART of its value, plus the row's largest magnitude times REST: half a
@@ -126,8 +126,8 @@ def test_every_number_of_the_format_times_its_scale_is_rounded_once(format_, dty
     finite = numbers.view(torch.uint8)[~is_nan].view(format_)
     largest = torch.finfo(torch.float32).max / torch.finfo(format_).max
     for scale in (1.0, 1 / 3, 2.0**-126, 3e-5, largest):
-        # Of NaNs, one has a sign and the other has none.
-        for payload in (numbers, finite, numbers[:128], finite[:0], numbers[is_nan]):
+        # NaNs with and without a sign, together and alone.
+        for payload in (numbers, finite, numbers[:128], numbers[128:], finite[:0]):
             result = torch.empty(payload.shape, dtype=dtype)
             scales = torch.tensor([scale])
             dequantise_(result, payload, scales)
@@ -169,6 +169,22 @@ def test_random_rounding_is_right_on_average(format_):
     is_between = payload[0].float() != row
     assert (errors.amax(0)[is_between] > 0).all()
     assert (errors.amin(0)[is_between] < 0).all()
+
+
+def test_random_bits_are_those_of_murmurhash3():
+    def mixed(bits: int) -> int:
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            bits = ((bits ^ (bits >> shift)) * factor) % 2**32
+        return bits
+
+    seeds = torch.tensor([[0], [1], [-1], [-(2**31)], [2**31 - 1], [123456789]], dtype=torch.int32)
+    for num_bits in (20, 21):
+        expected = [
+            [mixed((seed % 2**32) ^ (column * 0x9E3779B9 % 2**32)) >> (32 - num_bits)
+             for column in range(48)]
+            for seed in seeds.flatten().tolist()
+        ]  # fmt: skip
+        assert _random_bits(seeds, 48, num_bits).tolist() == expected
 
 
 def test_random_rounding_of_neighbours_is_independent():
