@@ -8,8 +8,8 @@ meanwhile. `wire_bytes` of a row are those of all messages of a rank, its own in
 `max_error` is the largest error of an element as a share of its own magnitude plus 64e-6 of the
 largest of its row, which the promise bounds by 1/16 for e4m3fn and by 1/8 for e5m2.
 
-The ranks run one thread each. On a CPU quantising takes longer than this link needs for the bytes
-that it saves; the rows say by how much.
+The ranks run one thread each. Quantising needs about as much processor time as this link needs for
+the bytes, so other programs on the same cores change the rows much.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastvideo_comm import DeviceCommunicatorBase, ulysses_attention
+from fastvideo_comm.collective import messages, quantised
 from fastvideo_comm.collective.layout import Split
-from fastvideo_comm.collective.quantised import _as_message
+from fastvideo_comm.collective.quantised import _as_messages
 from fastvideo_comm.errors import MismatchError
 
 E4, E5 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -205,6 +207,30 @@ def test_a_generator_decides_how_gradients_are_rounded(ranks: Ranks, name):
     ranks.run(2, stochastic, name)
 
 
+def in_pieces(communicator: DeviceCommunicatorBase, job: Callable[..., None], *names: str) -> None:
+    starts = mock.patch.object(messages, "start_all_to_all", wraps=messages.start_all_to_all)
+    # Pieces of 5, 5 and 2 of the 12 tokens.
+    with mock.patch.object(quantised, "PIECE_BYTES", 2 * 12 * 12 * 32 // 3), starts as start:
+        job(communicator, *names)
+    assert start.call_count >= 6, "two tensors of three pieces each"
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        (forward, "heads"),
+        (forward, "several"),
+        (forward, "several, asynchronous"),
+        (gradients, "sequence"),
+        (stochastic, "heads"),
+        (one_stays_exact,),
+    ],
+    ids=lambda job: " ".join([job[0].__name__, *job[1:]]),
+)
+def test_a_large_tensor_in_pieces_is_the_same_as_in_one(ranks: Ranks, job):
+    ranks.run(2, in_pieces, *job, ways=["messages"])
+
+
 def compiled(communicator: DeviceCommunicatorBase, backend: str) -> None:
     torch._dynamo.reset()
     x = values(communicator).requires_grad_()
@@ -374,9 +400,9 @@ def test_ranks_that_give_different_dtypes_hear_of_it(ranks: Ranks, name, memory)
 
 def test_a_message_is_little_more_than_half_of_bfloat16():
     x = torch.randn(2, 30, 8, 128).bfloat16()
-    encoded = _as_message(x, E4, None, 2, 1, 4)
-    (sent,) = encoded.tensors
+    (part,) = _as_messages(0, x, E4, None, 2, 1, 4, 1)
+    (sent,) = part.encode()
     assert sent.nbytes / x.nbytes <= 0.52
-    assert (encoded.scatter, encoded.gather) == (Split(1), Split(2))
+    assert (part.scatter, part.gather) == (Split(1), Split(2))
     payload_bytes = x.numel() // 4
     assert sent.shape[-1] % 16 == payload_bytes % 16 == 0, "rows are aligned in every message"

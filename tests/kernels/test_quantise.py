@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastvideo_comm.kernels import dequantise_, quantise_
-from fastvideo_comm.kernels.quantise import CHUNK_ELEMENTS, FORMATS
+from fastvideo_comm.kernels.quantise import CHUNK_ELEMENTS, FORMATS, _random_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # An element is within |x| / PART of its value, plus the row's largest magnitude times REST: half a
@@ -118,6 +118,27 @@ def test_divisions_are_exact(format_):
     assert torch.equal(payload.float(), quotients.to(format_).float())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format_", FORMATS, ids=str)
+def test_every_number_of_the_format_times_its_scale_is_rounded_once(format_, dtype):
+    numbers = torch.arange(256, dtype=torch.uint8).view(format_)
+    is_nan = numbers.float().isnan()
+    finite = numbers.view(torch.uint8)[~is_nan].view(format_)
+    largest = torch.finfo(torch.float32).max / torch.finfo(format_).max
+    for scale in (1.0, 1 / 3, 2.0**-126, 3e-5, largest):
+        # NaNs with and without a sign, together and alone.
+        for payload in (numbers, finite, numbers[:128], numbers[128:], finite[:0]):
+            result = torch.empty(payload.shape, dtype=dtype)
+            scales = torch.tensor([scale])
+            dequantise_(result, payload, scales)
+            # float64 holds the products.
+            expected = (payload.double() * scales.double()).float().to(dtype)
+            torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(
+                result.signbit() & ~result.isnan(), expected.signbit() & ~expected.isnan()
+            )
+
+
 @pytest.mark.parametrize("format_", FORMATS, ids=str)
 def test_random_rounding_is_right_on_average(format_):
     """By Hoeffding's inequality a right one fails with a probability below 16 * 1e-9.
@@ -150,6 +171,22 @@ def test_random_rounding_is_right_on_average(format_):
     assert (errors.amin(0)[is_between] < 0).all()
 
 
+def test_random_bits_are_those_of_murmurhash3():
+    def mixed(bits: int) -> int:
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            bits = ((bits ^ (bits >> shift)) * factor) % 2**32
+        return bits
+
+    seeds = torch.tensor([[0], [1], [-1], [-(2**31)], [2**31 - 1], [123456789]], dtype=torch.int32)
+    for num_bits in (20, 21):
+        expected = [
+            [mixed((seed % 2**32) ^ (column * 0x9E3779B9 % 2**32)) >> (32 - num_bits)
+             for column in range(48)]
+            for seed in seeds.flatten().tolist()
+        ]  # fmt: skip
+        assert _random_bits(seeds, 48, num_bits).tolist() == expected
+
+
 def test_random_rounding_of_neighbours_is_independent():
     """The mean of the products of two columns' errors, by the inequality above."""
     seeds = torch.randint(
@@ -178,17 +215,17 @@ def test_seeds_decide_how_rows_are_rounded(format_):
 @pytest.mark.parametrize("format_", FORMATS, ids=str)
 def test_strides_and_the_number_of_rows_change_nothing(format_):
     """More elements than are worked on at a time, and rows that stand anywhere."""
-    src = torch.randn(3, 7, 130, 48, generator=torch.Generator().manual_seed(0))
+    src = torch.randn(3, 7, 521, 48, generator=torch.Generator().manual_seed(0))
     assert src.numel() > 2 * CHUNK_ELEMENTS - 48
-    seeds = torch.arange(3 * 7 * 130, dtype=torch.int32).view(3, 7, 130, 1)
+    seeds = torch.arange(3 * 7 * 521, dtype=torch.int32).view(3, 7, 521, 1)
     expected = torch.stack(
         [there_and_back(each, format_, seed) for each, seed in zip(src[0], seeds[0], strict=True)]
     )
     strided = src.mT.contiguous().mT
-    payload = torch.empty(130, 3, 7, 48, dtype=format_).permute(1, 2, 0, 3)
-    scales = torch.empty(7, 3, 130, 1).transpose(0, 1)
+    payload = torch.empty(521, 3, 7, 48, dtype=format_).permute(1, 2, 0, 3)
+    scales = torch.empty(7, 3, 521, 1).transpose(0, 1)
     quantise_(payload, scales, strided, seeds)
-    dst = torch.empty(48, 3, 7, 130).permute(1, 2, 3, 0)
+    dst = torch.empty(48, 3, 7, 521).permute(1, 2, 3, 0)
     dequantise_(dst, payload, scales)
     assert torch.equal(dst[0], expected)
     assert torch.equal(dst, there_and_back(src, format_, seeds))
