@@ -1,4 +1,4 @@
-"""What a rank has sent and may still be unread: kept for `expire_data`, and kept short."""
+"""The messages that a rank has sent and that may be unread: a short list for `expire_data`."""
 
 from __future__ import annotations
 
