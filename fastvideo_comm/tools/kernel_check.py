@@ -1,4 +1,4 @@
-"""`python -m fastvideo_comm.kernel_check`: the Triton kernel against its reference, here.
+"""`python -m fastvideo_comm.tools.kernel_check` compares the Triton kernel with its reference.
 
 The check is a process of its own, because TRITON_INTERPRET must be set before triton is imported.
 """
