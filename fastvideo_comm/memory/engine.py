@@ -139,7 +139,7 @@ class Engine:
         return flight.is_over
 
     def close(self) -> None:
-        """Fails the flights in the air, says BYE and closes the lines; not in a forked child."""
+        """Fails flights in the air, says BYE, closes the lines; does nothing in a forked child."""
         if os.getpid() != self._process:
             return
         with self._lock:

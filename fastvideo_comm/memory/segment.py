@@ -18,7 +18,7 @@ neighbours, which are found by where they start and where they end. The last fre
 a few sizes stays out of the bins, for the next request of just its size.
 
 An exception in the middle of an allocation (KeyboardInterrupt, no memory) may leave the bins half
-changed. The list of blocks in use stays right: the next allocation rebuilds the bins from it.
+changed. The blocks in use stay known: the next allocation rebuilds the bins from them.
 """
 
 from __future__ import annotations

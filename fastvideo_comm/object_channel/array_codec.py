@@ -57,7 +57,7 @@ def device_from_name(name: object) -> torch.device:
 
 
 def tensor_fields(tensor: torch.Tensor) -> tuple[str, list[int], memoryview]:
-    """Return dtype name, shape and bytes of a tensor; they are a view of a contiguous one.
+    """Return dtype name, shape and bytes of a tensor; of a contiguous one the bytes are a view.
 
     Raises:
         TypeError: The tensor is not a dense one on the CPU with a dtype that has plain bytes.

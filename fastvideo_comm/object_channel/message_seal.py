@@ -1,7 +1,7 @@
 """Seals: a receiver opens a message only if a holder of the secret has sealed it.
 
-A receiver knows which message it waits for, so the address is not sent. The seal covers the address
-at both ends. So a message that was altered, replayed, reordered or misrouted does not open.
+A receiver knows which message it waits for, so the address is not sent. Both ends compute the seal
+over the address. So a message that was altered, replayed, reordered or misrouted does not open.
 
 There are three kinds of seals (`SealKind`). AES-256-GCM (NIST SP 800-38D) encrypts the body and
 authenticates it with its address. AES-256-GMAC authenticates in the same way without encryption.

@@ -159,7 +159,7 @@ class ObjectStore:
         listen_socket: socket.socket | None,
         seconds: float,
     ) -> ObjectStore:
-        """Make a store for one group and join it as one of its ranks, within these seconds.
+        """Join a store that is made for one group, as one of its ranks, within these seconds.
 
         Raises:
             ValueError: No such port, `listen_socket` on another rank than 0, or see `__init__`.

@@ -157,7 +157,7 @@ class StoreClient:
         self._holder = threading.get_ident()
         try:
             if self._answers and self._error is None:
-                self._hear(0)  # a call that finds its answer kept does not read the lines
+                self._hear(0)  # a call whose answer is kept would not hear of a loss
             self._check()
         except BaseException:
             self.end_turn()

@@ -8,8 +8,8 @@
 A proof is an HMAC under the secret over a label, HELLO and ANSWER. The key of the connection is
 such an HMAC too. Nobody can reuse a proof, because each side puts in a fresh nonce. The rank proves
 itself first. So whoever reaches the port without the secret gets nothing that depends on the
-secret, and cannot try guesses. All messages have fixed sizes: no length and no text from the other
-side is read before its proof is checked.
+secret, and has nothing to check guesses against. All messages have fixed sizes: no length and no
+text from the other side is read before its proof is checked.
 """
 
 from __future__ import annotations
