@@ -125,7 +125,7 @@ def checked_version(package: str, known: Sequence[str], *, allow_unknown: bool) 
     if version not in known and not allow_unknown:
         raise IntegrationError(
             f"{package} must have a known version ({', '.join(known)}), got {version}; "
-            "install(allow_unknown_version=True) tries it all the same"
+            "install(allow_unknown_version=True) tries that version"
         )
     return version
 

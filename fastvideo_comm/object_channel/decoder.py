@@ -90,7 +90,7 @@ class Decoder:
         self.spend(MARKER_COSTS[code])
         if code == BIG_INT:
             if len(data) < _BIG_INT_BYTES:
-                raise ValueError("a long integer must need its length")
+                raise ValueError(f"a long integer must have at least {_BIG_INT_BYTES} bytes")
             return int.from_bytes(data, "little", signed=True)
         kind = code & ~IN_PIECES
         if data or kind not in _RAISE or (code != kind and kind not in CONTAINERS):

@@ -31,7 +31,7 @@ class Transport(Protocol):
 
     @property
     def num_begun(self) -> int:
-        """Counts the messages that began to go out; the number of such a message is used up."""
+        """Grows when a message begins to go out; the number of that message is then used up."""
 
     def turn(self, deadline: float) -> AbstractContextManager[None]:
         """Keep other threads out; raise the error that has ended the group, if there is one."""

@@ -40,7 +40,7 @@ def main(plot: Path, *, as_json: bool = False) -> int:
 
 
 def copy_bandwidth() -> dict[str, Any]:
-    """Measures GB/s, read and written, of a plain copy and of packing for two ranks.
+    """Measures GB/s (read and written) of a copy and of packing `[1, s, H, D]` for two ranks.
 
     Example:
         >>> copy_bandwidth()["device"]  # doctest: +SKIP

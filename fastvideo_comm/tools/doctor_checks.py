@@ -154,7 +154,7 @@ def kernels() -> list[Finding]:
         )
         wrong = outcome.stderr.strip().splitlines()[-1:] if outcome.returncode else []
     except subprocess.TimeoutExpired:
-        wrong = [f"no end after {_KERNEL_SECONDS} s"]
+        wrong = [f"the check did not end within {_KERNEL_SECONDS} s"]
     how = "compiled for the GPU" if gpu else "interpreted, there is no GPU to compile for"
     if wrong:
         text = f"strided_copy_ ({how}): {wrong[0]}"
