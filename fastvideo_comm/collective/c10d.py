@@ -58,7 +58,7 @@ class C10d:
         self._waiting.asyncOp = False
 
     def close(self) -> None:
-        """Lets go of the process group. If a gloo group outlives all, torch 2.13 may abort."""
+        """Lets go of the process group: torch 2.13 may abort if a gloo group lives to the end."""
         self._process_group = None
 
     @property

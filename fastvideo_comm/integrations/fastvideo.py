@@ -136,7 +136,8 @@ def install(*, allow_unknown_version: bool = False) -> Installation:
     for module, name in _UNIQUE_IDS:
         looked_up(importlib.import_module(module), name, version)
     registry = looked_up(state, "_groups", version)
-    with contextlib.suppress(ImportError):  # loaded later, it would derive from this library's
+    # Loaded later, the NPU communicator would derive from this library's.
+    with contextlib.suppress(ImportError):
         importlib.import_module(f"{_DISTRIBUTED}.device_communicators.npu_communicator")
     originals = tuple(original for original, _ in pairs[: len(_REPLACEMENTS)])
 

@@ -64,7 +64,7 @@ class Engine:
         self._is_closed = False
         self._is_interrupted = False  # True: inboxes may hold unhandled messages
         self._foreground: dict[int, Waiter] = {}  # by thread
-        # Of threads that do not wait. One is made here: later there may be no descriptor for it.
+        # Waiters that no thread uses. One is made here: later there may be no descriptor for it.
         self._waiters = [Waiter()]
         self._background: Background | None = None
 

@@ -137,11 +137,12 @@ class Flight:
         # Ranks whose DONE has not come. A rank stands here only as long as it may still write.
         self.undone: set[int] = set()
         targets = set(ask.targets)
-        # Parts that the others have not been told of: own part last, while the others are awaited.
+        # Parts that the others were not told of. This rank's own part is copied last, while the
+        # others are awaited.
         self.parts: dict[int, object] = {other: WAITING for other in others if other in targets}
         if rank in targets:
             self.parts[rank] = READY
-        self.details: dict[int, bytes] | None = None  # of a mismatch
+        self.details: dict[int, bytes] | None = None  # what the ranks said, in a mismatch
         self.undisclosed: set[int] = set()  # ranks whose details have not come
         self.disclosed_until = 0.0
         self.waiters: dict[int, Waiter] = {}

@@ -259,7 +259,7 @@ class HostMemory:
         key = (rank, record.segment)
         known = self._segments.get(key)
         if known is not None:
-            # An interrupt there has made the record come twice, or the segment be made anew.
+            # After an interrupt on that rank the record comes twice, or its segment was made anew.
             if descriptor in (-1, known.descriptor):
                 return
             known.close()

@@ -175,7 +175,7 @@ class Ledger:
     # How flights end
 
     def copied(self, flight: Flight, rank: int) -> None:
-        """Tells a rank that its part is there; or all ranks what they had to wait for."""
+        """Tells a rank that its part is there. If the call failed, tells all ranks why."""
         if flight.is_over or flight.details is not None:
             self.tell(flight)
         elif flight.parts.get(rank) is COPIED:

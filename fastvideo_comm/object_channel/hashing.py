@@ -1,7 +1,7 @@
 """Sets and dicts of received keys, built in bounded time.
 
 Python hashes str and bytes with a random key, but numbers and tuples without one. So a sender can
-choose thousands of numbers that all fall into one slot, and each insertion then passes all earlier
+choose thousands of them that all fall into one slot, and each insertion then passes all earlier
 ones. Python does not tell the number of these steps, but the time can be measured. So insertions of
 such keys are timed, and a message whose keys take many times longer than ordinary ones is refused.
 """
