@@ -61,7 +61,7 @@ class Waiter:
         return []
 
     def sleep(self) -> None:
-        """Sleeps until another thread calls `wake`."""
+        """Sleeps until another thread calls `wake`, but not for ever."""
         self._alone.poll(_SLEEP_SECONDS * 1000)
         self._drain()
 
