@@ -1,7 +1,8 @@
 """StatelessProcessGroup: objects between ranks, without `init_process_group`.
 
-For settings, handles and other small objects on the way to a data plane; one thread at a time uses
-a group, others wait for their turn. `docs/object-channel.md` says what is safe and what is not.
+A group sends settings, handles and other small objects, for example to set up a data plane. One
+thread at a time uses a group; other threads wait for their turn. `docs/object-channel.md` says what
+is safe and what is not.
 """
 
 from __future__ import annotations
@@ -45,42 +46,44 @@ class StatelessProcessGroup:
     1. Order and exactly once. Each (src, dst) pair is a channel of its own, first in, first out,
        and so are the broadcasts of each rank; groups never mix. A message is removed when its last
        reader has it. `expire_data` removes only messages that are older than
-       `data_expiration_seconds`; who asks for one gets MessageExpiredError, once, instead of
-       waiting.
+       `data_expiration_seconds`; a rank that asks for one gets MessageExpiredError once, and does
+       not wait.
     2. Every wait ends. A call returns or raises within its timeout + 1 s, also when rank 0's
        process is stopped or another program holds the port; Ctrl-C ends it within 1 s. The error
        names op, group, rank, the ranks waited for, message number and seconds. A receiving call
        that timed out may be repeated and finds what came late. A `send_obj` that timed out may
        still arrive.
-    3. A dead rank is known. The death of any rank is PeerLostError within 5 s in every other rank's
-       present or next call, and in all later ones; a rank that is slow or stopped is not dead, and
-       a rank whose machine is gone is, after `heartbeat_interval` * (`heartbeat_limit` + 1) s.
-       `close` lets rank 0 leave last; a process that ends without it says goodbye all the same, and
-       rank 0's waits up to 30 s for the others. A call that needs a rank which has left is
-       PeerLostError too, but the group goes on.
+    3. A dead rank is known. When a rank dies, the present or next call of every other rank raises
+       PeerLostError within 5 s, and so do all later calls. A rank that is slow or stopped is not
+       dead. A rank whose machine is gone counts as dead after
+       `heartbeat_interval` * (`heartbeat_limit` + 1) s. `close` lets rank 0 leave last. A process
+       that ends without `close` still says goodbye, and the process of rank 0 waits up to 30 s for
+       the others. A call that needs a rank which has left raises PeerLostError too, but the group
+       goes on.
     4. No stranger's code runs. Objects travel as msgpack, see `ObjectCodec` for the types; nothing
-       received is unpickled, imported or called, except functions given to `register_type`. What
-       cannot be sent is a TypeError on the sender that gives the path to it. `codec="pickle"` is
-       refused without a secret.
+       received is unpickled, imported or called, except functions given to `register_type`. An
+       object that cannot be sent raises a TypeError on the sender, which gives the path to the part
+       that is not supported. `codec="pickle"` is refused without a secret.
     5. No stranger's message is accepted, where there is a `secret`: connections begin with a mutual
        proof, and a seal covers version, group, op, src, dst, number, length and body of every
-       message. What does not match is AuthenticationError and never decoded. With the package
-       `cryptography` no stranger can read a body (AES-256-GCM); sizes, times, ranks and names of
-       groups stay visible. Without that package nothing is encrypted (HMAC-SHA256). Rank 0 listens
-       on the host's address only. Who reaches the port can get in the way.
-    6. Limits are said early. An object that encodes to more than `max_message_bytes` is a
-       ValueError on the sender.
+       message. A message that does not match raises AuthenticationError and is never decoded. With
+       the package `cryptography` no stranger can read a body (AES-256-GCM); sizes, times, ranks and
+       names of groups stay visible. Without that package nothing is encrypted (HMAC-SHA256). Rank 0
+       listens on the host's address only. Whoever reaches the port can still delay a join.
+    6. Too large an object fails on the sender: an object that encodes to more than
+       `max_message_bytes` raises ValueError.
     7. Joining is checked. A wrong or taken rank, different world sizes, settings, secrets or
-       protocol versions, a port in other use: JoinError or AuthenticationError on the ranks
-       concerned. JoinTimeoutError, which names the missing ranks, on all who wait for them, as
-       soon as the time of one is up.
+       protocol versions, and a port that another program uses raise JoinError or
+       AuthenticationError on the ranks concerned. As soon as the time of one waiting rank is up,
+       all waiting ranks raise JoinTimeoutError, which names the missing ranks.
 
-    A torch store may be given instead: `StatelessProcessGroup(rank, world_size, store)`. Promises 1
-    (each group needs its own name in a store, for good; a FileStore's file only grows), 4 and 6
-    hold, and so does 5 for messages within the life of one store, but the store itself takes
-    whatever anybody writes. Of 2 what polling can do: a TCPStore whose server is stopped hangs in
-    torch. Of 3 nothing but that a dead TCPStore server is PeerLostError. Of 7 the taken rank and
-    different settings, on the rank that comes later.
+    A torch store may be given instead: `StatelessProcessGroup(rank, world_size, store)`. Promises
+    1, 4 and 6 hold then. Each group needs a name that is not used again in this store, and the file
+    of a FileStore only grows. Promise 5 holds for messages within the life of one store, but the
+    store itself takes whatever anybody writes. Promise 2 holds as far as polling can keep it: a
+    call hangs in torch while the server of a TCPStore is stopped. Of promise 3, only this holds: a
+    dead TCPStore server raises PeerLostError. Of promise 7, a taken rank and different settings
+    raise an error, on the rank that comes later.
 
     Attributes:
         rank: This process's place in the group.
@@ -93,13 +96,13 @@ class StatelessProcessGroup:
         broadcast_recv_src_counter: Number of the next broadcast of each rank.
         entries: Key and `time.perf_counter()` of messages that this rank sent and that may still
             be unread.
-        timeout: Seconds or timedelta, of every call that is given none.
+        timeout: Seconds or timedelta, for every call that is given no timeout.
         secret: Shared by all ranks; `FASTVIDEO_COMM_SECRET` where it is None.
         codec: An `ObjectCodec` with registered types, "msgpack" or "pickle".
         max_message_bytes: The largest encoded object.
         group: The group's name, in keys, seals and errors.
         encryption: "auto", "required" or "off".
-        run_id: What the run is called; that of torchrun where it is None.
+        run_id: The name of the run; torchrun's name where it is None.
     """
 
     rank: int
@@ -160,19 +163,20 @@ class StatelessProcessGroup:
         Args:
             host: The address of rank 0; it listens there and nowhere else. IPv4, IPv6 or a name.
             port: The port of rank 0.
-            rank: Of this process, from 0.
+            rank: The rank of this process, from 0.
             world_size: How many ranks join; the call returns when all have.
             data_expiration_seconds: How long an unread message is kept.
-            store_timeout: Of the join and of the verbs of `store`; `timeout` where it is None.
-            timeout: Of every later call that is given none; seconds or timedelta.
-            secret: Shared by all ranks, from 16 bytes on, best `secrets.token_bytes(32)`; the
-                variable `FASTVIDEO_COMM_SECRET` where it is None. Without one, no protection.
+            store_timeout: For the join and the methods of `store`; `timeout` where it is None.
+            timeout: For every later call that is given no timeout; seconds or timedelta.
+            secret: Shared by all ranks, at least 16 bytes, best `secrets.token_bytes(32)`; the
+                variable `FASTVIDEO_COMM_SECRET` where it is None. Without a secret there is no
+                protection.
             codec: An `ObjectCodec` with registered types, "msgpack" or "pickle".
             max_message_bytes: The largest encoded object; the same on every rank.
             group: The group's name; the same on every rank.
             encryption: "auto" encrypts where there is a secret and the package cryptography is
                 installed, "required" also raises where it cannot, "off" authenticates only.
-            run_id: What this run is called, on every rank; torchrun's name where it is None. Ranks
+            run_id: The name of this run on every rank; torchrun's name where it is None. Ranks
                 of another run are refused.
             heartbeat_interval: Whole seconds between two probes of an idle connection.
             heartbeat_limit: How many unanswered probes mean that the other machine is gone.
@@ -182,7 +186,7 @@ class StatelessProcessGroup:
             ValueError: An argument breaks its rule; pickle or a wildcard host without a secret.
             TypeError: An argument has the wrong type.
             AuthenticationError: The ranks hold different secrets.
-            JoinError: This rank is refused, or the port is in other use.
+            JoinError: This rank is refused, or another program uses the port.
             JoinTimeoutError: Not every rank came within the timeout, of this rank or another.
         """
         options: dict[str, Any] = {
@@ -253,8 +257,8 @@ class StatelessProcessGroup:
 
         Raises:
             ValueError: `src` is no rank.
-            CommunicationTimeoutError: It did not come in time; the next call may still find it.
-            MessageExpiredError: It expired unread; the next call is for the one after it.
+            CommunicationTimeoutError: No object came in time; the next call may still find it.
+            MessageExpiredError: The object expired unread; the next call is for the one after it.
             PeerLostError: `src` has left and sent nothing more, or a rank died.
             AuthenticationError: What came is not from a holder of the secret.
             DecodeError: What came is not an object that this rank can build; it is skipped.
@@ -298,10 +302,10 @@ class StatelessProcessGroup:
         return obj
 
     def all_gather_obj(self, obj: Any, *, timeout: float | timedelta | None = None) -> list[Any]:
-        """Return the objects of all ranks, in the order of ranks; its own object as it is.
+        """Return the objects of all ranks in rank order; this rank's own object is not copied.
 
-        After a timeout, call it again with the same object to finish the same round: what this
-        rank gave first is what the others get.
+        After a timeout, call it again with the same object to finish the same round: the others
+        get the object that this rank gave first.
 
         Args:
             obj: This rank's object.
@@ -361,8 +365,9 @@ class StatelessProcessGroup:
     def close(self, *, timeout: float | timedelta | None = None) -> None:
         """Leave the group; idempotent. Rank 0 returns when all have left, or at the timeout.
 
-        A call of another thread ends with ClosedError. Messages that were sent stay readable for
-        as long as rank 0 serves. A store given by the caller is left open, with its other calls.
+        In a group from `create`, a call of another thread then ends with ClosedError. Messages that
+        were sent stay readable for as long as rank 0 serves. A store given by the caller is left
+        open, and a call of another thread on it runs to its end.
 
         Args:
             timeout: Seconds or timedelta; the group's where it is None.

@@ -48,7 +48,7 @@ class C10d:
     """A process group until it is closed, and its calls."""
 
     def __init__(self, process_group: dist.ProcessGroup, name: str) -> None:
-        """Wraps a process group; `name` is what errors call it."""
+        """Wraps a process group; `name` is its name in errors."""
         self._process_group: dist.ProcessGroup | None = process_group
         self._rank = process_group.rank()
         self._size = process_group.size()
@@ -58,7 +58,7 @@ class C10d:
         self._waiting.asyncOp = False
 
     def close(self) -> None:
-        """Lets go of the process group. If a gloo group outlives all, torch 2.13 may abort."""
+        """Lets go of the process group: torch 2.13 may abort if a gloo group lives to the end."""
         self._process_group = None
 
     @property
@@ -158,13 +158,13 @@ class C10d:
         )
 
     def broadcast(self, tensor: Tensor, src: int) -> None:
-        """Rank `src`'s `tensor` into that of every rank."""
+        """Copies rank `src`'s `tensor` into the `tensor` of every rank."""
         options = BroadcastOptions()
         options.rootRank = src
         self._finish("broadcast", lambda group: [group.broadcast([moved(tensor)], options)])
 
     def reduce(self, tensor: Tensor, dst: int) -> None:
-        """The sum over ranks into `tensor` on rank `dst`; elsewhere it is undefined afterwards."""
+        """Writes the sum over ranks into `tensor` on rank `dst`; elsewhere it is then undefined."""
         options = ReduceOptions()
         options.rootRank = dst
         self._finish("reduce", lambda group: [group.reduce([reduced(tensor)], options)])

@@ -37,12 +37,12 @@ class Group:
         """Wraps a process group.
 
         Args:
-            process_group: what exchanges.
-            name: what errors call it.
-            diagnosis: compares what the ranks are about to do; None: nobody does.
-            memory: whether ranks of one host write into each other's memory: "auto" where all can,
-                "on" is an error on all ranks where one cannot, "off" not at all. The ranks may
-                differ in it. None: not at all, and the same on all ranks.
+            process_group: the process group that moves the messages.
+            name: the name of the group in errors.
+            diagnosis: compares the calls of the ranks; None: they are not compared.
+            memory: whether ranks of one host write into each other's memory. "auto": if all ranks
+                can. "on": the same, and an error on all ranks if one cannot. "off": never. The
+                ranks may give different modes. None: never; all ranks must give None.
         """
         self.name = name
         self.c10d = C10d(process_group, name)
@@ -52,9 +52,9 @@ class Group:
         self.refusal = "it is for communicators on the CPU" if memory is None else ""
         self._memory_mode = memory
         self._may_connect = memory is not None and process_group.size() > 1  # not decided yet
-        self.operator_name = ""  # by which compiled code finds this, once memory is connected
-        self._insists_on_memory = False  # some rank does
-        self.last_call: int | None = None  # its number, which a backward of it names
+        self.operator_name = ""  # compiled code finds this group by it, once memory is connected
+        self._insists_on_memory = False  # whether the mode of some rank is "on"
+        self.last_call: int | None = None  # the number of the last call, which its backward names
         self._asked: Facts | None = None
         self._asked_of: int | None = None
         self._rank = process_group.rank()
@@ -155,11 +155,11 @@ class Group:
         sends: bool = True,
         **named: Any,
     ) -> Facts | None:
-        """Lets the ranks compare what they are about to do; by memory, the next call compares it.
+        """Lets the ranks compare what they ask for; by memory, the next call compares it.
 
         Returns:
-            By memory, an op that `sends` nothing is compared in a call of its own: the facts for
-            that call. Otherwise None.
+            By memory, the facts of an op that does not send (`sends` is False) and that is compared
+            in a call of its own. Otherwise None.
         """
         if forward_ad._current_level >= 0:
             named["tangents"] = _has_tangents(tensors)
@@ -187,9 +187,8 @@ class Group:
     ) -> None:
         """As `before`, for the collective by which the backward of `op` begins.
 
-        `of_call` is the number of the forward's call: of two backwards that ask for the same, the
-        ranks might begin with different ones, and their gradients would be exchanged for each
-        other.
+        `of_call` is the number of the forward's call. If two backwards ask for the same, the ranks
+        might begin with different ones: without the number, their gradients would be mixed up.
         """
         if forward_ad._current_level >= 0:
             named["tangents"] = _has_tangents(gradients)
@@ -211,7 +210,7 @@ class Group:
     def failed(self, op: str, error: Exception) -> None:
         """Tells the others that this rank's arguments were bad. See `Diagnosis.failed`."""
         if self.memory is not None:
-            # The others make no call for it, so that this rank must not count one.
+            # The other ranks make no call for a `slice` that is not compared, so it is not counted.
             is_alone = op == "slice" and not self._compares_what_sends_nothing()
             if op not in ("send", "recv") and not is_alone:
                 record = Record(op, error=f"{type(error).__name__}: {error}")

@@ -40,7 +40,7 @@ def grouped_splits(heads: Sequence[int], world_size: int) -> list[Split]:
     its key head. Otherwise each group is on one rank, and ranks without a group have no heads.
 
     Example:
-        >>> [share.sizes for share in grouped_splits([12, 4, 4], 3)]
+        >>> [split.sizes for split in grouped_splits([12, 4, 4], 3)]
         [(6, 3, 3), (2, 1, 1), (2, 1, 1)]
         >>> grouped_splits([6, 2], 4)
         [Split(dim=2, sizes=(2, 1, 2, 1), replicas=1), Split(dim=2, sizes=None, replicas=2)]

@@ -85,8 +85,8 @@ def padded_pairs(
 
     Args:
         tensor: any shape, with the parts of all ranks side by side at `dim`.
-        dim: that dim.
-        sizes: every rank's size of it.
+        dim: the dim of the parts.
+        sizes: every rank's size of `dim`.
         messages: `[P, slot]`; a slot has the size of the largest part.
 
     Returns:

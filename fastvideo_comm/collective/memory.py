@@ -55,7 +55,7 @@ def all_to_all(group: Group, inputs: Sequence[Tensor], splits: Splits) -> list[T
 def start_all_to_all(
     group: Group, inputs: Sequence[Tensor], splits: Splits, *, async_op: bool
 ) -> Work:
-    """Posts the outputs. Copies at once; with `async_op`, a thread copies meanwhile."""
+    """Posts the outputs, then copies; with `async_op`, another thread copies."""
     memory, rank, size = memory_of(group), group.rank(), group.size()
     pairs = list(zip(inputs, splits.scatter, splits.gather, strict=True))
     is_even = splits.is_even  # then all ranks post the same specs
@@ -172,7 +172,7 @@ def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
 
 
 def add_buckets(group: Group, buckets: Sequence[Sequence[Tensor]]) -> None:
-    """Sums over ranks, written in place."""
+    """Writes sums over ranks in place."""
     for tensors in buckets:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         total = all_reduce(group, flat, "sum")

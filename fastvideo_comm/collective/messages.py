@@ -26,10 +26,10 @@ from .group import Group
 from .layout import Split, Splits, message_view
 from .message import Message, SummedMessage, pack, unpack
 
-# Up to so many bytes of the whole tensor for each rank, all batch entries travel in one exchange:
-# one more copy costs less there than one more exchange for each entry. Between two gloo ranks, with
-# batches of 2 and 4, both take the same time at 1 to 2 MiB a rank; below, one exchange takes 0.5 to
-# 0.9 of the time. The measurement is in bench/NOTES.md, "Small batches".
+# If the whole tensor has at most so many bytes for each rank, all batch entries travel in one
+# exchange: one more copy then costs less than an exchange for each entry. Between two gloo ranks,
+# with batches of 2 and 4, both take the same time at 1 to 2 MiB a rank; below, one exchange takes
+# 0.5 to 0.9 of the time. The measurement is in bench/NOTES.md, "Small batches".
 TOGETHER_BYTES = 1 << 20
 
 
@@ -208,7 +208,7 @@ def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
 
 
 def add_buckets(group: Group, buckets: Sequence[Sequence[Tensor]]) -> None:
-    """Sums over ranks, written in place; each bucket is packed while the last one travels."""
+    """Writes sums over ranks in place; packs each bucket while the one before it travels."""
     in_flight: list[tuple[list[dist.Work | None], Message]] = []
 
     def land() -> None:

@@ -19,7 +19,7 @@ _PROXIES = torch._C._TorchDispatchModeKey.PROXY
 def memory_mode(
     given: MemoryMode | None, group: dist.ProcessGroup, device: torch.device
 ) -> MemoryMode | None:
-    """Whether a communicator uses memory, before the other ranks are asked; None: none is asked.
+    """Returns this rank's memory mode; None if memory cannot be used and no rank is asked.
 
     Raises:
         ValueError: `given`, or the environment variable, is another word; or `given` is "on" where

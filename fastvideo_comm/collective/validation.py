@@ -92,7 +92,7 @@ def check_divisible(input_: Tensor, name: str, dim: int, world_size: int, remedy
 
 
 def all_to_all_4D_dims(input_: Tensor, scatter_dim: int, gather_dim: int) -> tuple[int, int]:
-    """Checks a dense tensor's dims, and the two; returns the two counted from the front."""
+    """Checks that a tensor has 4 dims, and the given two; returns these counted from the front."""
     if not type(scatter_dim) is type(gather_dim) is int:
         check_int("scatter_dim", scatter_dim)
         check_int("gather_dim", gather_dim)
@@ -206,7 +206,7 @@ def wire_format(
 def _wire_dtypes(
     name: str, given: WireDtypes, inputs: tuple[Tensor, ...]
 ) -> tuple[torch.dtype | None, ...]:
-    """Returns one dtype for each tensor, which the tensor must fit."""
+    """Returns one dtype for each tensor; checks that the tensor fits the dtype."""
     if isinstance(given, list | tuple):
         dtypes = tuple(given)
         if len(dtypes) != len(inputs):
@@ -343,14 +343,14 @@ def slice_sizes(input_: Tensor, dim: int, sizes: Sizes, world_size: int) -> Spli
 
 
 def reduce_scatter(input_: Tensor, dim: int, sizes: Sizes, world_size: int) -> Split:
-    """A dtype that can be added, and a `dim` that holds a part for every rank."""
+    """Checks for a dtype that can be added, and a `dim` that holds a part for every rank."""
     split = slice_sizes(input_, dim, sizes, world_size)
     check_reduced(input_)
     return split
 
 
 def check_reduced(input_: Tensor) -> None:
-    """A dtype that every backend reduces."""
+    """Checks for a dtype that every backend reduces."""
     if input_.dtype not in REDUCED:
         raise TypeError(
             f"input_ must have a dtype that backends reduce, got {input_.dtype}; "

@@ -189,7 +189,7 @@ class Board:
 
 
 def _line(call: str) -> str:
-    """Returns which calls follow one another: those of one pair of ranks, or the collectives."""
+    """Returns the line of a call, in which calls follow each other: a pair's, or collectives."""
     return call.rpartition("/")[0]
 
 

@@ -160,8 +160,8 @@ class Diagnosis:
     ) -> int:
         """As `before`, for the first collective of the backward of `op`.
 
-        The strides of gradients are not compared, because they depend on each rank's own loss. But
-        `of_call` is, the number of the forward's call: two backwards may ask for the same.
+        The strides of gradients are not compared, because they depend on each rank's own loss. The
+        number of the forward's call, `of_call`, is compared: two backwards may ask for the same.
 
         Raises:
             ClosedError: the communicator was destroyed; the other ranks are told.
@@ -207,8 +207,8 @@ class Diagnosis:
 
         Args:
             op: "send" or "recv".
-            shape: the tensor's.
-            dtype: the tensor's.
+            shape: the shape of the tensor.
+            dtype: the dtype of the tensor.
             peer: the other rank.
 
         Raises:

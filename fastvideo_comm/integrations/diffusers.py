@@ -1,6 +1,7 @@
 """diffusers' context parallelism over this library's exchange.
 
-`install()` replaces what exchanges heads for sequence in `diffusers.models.attention_dispatch`:
+`install()` replaces the classes of `diffusers.models.attention_dispatch` that exchange heads for
+sequence:
 
     ulysses_degree=N                         TemplatedUlyssesAttention
     ulysses_degree=N, ulysses_anything=True  TemplatedUlyssesAnythingAttention
@@ -10,8 +11,8 @@ Ring attention alone (`ring_degree=N`, with or without `ring_anything`) exchange
 diffusers'. The attention between the exchanges is diffusers' `forward_op` and `backward_op`, for
 every backend that diffusers runs in parallel. Query, key and value travel in one exchange.
 
-With `ulysses_anything`, gradients flow, which diffusers itself refuses, and any number of heads may
-be shared by any number of ranks.
+With `ulysses_anything`, gradients flow (diffusers itself refuses them), and any number of ranks may
+divide any number of heads.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _Sizes: TypeAlias = tuple[list[int] | None, list[int] | None, list[int] | None]
 
 
 class SeqAllToAllDim:
-    """In the place of diffusers' Function: `apply`, with its arguments.
+    """Replaces diffusers' Function of this name: its `apply` takes the same arguments.
 
     Example (what diffusers does):
         >>> SeqAllToAllDim(Communicators("diffusers")).apply(group, q, 2, 1)  # doctest: +SKIP
@@ -64,7 +65,7 @@ class SeqAllToAllDim:
 
 
 class TemplatedUlyssesAttention:
-    """In the place of diffusers' Function: `apply`, with its arguments.
+    """Replaces diffusers' Function of this name: its `apply` takes the same arguments.
 
     Example (what diffusers does):
         >>> TemplatedUlyssesAttention(Communicators("diffusers")).apply(
@@ -97,14 +98,14 @@ class TemplatedUlyssesAttention:
             query: `[B, s, H, D]`, this rank's.
             key: as `query`; its s may be another.
             value: as `key`.
-            attn_mask: of the whole sequence of keys, or of this rank's: its last dim tells.
-            dropout_p: as the rest, handed to `forward_op`.
+            attn_mask: for the keys of the whole sequence, or of this rank: its last size decides.
+            dropout_p: handed to `forward_op`.
             is_causal: see `dropout_p`.
             scale: see `dropout_p`.
             enable_gqa: see `dropout_p`.
             return_lse: also return the log-sum-exp.
             forward_op: diffusers' attention of one rank.
-            backward_op: its gradient.
+            backward_op: the gradient of `forward_op`.
             _parallel_config: diffusers' `ParallelConfig`.
 
         Returns:
@@ -134,14 +135,14 @@ class TemplatedUlyssesAttention:
         return (outputs[0], outputs[1].squeeze(-1)) if return_lse else outputs[0]
 
     def _sizes(self, communicator: DeviceCommunicatorBase, query: Tensor, key: Tensor) -> _Sizes:
-        """What every rank has of the queries, the keys and the heads; None where it is the same."""
+        """Every rank's sizes of queries, keys and heads; None where all ranks have the same."""
         for each in (query, key):
-            check_shared(communicator, each, 2, "ulysses_anything=True shares any number of heads")
+            check_shared(communicator, each, 2, "ulysses_anything=True divides any number of heads")
         return None, None, None
 
 
 class TemplatedUlyssesAnythingAttention(TemplatedUlyssesAttention):
-    """In the place of diffusers' Function for sequences and heads that the ranks cannot share.
+    """Replaces diffusers' Function for sequences and heads that P does not divide.
 
     Example (what diffusers does):
         >>> TemplatedUlyssesAnythingAttention(Communicators("diffusers")).apply(
@@ -150,7 +151,7 @@ class TemplatedUlyssesAnythingAttention(TemplatedUlyssesAttention):
     """
 
     def _sizes(self, communicator: DeviceCommunicatorBase, query: Tensor, key: Tensor) -> _Sizes:
-        """Asks all ranks, in one small collective, at every call: another rank's may change."""
+        """Asks all ranks in one small collective at every call: the sizes of others may change."""
         own = torch.tensor([[query.shape[1], key.shape[1]]], device=query.device)
         query_sizes, key_sizes = communicator.all_gather(own, 0).T.tolist()
         return query_sizes, key_sizes, near_even_sizes(query.shape[2], communicator.world_size)
@@ -191,7 +192,7 @@ class _LocalAttention(torch.autograd.Function):
 def _attention_without_heads(
     ctx: Any, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **__: Any
 ) -> _AttentionResult:
-    """For a rank that got no heads: some attentions of torch end the process (2.11, on the CPU)."""
+    """The result of a rank without heads: torch's own may end the process (2.11, on the CPU)."""
     ctx.save_for_backward(query, key, value)
     *_, return_lse = arguments
     shape = query.shape[:3]

@@ -1,15 +1,15 @@
-"""FastVideo on this library's communicator, without an edit.
+"""Makes FastVideo use this library's communicator, without a change in FastVideo's code.
 
 `install()` replaces, in the installed package, `DeviceCommunicatorBase`, its CPU and CUDA
 subclasses, `DistributedAutograd` and `StatelessProcessGroup`; `GroupCoordinator` and everything
-above it stay FastVideo's. Groups that exist already get a communicator of this library too. Call it
-on every rank, outside of any collective.
+above it stay FastVideo's. Groups that exist already get a communicator of this library too. Call
+`install()` on every rank, outside of any collective.
 
-What changes besides speed: on gloo, gradients flow through `all_gather` and `all_reduce`, which
-FastVideo's CPU communicator drops, and `all_reduce` leaves its input as it was; gradients of MAX,
-MIN and PRODUCT are right; sizes that do not divide are errors. On CUDA, the groups do not use
-FastVideo's own NCCL binding, nor its fused exchange: where `FASTVIDEO_ULYSSES_A2A` asks for it,
-`install()` warns that it has no effect. NPU is left to FastVideo.
+Besides speed, this changes: on gloo, gradients flow through `all_gather` and `all_reduce`
+(FastVideo's CPU communicator drops them), and `all_reduce` leaves its input as it was. Gradients of
+MAX, MIN and PRODUCT are right. Sizes that P does not divide are errors. On CUDA, the groups use
+neither FastVideo's own NCCL binding nor its fused exchange. If `FASTVIDEO_ULYSSES_A2A` asks for the
+fused exchange, `install()` warns that the variable has no effect. NPU is left to FastVideo.
 
 FastVideo's NCCL and HCCL bindings on a `StatelessProcessGroup` work as before: the ids that they
 broadcast, `ncclUniqueId` and `hcclUniqueId`, are types that the group knows.
@@ -55,7 +55,7 @@ _UNIQUE_IDS = (
 class FastVideoCommunicator(DeviceCommunicatorBase):
     """The communicator of a FastVideo `GroupCoordinator`.
 
-    FastVideo calls the device of a machine without an accelerator "mps"; here that is the CPU
+    FastVideo calls the device of a machine without an accelerator "mps". Here "mps" means the CPU
     where torch has no such device.
 
     Example (what `GroupCoordinator` does):
@@ -69,7 +69,7 @@ class FastVideoCommunicator(DeviceCommunicatorBase):
         device_group: ProcessGroup | None = None,
         unique_name: str = "",
     ) -> None:
-        """As `DeviceCommunicatorBase`, with FastVideo's name for the CPU understood."""
+        """As `DeviceCommunicatorBase`, but "mps" may mean the CPU."""
         if device is not None and device.type == "mps" and not torch.backends.mps.is_available():
             device = torch.device("cpu")
         super().__init__(cpu_group, device, device_group, unique_name)
@@ -84,7 +84,7 @@ class FastVideoStatelessProcessGroup(StatelessProcessGroup):
     """
 
     def __post_init__(self) -> None:
-        """As `StatelessProcessGroup`, with the two types registered; pickle needs none."""
+        """As `StatelessProcessGroup`; registers the two types, which pickle does not need."""
         super().__post_init__()
         if not isinstance(self.codec, ObjectCodec):
             return
@@ -136,7 +136,8 @@ def install(*, allow_unknown_version: bool = False) -> Installation:
     for module, name in _UNIQUE_IDS:
         looked_up(importlib.import_module(module), name, version)
     registry = looked_up(state, "_groups", version)
-    with contextlib.suppress(ImportError):  # loaded later, it would derive from this library's
+    # Loaded later, the NPU communicator would derive from this library's.
+    with contextlib.suppress(ImportError):
         importlib.import_module(f"{_DISTRIBUTED}.device_communicators.npu_communicator")
     originals = tuple(original for original, _ in pairs[: len(_REPLACEMENTS)])
 
@@ -163,7 +164,7 @@ def uninstall() -> None:
 
 
 def _replace_communicator(installation: Installation, coordinator: Any) -> None:
-    """A group that was made before: its old communicator is kept, not destroyed, for the undo."""
+    """Replaces the communicator of a group that exists; keeps the old one for `uninstall`."""
     ours = FastVideoCommunicator(
         coordinator.cpu_group,
         coordinator.device,

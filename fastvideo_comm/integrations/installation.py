@@ -31,7 +31,7 @@ class Installation:
     Attributes:
         package: the package's name.
         version: its installed version.
-        served: what of the package then uses this library, in the package's own words.
+        served: the parts of the package that then use this library, in the package's own words.
         replaced: `module.name` of every name that was replaced.
     """
 
@@ -125,13 +125,13 @@ def checked_version(package: str, known: Sequence[str], *, allow_unknown: bool) 
     if version not in known and not allow_unknown:
         raise IntegrationError(
             f"{package} must have a known version ({', '.join(known)}), got {version}; "
-            "install(allow_unknown_version=True) tries it all the same"
+            "install(allow_unknown_version=True) tries that version"
         )
     return version
 
 
 def looked_up(module: ModuleType, name: str, version: str) -> Any:
-    """`module.name`.
+    """Returns `module.name`.
 
     Raises:
         IntegrationError: this version of the package has no such name.

@@ -1,7 +1,7 @@
 """What the integrations of autograd Functions share: a communicator for each group they are given.
 
 The packages hand a process group to every call. The communicators are kept, so that buffers are
-reused; one is made anew where a group of the same name is another one.
+reused. A new one is made if another group has the name of an earlier one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Communicators:
     """
 
     def __init__(self, name: str) -> None:
-        """Starts empty; `name` is what errors call the communicators."""
+        """Starts empty; `name` is the name of the communicators in errors."""
         self._name = name
         self._by_name: dict[str, DeviceCommunicatorBase] = {}
 
@@ -44,7 +44,7 @@ class Communicators:
         return known
 
     def clear(self) -> None:
-        """Frees the buffers of all of them."""
+        """Frees the buffers of all communicators."""
         for communicator in self._by_name.values():
             communicator.destroy()
         self._by_name.clear()
@@ -53,10 +53,10 @@ class Communicators:
 def check_shared(
     communicator: DeviceCommunicatorBase, input_: Tensor, dim: int, remedy: str
 ) -> None:
-    """World size divides the size at `dim`; `remedy` is what the package's caller can do.
+    """Checks that P divides the size at `dim`; `remedy` is what the package's caller can do.
 
     Raises:
-        ValueError: it does not. The other ranks hear of it.
+        ValueError: P does not divide the size. The other ranks are told.
     """
     if input_.dim() == 4 and input_.shape[dim] % communicator.world_size:
         with communicator._runner.call("all_to_all_4D"):
@@ -74,7 +74,7 @@ def install_functions(
     functions: Sequence[type[Any]],
     served: Sequence[str],
 ) -> Installation:
-    """Puts `functions`, made with `Communicators`, in the place of the package's of their names.
+    """Replaces the package's classes by `functions` of the same names, made with `Communicators`.
 
     Returns:
         The installation; the one that is there already, if there is one.

@@ -4,7 +4,7 @@ The seam is the autograd Function `SeqAllToAll4D`, which `UlyssesAttention`, `Lo
 and their variants call: `install()` puts one of this library in its place. `SeqAllToAll5D` (packed
 q, k, v) and `AsyncLongContextAttention`, which calls `all_to_all_single` itself, stay yunchang's.
 
-At world size 1 the input is returned as it is, and sizes that do not divide are errors.
+At world size 1 the input is returned as it is. Sizes that P does not divide are errors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SERVED = ("UlyssesAttention", "LongContextAttention")
 
 
 class SeqAllToAll4D:
-    """In the place of yunchang's Function: `apply`, with its arguments.
+    """Replaces yunchang's Function of this name: its `apply` takes the same arguments.
 
     Example (what yunchang's layers do):
         >>> SeqAllToAll4D(Communicators("yunchang")).apply(group, q, 2, 1)  # doctest: +SKIP

@@ -1,11 +1,11 @@
-"""What moves flights on: threads that read the lines and copy parts.
+"""The threads that move flights on: they read the lines and copy parts.
 
 One lock guards all state and is never held during a copy. Every thread that waits also works: it
 reads what has come, and copies the next part that is ready, for whichever flight. A daemon thread
 does the same for flights that were started in the background, while no other thread waits.
 
-A thread that copies a part has put an object of its own in the place of the part's state, so that
-an interrupt in the middle of the copy can be undone: the part is ready again, and is copied anew.
+Before a thread copies a part, it puts an object of its own in the place of the part's state. So an
+interrupt in the middle of the copy can be undone: the part is ready again, and is copied again.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Engine:
             rank: This rank.
             lines: The line to each other rank.
             timeout: Seconds from the start of a call to its failure.
-            name: What errors call the group.
-            add_segment: Is told of a segment: its rank, its record and its descriptor.
+            name: The name of the group in errors.
+            add_segment: Called for each segment with its rank, its record and its descriptor.
         """
         self.rank = rank
         self._lines = lines
@@ -62,14 +62,14 @@ class Engine:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._is_closed = False
-        self._is_interrupted = False  # messages may stand in inboxes, unhandled
+        self._is_interrupted = False  # True: inboxes may hold unhandled messages
         self._foreground: dict[int, Waiter] = {}  # by thread
-        # Of threads that do not wait. One is made here: later there may be no descriptor for it.
+        # Waiters that no thread uses. One is made here: later there may be no descriptor for it.
         self._waiters = [Waiter()]
         self._background: Background | None = None
 
     def check(self) -> None:
-        """Raises what stands against any use of this memory."""
+        """Raises if this memory was closed, or belongs to another process."""
         if os.getpid() != self._process:
             raise ClosedError(
                 f"the communicator {self._name!r} belongs to process {self._process}; "
@@ -86,7 +86,7 @@ class Engine:
 
     def start(self, ask: Ask, *, background: bool) -> Flight:
         """Posts a call."""
-        self.check()  # before the lock, which a child may have been forked with
+        self.check()  # before the lock, which may be locked for ever in a forked child
         ledger = self._ledger
         lane, others = ledger.lane(ask.ranks)
         digest, expected = self._digest(ask.question), self._digest(ask.expects)
@@ -139,7 +139,7 @@ class Engine:
         return flight.is_over
 
     def close(self) -> None:
-        """Fails what is in the air, says BYE and closes the lines; in a forked child, nothing."""
+        """Fails flights in the air, says BYE, closes the lines; does nothing in a forked child."""
         if os.getpid() != self._process:
             return
         with self._lock:
@@ -170,7 +170,7 @@ class Engine:
     def forget(self) -> None:
         """Closes the lines of a forked child; the parent's stay as they are.
 
-        Otherwise the others would not see the parent die as long as the child lives.
+        While the child has them open, the other ranks would not see the parent die.
         """
         for line in self._lines.values():
             line.close()
@@ -188,7 +188,7 @@ class Engine:
         ends = [flight.ends(flight.started + self._timeout) for flight in [*in_background.values()]]
         seconds = min(ends, default=time.monotonic() + _RETRY_SECONDS) - time.monotonic()
         ready = waiter.ready(self._lines, self._ledger.lost, self._rest(seconds))
-        # Whoever reads must also copy: another thread may sleep and not see what has been read.
+        # A thread that reads must also copy: another thread may sleep and not see what was read.
         self._turn(waiter, ready)
         with self._lock:
             for flight in [*in_background.values()]:
@@ -224,7 +224,7 @@ class Engine:
             self._leave()
 
     def _leave(self) -> None:
-        """The background thread goes on with what a thread that waited leaves behind."""
+        """Leaves the rest of the work of a thread that waited to the background thread."""
         self._foreground.pop(threading.get_ident(), None)
         if not self._foreground and (self._ledger.in_background or self._flush()):
             self._wake_background()
@@ -262,7 +262,7 @@ class Engine:
             raise
 
     def _take(self, token: object) -> tuple[Flight, int] | None:
-        """The next part to copy, which is now this thread's."""
+        """Takes the next part to copy for this thread."""
         for flight in self._ledger.flights.values():
             if flight.is_over or flight.details is not None:
                 continue
@@ -300,7 +300,7 @@ class Engine:
         return min(seconds, _RETRY_SECONDS) if self._flush() else seconds
 
     def _flush(self) -> bool:
-        """Sends what is queued; whether something still is."""
+        """Sends what is queued; returns whether something is queued still."""
         blocked = False
         for line in self._lines.values():
             if line.is_blocked:

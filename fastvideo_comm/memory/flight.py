@@ -89,7 +89,7 @@ Key = tuple[int, int]
 
 
 class Mover(Protocol):
-    """What moves a flight on: `engine.Engine`."""
+    """Moves flights on: `engine.Engine`."""
 
     rank: int
 
@@ -112,15 +112,15 @@ class Flight:
         expected: bytes,
         started: float,
     ) -> None:
-        """A call that waits for everybody.
+        """Makes a call that has heard from no rank yet.
 
         Args:
-            engine: What moves it on.
-            ask: What is asked for.
-            key: Lane and number.
+            engine: Moves the call on.
+            ask: What this rank asks for.
+            key: The lane and the number of the call.
             others: The other ranks that take part, in the order in which they are served.
-            expected: The digest that their posts must have.
-            started: The time of its start.
+            expected: The digest that the posts of the others must have.
+            started: The time at which the call started.
         """
         self.engine, self.key, self.others, self.started = engine, key, others, started
         self.op, self.expected = ask.op, expected
@@ -130,19 +130,20 @@ class Flight:
         self.is_told = False  # the others have heard that it failed
         self.failure: BaseException | None = None
         self.notice: list[bytes] = []  # the record that tells them
-        self.unposted = set(others)  # whose posts have not come
+        self.unposted = set(others)  # ranks whose posts have not come
         self.places: dict[int, Place | None] = {}
         rank = engine.rank
         self.places[rank] = ask.posted.place if ask.posted is not None else None
-        # Whose DONE has not come. A rank stands here only as long as it may still write.
+        # Ranks whose DONE has not come. A rank stands here only as long as it may still write.
         self.undone: set[int] = set()
         targets = set(ask.targets)
-        # Parts that the others have not been told of: own part last, while the others are awaited.
+        # Parts that the others were not told of. This rank's own part is copied last, while the
+        # others are awaited.
         self.parts: dict[int, object] = {other: WAITING for other in others if other in targets}
         if rank in targets:
             self.parts[rank] = READY
-        self.details: dict[int, bytes] | None = None  # of a mismatch
-        self.undisclosed: set[int] = set()  # whose detail has not come
+        self.details: dict[int, bytes] | None = None  # what the ranks said, in a mismatch
+        self.undisclosed: set[int] = set()  # ranks whose details have not come
         self.disclosed_until = 0.0
         self.waiters: dict[int, Waiter] = {}
 
@@ -167,7 +168,7 @@ class Flight:
         return self.engine.poll(self)
 
     def ends(self, deadline: float) -> float:
-        """When the call is over at the latest, if its deadline is this."""
+        """The latest time at which the call is over, if this is its deadline."""
         return deadline if self.details is None else self.disclosed_until
 
     @property

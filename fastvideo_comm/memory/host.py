@@ -3,22 +3,22 @@
 The interface:
 
 - `HostMemory.connect(rank, world_size, everyone, timeout=, name=, enabled=)`: collective. Gives
-  `(memory, "")` on all ranks, or `(None, refusal)` on all ranks; the refusal says which rank, why.
+  `(memory, "")` on all ranks, or `(None, refusal)` on all ranks; the refusal names a rank and why.
 - `memory.allocate(specs)`: outputs that the others can write to, `Posted(tensors, place)`.
 - `memory.tensors_at(rank, place, specs)`: the outputs of a rank as this rank sees them.
 - `memory.start(ask, background=False)`: posts a call (`Ask`, in `flight.py`) and returns its
   `Flight`. It raises nothing but ClosedError and interrupts; `flight.wait()` raises the rest. With
   `background=True` a thread moves the flight on, so it need not be waited for.
 - `memory.fail_next(text, ranks=None, failure="arguments")`: this rank cannot make its next call.
-- `memory.close()`: fails what is in the air, says goodbye.
+- `memory.close()`: fails the calls in the air, and tells the other ranks.
 - `memory.bytes_in_use`, `memory.high_water_bytes`, `memory.num_segments`.
 
 `Flight.wait` raises `Mismatch` (with the details of all ranks), `PeerLostError`,
 `CommunicationTimeoutError`, `CollectiveError`, `ClosedError`, or what `deliver` raised on this
-rank. After each of them the memory can be used again, as far as the ranks that it needs are alive.
+rank. After each of these errors the memory can be used again by calls whose ranks are all alive.
 
-Assumes what every group assumes: all ranks make the same calls in the same order; the calls of each
-pair of ranks (`Ask.ranks`) are counted apart.
+This module assumes what every group assumes: all ranks make the same calls in the same order. The
+calls of each pair of ranks (`Ask.ranks`) are counted apart.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class HostMemory:
             everyone: `everyone(payload)` gives what every rank gave, in rank order; all payloads
                 of a call have one length.
             timeout: Seconds that a call may take, from its start to its end on this rank.
-            name: What errors call the group.
+            name: The name of the group in errors.
             enabled: False where this rank does not want to share memory.
             reserve_bytes: Free memory that is kept; more than that is given back to the system.
 
@@ -138,7 +138,7 @@ class HostMemory:
 
     @property
     def high_water_bytes(self) -> int:
-        """The largest that `bytes_in_use` ever was."""
+        """The largest value that `bytes_in_use` has had."""
         return self._pool.high_water_bytes
 
     @property
@@ -149,11 +149,11 @@ class HostMemory:
     def allocate(self, specs: Sequence[Spec]) -> Posted:
         """Contiguous tensors of this rank that the other ranks can write to.
 
-        Their values are undefined. A tensor is its holder's for as long as anyone holds its
-        storage.
+        Their values are undefined. The memory of a tensor is not used again while anyone holds the
+        storage of the tensor.
 
         Args:
-            specs: Shape and dtype of each.
+            specs: Shape and dtype of each tensor.
 
         Raises:
             MemoryError: The system has no more memory; the message names bytes and limits.
@@ -166,9 +166,9 @@ class HostMemory:
         """The outputs that a rank has posted, as this rank sees them.
 
         Args:
-            rank: Whose outputs.
-            place: Where, from its post.
-            specs: The specs that it allocated them with.
+            rank: The rank that posted them.
+            place: The place in the post of that rank.
+            specs: The specs with which that rank allocated them.
 
         Raises:
             CollectiveError: This process could not map that memory; the message says why.
@@ -212,8 +212,8 @@ class HostMemory:
         """Gives this rank's next call up before it has started, and tells the others.
 
         Args:
-            text: What the others are told. They hear it as this rank's detail of a mismatch where
-                the failure is "arguments", in a CollectiveError otherwise.
+            text: What the others are told: in a CollectiveError, or as this rank's detail of a
+                mismatch if `failure` is "arguments".
             ranks: As `Ask.ranks`.
             failure: "arguments", "interrupted" or "memory".
 
@@ -234,7 +234,7 @@ class HostMemory:
         self._close_segments()
 
     def _forget(self) -> None:
-        """In a forked child, which keeps nothing of this but the tensors."""
+        """Closes everything in a forked child, except for the memory of its tensors."""
         self._engine.forget()
         self._close_segments()
 
@@ -259,7 +259,7 @@ class HostMemory:
         key = (rank, record.segment)
         known = self._segments.get(key)
         if known is not None:
-            # An interrupt there has made the record come twice, or the segment be made anew.
+            # After an interrupt on that rank the record comes twice, or its segment was made anew.
             if descriptor in (-1, known.descriptor):
                 return
             known.close()
@@ -304,7 +304,7 @@ class _PeerSegment:
 
 def _tensors(views: Sequence[memoryview | None], specs: Sequence[Spec]) -> list[Tensor]:
     return [
-        # No view: what an autograd Function returns could not be written in place then.
+        # Not a view: a view that an autograd Function returns cannot be written in place.
         torch.frombuffer(view, dtype=dtype).resize_(shape)
         if view is not None
         else _empty(shape, dtype)

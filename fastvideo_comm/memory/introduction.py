@@ -39,7 +39,7 @@ def introduce(
         world_size: How many ranks there are.
         everyone: Gathers equally long bytes from all ranks; called three times.
         timeout: Seconds that a connection may take.
-        enabled: False where this rank does not want it.
+        enabled: False where this rank does not want to share memory.
     """
     listener: socket.socket | None = None
     links: dict[int, socket.socket] = {}
@@ -94,7 +94,7 @@ def _agree(everyone: Everyone, reason: str, payload: bytes = b"") -> tuple[list[
 
 
 def _listen(name: bytes, world_size: int) -> socket.socket:
-    """A listening socket, after a look whether this system has what else is needed."""
+    """A listening socket; OSError if this system lacks what else is needed."""
     memfd.Segment(descriptor := memfd.create(memfd.GRANULE), memfd.GRANULE)
     os.close(descriptor)
     if not hasattr(os, "eventfd"):
@@ -135,7 +135,7 @@ def _accept(
     world_size: int,
     links: dict[int, socket.socket],
 ) -> None:
-    """Adds the connections that wait, of those who know the secret and are of this user."""
+    """Adds the waiting connections of processes that know the secret and are of this user."""
     with contextlib.suppress(BlockingIOError):
         while True:
             link, _ = listener.accept()

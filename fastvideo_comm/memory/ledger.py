@@ -1,8 +1,8 @@
-"""What is known of the calls of one rank, and how each of them ends.
+"""What one rank knows of its calls, and how each of them ends.
 
 A ledger is used under the lock of its owner. It reads what the others say, compares their posts
 with what this rank expects, and tells them when a part is there or the call has failed. It copies
-nothing and waits for nothing: that is `engine.py`.
+nothing and waits for nothing: `engine.py` does both.
 
 Why no block is reused while another rank may still write to it:
 
@@ -47,7 +47,7 @@ class Ledger:
         Args:
             rank: This rank.
             lines: The line to each other rank.
-            add_segment: Is told of a segment: its rank, its record and its descriptor.
+            add_segment: Called for each segment with its rank, its record and its descriptor.
         """
         self.rank = rank
         self.lines = lines
@@ -131,7 +131,7 @@ class Ledger:
                 self._early.setdefault(key, []).append((rank, heard))
 
     def _apply(self, flight: Flight, rank: int, heard: Heard) -> None:
-        """What a rank has said about a flight."""
+        """Applies what a rank has said about a flight."""
         record = heard.record
         if record.kind == records.POST:
             if flight.is_over or rank not in flight.unposted:
@@ -149,7 +149,7 @@ class Ledger:
         self.update(flight)
 
     def _give_up(self, flight: Flight, rank: int, heard: Heard) -> None:
-        """A rank has said FAIL or DETAIL."""
+        """Handles a FAIL or DETAIL of a rank."""
         record = heard.record
         if record.kind == records.DETAIL or record.failure == records.ARGUMENTS:
             self._disclose(flight)
@@ -162,7 +162,7 @@ class Ledger:
         flight.undisclosed.discard(rank)
 
     def _lose(self, flight: Flight, rank: int) -> None:
-        """A rank is gone, and may be one that the flight needs."""
+        """Fails a flight that needs a rank which is gone."""
         if rank in flight.unposted or rank in flight.undone:
             if flight.details is None:
                 has_left = self.lines[rank].has_left
@@ -175,7 +175,7 @@ class Ledger:
     # How flights end
 
     def copied(self, flight: Flight, rank: int) -> None:
-        """Tells a rank that its part is there; or all ranks what they had to wait for."""
+        """Tells a rank that its part is there. If the call failed, tells all ranks why."""
         if flight.is_over or flight.details is not None:
             self.tell(flight)
         elif flight.parts.get(rank) is COPIED:
@@ -214,7 +214,7 @@ class Ledger:
         self.update(flight)
 
     def expire(self, flight: Flight, deadline: float, seconds: float) -> None:
-        """Fails a flight whose time has come."""
+        """Fails a flight whose time is up."""
         if flight.is_over or flight.details is not None:
             self.update(flight)
         elif time.monotonic() >= deadline:

@@ -22,7 +22,7 @@ from collections import deque
 from typing import NamedTuple
 
 POST, DONE, FAIL, DETAIL, SEGMENT, BYE = range(1, 7)
-# What a rank gives as the reason of FAIL.
+# The reasons of a FAIL.
 ARGUMENTS, INTERRUPTED, TIMED_OUT, LOST, MEMORY, CLOSED, DELIVERY = range(7)
 
 _RECORD = struct.Struct("<BBBBHHIQQ16s")
@@ -31,8 +31,9 @@ _RECEIVE = (_RECORD.size + _TEXT_BYTES,)
 _ANCILLARY = (socket.CMSG_SPACE(struct.calcsize("i")),)
 _SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _NO_DIGEST = bytes(16)
-# After these nothing can be sent any more: the other has closed its end, or this rank has. After
-# others, such as ETOOMANYREFS for descriptors that the other has not taken yet, it is tried again.
+# After these errors nothing can be sent any more: the other rank has closed its end, or this rank
+# has. After other errors, such as ETOOMANYREFS for descriptors that the other rank has not taken
+# yet, sending is tried again.
 _ENDED = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
 
 
@@ -66,7 +67,7 @@ def with_text(record: Record, text: bytes) -> list[bytes]:
 
 
 def pack_post(is_pair: int, number: int, digest: bytes, place: tuple[int, int] | None) -> bytes:
-    """The record POST, in one step, because it stands in the way of every call."""
+    """The record POST, in one step, because every call needs one."""
     segment, offset = place or (0, 0)
     return _RECORD.pack(POST, is_pair, 0, place is not None, 0, segment, 0, number, offset, digest)
 
@@ -94,7 +95,7 @@ class Line:
         self._inbox: deque[tuple[bytes, list[tuple[int, int, bytes]], int, object]] = deque()
         self._outbox: deque[tuple[bytes, int]] = deque()
         self._texts: dict[tuple[int, int, int], list[bytes]] = {}
-        self.has_left = False  # it has said BYE
+        self.has_left = False  # the other rank has said BYE
         self.is_lost = False  # nothing comes any more
 
     def fileno(self) -> int:

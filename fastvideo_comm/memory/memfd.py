@@ -1,9 +1,9 @@
 """One piece of memory that processes of a host share: a Linux memfd, and where it is mapped.
 
-A memfd has no name that outlives a killed process, and no share of `/dev/shm`, which containers
-keep small. It is sparse: a page takes no memory before it is used. A process that touches a page
-for which the system has no memory is killed by SIGBUS, so the owner asks for the pages first, with
-an error that Python can catch.
+A memfd has no name that outlives a killed process, and takes no space in `/dev/shm`, which
+containers keep small. It is sparse: a page takes no memory before it is used. A process that
+touches a page for which the system has no memory is killed by SIGBUS. So the owner asks for the
+pages first: that fails with an error that Python can catch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MMAP_OPTIONS: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13
 
 
 def aligned(num_bytes: int) -> int:
-    """What a tensor of so many bytes takes in shared memory.
+    """The bytes of shared memory that a tensor of so many bytes takes.
 
     Example:
         >>> aligned(1), aligned(64), aligned(0)
@@ -104,7 +104,7 @@ class Segment:
     def populate(self, start: int, stop: int) -> None:
         """Enters the pages of a range, which the owner has backed, into this page table.
 
-        A quarter of the time that page faults take when a copy runs into them one by one.
+        This takes a quarter of the time of the page faults that a copy runs into one by one.
         """
         for first, last in self._absent(start, stop):
             self._populate(first, last)

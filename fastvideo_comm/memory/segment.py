@@ -18,7 +18,7 @@ neighbours, which are found by where they start and where they end. The last fre
 a few sizes stays out of the bins, for the next request of just its size.
 
 An exception in the middle of an allocation (KeyboardInterrupt, no memory) may leave the bins half
-changed. The blocks in use are the only truth: the next allocation then rebuilds the bins from them.
+changed. The blocks in use stay known: the next allocation rebuilds the bins from them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from .memfd import ALIGNMENT, GRANULE, Segment, aligned
 RESERVE_BYTES = 64 << 20
 # The address space of a segment costs nothing, so a program needs few segments.
 SEGMENT_BYTES = 256 << 20
-# Pages are kept that were in use at one time in the last one or two of these periods, so that a
-# training step does not pay for the same pages again.
+# As many pages are kept as were in use at the same time in the last one or two of these periods, so
+# that a training step does not pay for the same pages again.
 PERIOD_SECONDS = 60.0
 # Freed blocks that are not yet in a bin, one of each size.
 _MAX_KEPT = 8
@@ -111,14 +111,14 @@ class Pool:
 
     @property
     def bytes_in_use(self) -> int:
-        """What the blocks in use take."""
+        """The bytes that the blocks in use take."""
         with self._lock:
             self._settle()
             return self._in_use
 
     @property
     def high_water_bytes(self) -> int:
-        """The largest that `bytes_in_use` ever was."""
+        """The largest value that `bytes_in_use` has had."""
         return self._high_water
 
     @property
@@ -280,7 +280,7 @@ class Pool:
         self._starts: dict[int, int] = {}  # of free blocks, by where they end
 
     def _rebuild(self) -> None:
-        """Everything again from the blocks in use."""
+        """Makes the bins again from the blocks in use."""
         while self._freed:
             block = self._freed[0]
             if self._live.get(block.address) is block:

@@ -1,4 +1,4 @@
-"""How threads sleep until a line has something, and the thread of the background."""
+"""How threads sleep until a line has something to read, and the background thread."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Waiter:
         os.eventfd_write(self._event, 1)
 
     def ready(self, lines: Mapping[int, Line], lost: Collection[int], seconds: float) -> list[int]:
-        """The ranks whose lines have something, as soon as one has; none after so many seconds."""
+        """The ranks whose lines can be read, as soon as one can; none after so many seconds."""
         if len(lost) != self._num_lost:
             self._register(lines, lost)
         events = self._poll.poll(min(seconds, _SLEEP_SECONDS) * 1000)
@@ -52,7 +52,7 @@ class Waiter:
         return ready
 
     def look(self, lines: Mapping[int, Line], lost: Collection[int], times: int) -> list[int]:
-        """`ready` without sleeping, so many times; other processes may run in between."""
+        """Looks as `ready` does, so many times, without sleeping; other processes may run."""
         poll = self._poll.poll
         for _ in range(times):
             if poll(0):
@@ -61,7 +61,7 @@ class Waiter:
         return []
 
     def sleep(self) -> None:
-        """Until it is woken."""
+        """Sleeps until another thread calls `wake`, but not for ever."""
         self._alone.poll(_SLEEP_SECONDS * 1000)
         self._drain()
 
@@ -86,7 +86,7 @@ class Background:
     """A daemon thread that calls `work(waiter)` again and again until it is stopped."""
 
     def __init__(self, work: Callable[[Waiter], None]) -> None:
-        """Starts it."""
+        """Starts the thread."""
         self._work = work
         self._waiter = Waiter()
         self._is_stopped = False
@@ -94,7 +94,7 @@ class Background:
         self._thread.start()
 
     def wake(self) -> None:
-        """There may be something to do."""
+        """Tells the thread that there may be something to do."""
         self._waiter.wake()
 
     def stop(self) -> None:

@@ -5,8 +5,8 @@ steps (`kernels/posts.py`). It ends the waits that last too long: it sets the wo
 looks at. So the device goes on, and the next use of the memory raises an error that names the rank.
 This covers the replays of a captured graph too, of which the host knows nothing.
 
-After such an end the memory cannot be used again: a rank that comes late may still write to what
-was posted, and the counts of the ranks differ.
+After a wait was ended, the memory cannot be used again: a rank that comes late may still write to
+what was posted, and the counts of the ranks differ.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ rank 1 did not come
         Args:
             host: The words that the kernels share with the host, as `kernels/posts.py` says.
             timeout: Seconds that one wait may take.
-            name: What errors call the group.
+            name: The name of the group in errors.
         """
         self._host = host
         self._timeout = timeout
@@ -58,7 +58,7 @@ rank 1 did not come
         self._thread.start()
 
     def check(self) -> None:
-        """Raises where a wait was ended.
+        """Raises if a wait was ended.
 
         Raises:
             CommunicationTimeoutError: A rank did not come in time, or came and did not finish.
@@ -68,7 +68,7 @@ rank 1 did not come
             raise CommunicationTimeoutError(text, peers=peers)
 
     def close(self) -> None:
-        """Stops watching; the device must have done what it was given."""
+        """Stops watching; the device must have finished its work before."""
         self._is_closed.set()
         self._thread.join()
 
@@ -87,7 +87,7 @@ rank 1 did not come
                 return
 
     def _fail(self, waiting: dict[int, int]) -> None:
-        """Ends the waits. `waiting` are the steps of those that have not ended, by rank."""
+        """Ends the waits. `waiting` has the steps of the waits that have not ended, by rank."""
         absent = [rank for rank, step in waiting.items() if step % 4 == 1]
         undone = [rank for rank, step in waiting.items() if step % 4 == 3]
         parts = [f"{_ranks(absent)} did not come"] if absent else []

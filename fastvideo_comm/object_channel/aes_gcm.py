@@ -13,12 +13,12 @@ from cryptography.hazmat.primitives.ciphers.modes import GCM
 NONCE_BYTES = 12
 TAG_BYTES = 16
 
-# Below this, one call on the joined pieces is faster than a context for the pieces as they are.
+# Up to this size, it is faster to join the pieces and to encrypt them by one call.
 _JOINED_BELOW = 64 * 1024
 
 
 class AesGcm:
-    """One key; no nonce may be used twice with it.
+    """AES-256-GCM with one key. A nonce must not be used twice with the same key.
 
     >>> aes = AesGcm(bytes(32))
     >>> sealed = aes.encrypt(bytes(12), b"about", [b"hel", b"lo"])
@@ -59,9 +59,9 @@ class AesGcm:
         return sealed
 
     def decrypt(self, nonce: bytes, context: bytes, sealed: memoryview) -> memoryview | None:
-        """Return what was encrypted, or None where the tag is wrong.
+        """Return the decrypted bytes, or None where the tag is wrong.
 
-        Much is decrypted in its place where `sealed` is writable.
+        More than 64 KiB are decrypted in place where `sealed` is writable.
         """
         length = len(sealed) - TAG_BYTES
         try:

@@ -27,7 +27,7 @@ _NUMPY_KINDS = "biufcmMSU"
 _MAX_CODE_POINT = 0x10FFFF
 _MAX_DIMS = 64
 _SIZES = range(2**63)
-# Every dtype that torch has now; `getattr(torch, name)` would import what the name asks for.
+# All dtypes that torch has now. `getattr(torch, name)` could import a module that a message names.
 _ALL_DTYPES: dict[str, torch.dtype] = {
     str(value).removeprefix("torch."): value
     for value in list(vars(torch).values())
@@ -42,7 +42,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_from_name(name: object) -> torch.dtype:
-    """Return the dtype of that name; ValueError where torch has none."""
+    """Return the dtype with this name; ValueError where torch has none."""
     dtype = _ALL_DTYPES.get(name) if isinstance(name, str) else None
     if dtype is None:
         raise ValueError("dtype must be the name of a torch dtype")
@@ -50,14 +50,14 @@ def dtype_from_name(name: object) -> torch.dtype:
 
 
 def device_from_name(name: object) -> torch.device:
-    """Return the device of that name; ValueError where it is not `type` or `type:index`."""
+    """Return the device with this name; ValueError where it is not `type` or `type:index`."""
     if not isinstance(name, str) or not _DEVICE.fullmatch(name):
         raise ValueError("device must be the name of a torch device")
     return torch.device(name)
 
 
 def tensor_fields(tensor: torch.Tensor) -> tuple[str, list[int], memoryview]:
-    """Return dtype name, shape and bytes of a tensor; the bytes are a view where it is contiguous.
+    """Return dtype name, shape and bytes of a tensor; of a contiguous one the bytes are a view.
 
     Raises:
         TypeError: The tensor is not a dense one on the CPU with a dtype that has plain bytes.
@@ -78,7 +78,7 @@ def tensor_fields(tensor: torch.Tensor) -> tuple[str, list[int], memoryview]:
 
 
 def build_tensor(name: object, shape: object, data: memoryview) -> torch.Tensor:
-    """Return the tensor of these fields; it shares `data` where that is writable.
+    """Return the tensor of these fields; it shares `data` where `data` is writable.
 
     Raises:
         ValueError: The fields do not describe a tensor.
@@ -117,12 +117,12 @@ def array_fields(array: Any) -> tuple[str, list[int], memoryview]:
 
 
 def build_array(name: object, shape: object, data: memoryview) -> Any:
-    """Return the numpy array of these fields; it shares `data` where that is writable.
+    """Return the numpy array of these fields; it shares `data` where `data` is writable.
 
     Raises:
         ValueError: The fields do not describe an array.
     """
-    numpy = sys.modules.get("numpy")  # torch imports it; a message does not
+    numpy = sys.modules.get("numpy")  # torch imports numpy; a message must not
     if numpy is None:
         raise ValueError("numpy must be imported on this rank")
     if not isinstance(name, str) or not _NUMPY_DTYPE.fullmatch(name):
@@ -142,7 +142,7 @@ def build_array(name: object, shape: object, data: memoryview) -> Any:
 
 
 def _checked_shape(shape: object, item_bytes: int, num_bytes: int) -> list[int]:
-    # What came is not shown: a number of a million digits takes minutes to print.
+    # The errors do not show what was received: a number of a million digits takes minutes to print.
     if not isinstance(shape, list) or len(shape) > _MAX_DIMS:
         raise ValueError(f"shape must be a list of at most {_MAX_DIMS} sizes")
     if any(type(n) is not int or n not in _SIZES for n in shape):

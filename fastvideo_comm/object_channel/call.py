@@ -1,4 +1,4 @@
-"""One call on a group: its deadline, and its failures told in full."""
+"""One call of a group's method: its deadline, and errors that say which call failed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fastvideo_comm.object_channel.settings import GroupSettings
 
 
 class GroupCall:
-    """The time of one call, and the message it is about; used in a `with`, once.
+    """The deadline of one call and the number of its message; used in one `with`.
 
     A CommunicationError that leaves the `with` is raised again with op, group, rank, the ranks
-    waited for, message number and seconds. A class and no generator: it is in the way of every
-    message.
+    waited for, message number and seconds. This is a class and not a generator, because a class
+    takes less time and every message needs one.
 
     Attributes:
         deadline: When the call must end, in `time.monotonic`.
-        number: Of the message; set when it is known.
+        number: The number of the message; None until it is known.
     """
 
     __slots__ = (
@@ -39,10 +39,10 @@ class GroupCall:
         """Start the clock.
 
         Args:
-            op: What the user called.
-            settings: Of the group.
+            op: The method that the user called.
+            settings: The settings of the group.
             peers: The ranks that the call needs.
-            seconds: Its timeout.
+            seconds: The timeout of the call.
         """
         self._op = op
         self._settings = settings
@@ -68,7 +68,7 @@ class GroupCall:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Release the transport, and explain an error."""
+        """Release the transport, and add the facts of this call to an error."""
         self._turn.__exit__(None, None, None)
         if isinstance(exc, CommunicationError):
             waited = time.monotonic() - self._started

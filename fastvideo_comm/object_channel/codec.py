@@ -1,6 +1,6 @@
 """Objects to bytes and back without pickle: msgpack, with markers for what msgpack does not know.
 
-Nothing received names code: dataclasses, enums and other classes are built only where this side
+A message cannot name code: dataclasses, enums and other classes are built only where this side has
 registered them. `format` describes the bytes.
 """
 
@@ -48,7 +48,7 @@ class ObjectCodec:
     Supported: None, bool, int of any size, float, str, bytes, bytearray, list, tuple, dict with any
     hashable key, set, frozenset, datetime (naive or with a fixed offset), timedelta, torch.Size,
     dtype, device, dense CPU tensors, numpy arrays, and every type given to `register_type`, on the
-    sender and on the receiver. Subclasses of these are not supported as such.
+    sender and on the receiver. A subclass of a supported type must be registered.
     """
 
     name = "msgpack"
@@ -66,7 +66,7 @@ class ObjectCodec:
         to_fields: Callable[[Any], Any] | None = None,
         from_fields: Callable[[Any], Any] | None = None,
     ) -> None:
-        r"""Allow instances of exactly this class; every rank that meets them must do the same.
+        r"""Allow instances of exactly this class; every rank that sends or receives one must do so.
 
         >>> import ctypes
         >>> class Handle(ctypes.Structure):
@@ -138,10 +138,10 @@ class ObjectCodec:
         return encoder, msgpack.packb(lowered, default=encoder.lower_big_int, strict_types=True)
 
     def decode(self, data: Buffer) -> Any:
-        """Return the object; its large arrays share `data` where that is writable.
+        """Return the object; its large arrays share `data` where `data` is writable.
 
         Raises:
-            DecodeError: `data` is not an encoded object, or one of a type not registered here.
+            DecodeError: `data` is no encoded object, or holds a type that is not registered here.
         """
         try:
             doc, attachments = split(memoryview(data))
@@ -155,7 +155,7 @@ class ObjectCodec:
                 max_map_len=0,
             )
             return decoder.finish(obj)
-        # msgpack, torch, numpy and registered functions answer nonsense with nearly anything.
+        # msgpack, torch, numpy and registered functions raise nearly any exception for nonsense.
         except Exception as error:
             reason = _reason(error)
             raise DecodeError(f"the message must hold an encoded object: {reason}") from error

@@ -1,4 +1,4 @@
-"""From a received document to objects, every step checked: the receiving half of `ObjectCodec`."""
+"""The receiving half of `ObjectCodec`: builds objects from a document and checks every step."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class _Marker(int):
     """The first element of an array that stands for something else."""
 
 
-# A marker anywhere but in front of an array, and msgpack's own form of a time.
+# No item may be one of these: a marker belongs in front of an array, and the codec does not use
+# msgpack's own form of a time.
 _NEVER_ITEMS = frozenset({_Marker, Timestamp})
 _BIG_INT_BYTES = 9
 _SHOWN = 100
@@ -78,18 +79,18 @@ class Decoder:
         self.clock = HashingClock(num_bytes)
 
     def spend(self, cost: int) -> None:
-        """Take note of what is about to be built; ValueError where the message is too short."""
+        """Count the cost of what is built next; ValueError where the message is too short."""
         self.cost_left -= cost
         if self.cost_left < 0:
             raise ValueError("it must be longer for as many objects as it holds")
 
     def raise_ext(self, code: int, data: bytes) -> Any:
         """Return the integer or the marker that an extension value stands for."""
-        # Before the array behind a marker is built.
+        # The cost is counted before the array behind a marker is built.
         self.spend(MARKER_COSTS[code])
         if code == BIG_INT:
             if len(data) < _BIG_INT_BYTES:
-                raise ValueError("a long integer must need its length")
+                raise ValueError(f"a long integer must have at least {_BIG_INT_BYTES} bytes")
             return int.from_bytes(data, "little", signed=True)
         kind = code & ~IN_PIECES
         if data or kind not in _RAISE or (code != kind and kind not in CONTAINERS):
@@ -115,7 +116,7 @@ class Decoder:
         raise ValueError("a dict must be an array")
 
     def finish(self, obj: Any) -> Any:
-        """Return the object of a document; ValueError if it is none or attachments are left."""
+        """Return the object of a document; ValueError if it is none or attachments are unused."""
         if type(obj) in _NEVER_ITEMS:
             raise ValueError("a document must hold an object")
         if any(attachment is not None for attachment in self.attachments):
@@ -137,7 +138,7 @@ class Decoder:
         return dict(pairs) if is_keyed else self.clock.build_dict(pairs)
 
     def raise_bytes(self, data: object) -> memoryview:
-        """Return bytes that stand in the document, or the attachment of that index."""
+        """Return the bytes in the document, or the attachment with this index."""
         if type(data) is bytes:
             return memoryview(data)
         if type(data) is not int or not 0 <= data < len(self.attachments):

@@ -1,4 +1,4 @@
-"""From objects to what msgpack can pack: the sending half of `ObjectCodec`."""
+"""The sending half of `ObjectCodec`: turns objects into what msgpack can pack."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Encoder:
 
     Attributes:
         attachments: The byte strings that travel beside the document.
-        cost: What the decoder will ask for, in bytes; see `format`.
+        cost: The cost of decoding what was lowered, in bytes; see `format`.
     """
 
     __slots__ = ("attachments", "cost", "plain", "registered")
@@ -115,7 +115,7 @@ class Encoder:
         return len(self.attachments) - 1
 
     def lower_list(self, obj: list[Any], depth: int) -> Any:
-        """Lower a list, which stays itself where all its items are plain."""
+        """Lower a list; a list whose items are all plain is returned as it is."""
         if len(obj) < LONG and self.plain.issuperset(map(type, obj)):
             self.cost += ARRAY_COST + ITEM_COST * len(obj)
             return obj
@@ -142,7 +142,7 @@ class Encoder:
             raise
 
     def lower_dict(self, obj: dict[Any, Any], depth: int) -> Any:
-        """Lower a dict: to its keys and values in turn."""
+        """Lower a dict to an array of its keys and values in turn."""
         lower, below, plain = self.lower, depth + 1, self.plain
         self.cost += cost_of_keys(len(obj), has_keyed_hashes(obj))
         flat: list[Any] = []
@@ -158,7 +158,7 @@ class Encoder:
     def note_step(
         self, error: UnsupportedError, parts: Iterable[tuple[object, Any]], depth: int
     ) -> None:
-        """Find the part that failed, by lowering each again, and note the step to it."""
+        """Lower each part again to find the part that failed, and note the step to it."""
         for key, part in parts:
             try:
                 self.lower(part, depth + 1)
@@ -167,7 +167,7 @@ class Encoder:
                 return
 
     def lower_text(self, obj: str, _: int) -> Any:
-        """Lower a str, which is its code points where UTF-8 lacks one of them."""
+        """Lower a str; a str that UTF-8 cannot encode becomes its code points."""
         try:
             obj.encode()
         except UnicodeEncodeError:
@@ -188,12 +188,12 @@ class Encoder:
         return self.mark(DATETIME, self.array(LIST, fields), obj.fold, zone)
 
     def mark(self, code: int, *fields: Any) -> list[Any]:
-        """Return the array of a marker and what belongs to it."""
+        """Return the array of a marker and its fields."""
         self.cost += _MARKED_COSTS[code] + ITEM_COST * len(fields)
         return [_MARK[code], *fields]
 
     def array(self, code: int, lowered: Sequence[Any]) -> list[Any]:
-        """Return the array of a container; a long one holds pieces, which may be long as well."""
+        """Return the array of a container; a long one is cut into pieces, and these again."""
         size = 1
         while size * (LONG - 1) < len(lowered):
             size *= LONG - 1
@@ -207,7 +207,7 @@ class Encoder:
         return list(lowered)
 
     def lower_big_int(self, obj: int) -> ExtType:
-        """Pack an integer outside 64 bits, all that msgpack finds left after `lower`."""
+        """Pack an integer outside 64 bits; msgpack itself packs everything else after `lower`."""
         self.cost += MARKER_COSTS[BIG_INT]
         return ExtType(BIG_INT, obj.to_bytes(obj.bit_length() // 8 + 1, "little", signed=True))
 

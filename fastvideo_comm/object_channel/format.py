@@ -4,14 +4,14 @@
 
 `doc` is one msgpack document of plain values and arrays; attachments are byte strings and arrays
 from 64 KiB on, each at a multiple of 64 bytes so that an array can be used where it was received.
-A type that msgpack lacks is an array whose first element is a marker (an extension value without
-content), so that nothing nests in byte strings and both ways are linear. A dict is such an array,
-too: msgpack would build a map before anybody could look at its keys.
+A type that msgpack lacks becomes an array whose first element is a marker (an extension value
+without content). So nothing is nested in byte strings, and encoding and decoding take linear time.
+A dict becomes such an array too: msgpack would build a map before anybody could look at its keys.
 
 Two rules keep a short message from costing much:
 
 - No array has more than `LONG` items; longer ones travel in pieces. msgpack reserves memory for
-  the announced length of each array that is still open, so a lie about lengths costs 1 MiB at most.
+  the announced length of each array that is still open, so a false length costs 1 MiB at most.
 - Everything that is built has a cost in bytes, below, and a message must be as long as the sum of
   its costs less `FREE_COST`. The encoder pads a message that is shorter, which happens to objects
   of many thousand items or containers. The costs are chosen so that what is built takes at most 20

@@ -1,9 +1,9 @@
 """Sets and dicts of received keys, built in bounded time.
 
-Python hashes str and bytes with a random key, but numbers and tuples without one: a sender can
-choose thousands of them that all meet in one slot, and each insertion then passes all earlier ones.
-The number of steps cannot be seen from Python, but their time can. So insertions of such keys are
-timed, and a message whose keys take many times longer than ordinary ones is refused.
+Python hashes str and bytes with a random key, but numbers and tuples without one. So a sender can
+choose thousands of them that all fall into one slot, and each insertion then passes all earlier
+ones. Python does not tell the number of these steps, but the time can be measured. So insertions of
+such keys are timed, and a message whose keys take many times longer than ordinary ones is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from fastvideo_comm.object_channel.format import KEY_COST, UNKEYED_KEY_COST
 
 _KEYED = frozenset({str, bytes, type(None)})
-# A container that takes less than this is not worth a look at the clock of the thread.
+# For a container that takes less time than this, the clock of the thread is not read.
 _GRACE_SECONDS = 0.0001
 # Ordinary keys take 0.2 us each and cost 64 bytes, which is 0.2 s for 64 MiB.
 _SECONDS = 0.02

@@ -1,15 +1,16 @@
-"""Seals: what makes a message readable and believable to the holders of the secret only.
+"""Seals: a receiver opens a message only if a holder of the secret has sealed it.
 
-A receiver already knows which message it waits for, so the address is not sent: both ends feed it
-to the seal, and a message that was altered, replayed, reordered or misrouted does not open.
+A receiver knows which message it waits for, so the address is not sent. Both ends compute the seal
+over the address. So a message that was altered, replayed, reordered or misrouted does not open.
 
-`SealKind` has three ways to do that. AES-256-GCM (NIST SP 800-38D) encrypts the body and
-authenticates it with its address. AES-256-GMAC is the same without encryption. HMAC-SHA256
-(RFC 2104) is for where the package `cryptography` is missing; it does not encrypt either.
+There are three kinds of seals (`SealKind`). AES-256-GCM (NIST SP 800-38D) encrypts the body and
+authenticates it with its address. AES-256-GMAC authenticates in the same way without encryption.
+HMAC-SHA256 (RFC 2104) is used where the package `cryptography` is missing. It does not encrypt
+either.
 
-AES-GCM breaks where two messages share a nonce under one key. A key belongs to one secret, session
+AES-GCM is broken if two messages share a nonce under one key. Each key is for one secret, session
 and group. Where the store gives each run a session of its own, the nonce is the address, and no
-address is used twice. A store of torch has no session; there the nonce is random, and is sent.
+address is used twice. A store of torch has no session: there the nonce is random, and is sent.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
     from fastvideo_comm.object_channel.aes_gcm import AesGcm
 
 SEAL_VERSION = 2
-# Of every kind: an HMAC, or the nonce and the tag of AES-GCM, 16 bytes each.
+# The size of every seal: an HMAC, or the nonce and the tag of AES-GCM with 16 bytes each.
 TAG_BYTES = 32
 EVERYONE = -1
-# What the nonce of an address has room for.
+# The nonce of an address has room for so many ranks.
 MAX_RANKS = 2**20 - 1
 
 _CONTEXT = struct.Struct("<BBiiQQ")
@@ -94,7 +95,7 @@ class SealKind(Enum):
             has_secret: Whether the group has a secret; without one nothing is sealed.
 
         Raises:
-            ValueError: No such word, or encryption is required and impossible.
+            ValueError: `encryption` is another word, or is required and impossible.
         """
         if encryption not in ("auto", "required", "off"):
             raise ValueError(f"encryption must be 'auto', 'required' or 'off', got {encryption!r}")
@@ -139,7 +140,7 @@ class MessageSeal:
                 messages of an earlier run out.
             kind: How to seal; the same on all ranks.
             keeps_buffer: Encrypt large messages into one buffer, which is kept, because new memory
-                takes eight times as long as AES. What `seal` returned is then good until the next
+                takes eight times as long as AES. What `seal` returned is then valid until the next
                 `seal`.
         """
         name = group.encode()
@@ -167,7 +168,8 @@ class MessageSeal:
         Args:
             address: Where the message belongs. No two messages may have the same one.
             parts: The body, in pieces.
-            about: What the receiver knows besides the address; it is covered and not sent.
+            about: What the receiver knows besides the address; the seal covers it, and it is not
+                sent.
         """
         if self._kind is SealKind.NONE:
             return list(parts)
@@ -185,7 +187,7 @@ class MessageSeal:
     ) -> memoryview:
         """Return the body of a sealed message: a view into `sealed` where it is not encrypted.
 
-        A large encrypted body is decrypted in its place where `sealed` is writable.
+        A large encrypted body is decrypted in place where `sealed` is writable.
 
         Raises:
             AuthenticationError: The message was not sealed for this address and `about`.

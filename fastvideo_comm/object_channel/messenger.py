@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Messenger:
-    """A group's codec, transport and outbox, behind its calls; the group keeps the numbers.
+    """A group's codec, transport and outbox; the group itself keeps the numbers of messages.
 
     Attributes:
         transport: Moves the messages; used between `begin` and the end of the call.
-        outbox: What was sent and may be unread; likewise.
-        codec: Of the group.
+        outbox: The sent messages that may be unread; used between the same two.
+        codec: The codec of the group.
         others: The ranks of the group except this one.
         closed: Whether new calls are refused.
     """
@@ -37,7 +37,7 @@ class Messenger:
         settings: GroupSettings,
         entries: deque[tuple[str, float]],
     ) -> None:
-        """Reserve the group's name on the store; what is sent is noted in `entries`."""
+        """Reserve the group's name on the store; sent messages are noted in `entries`."""
         self._settings = settings
         self.codec = settings.codec
         self.transport: Transport = (
@@ -50,11 +50,11 @@ class Messenger:
         self.closed = False
 
     def seconds(self, timeout: float | timedelta | None) -> float:
-        """Return the seconds of a call's timeout, the group's where it is None."""
+        """Return the timeout of a call in seconds; None means the group's timeout."""
         return self._settings.timeout if timeout is None else to_seconds("timeout", timeout)
 
     def call(self, op: str, peers: tuple[int, ...], timeout: float | timedelta | None) -> GroupCall:
-        """Return a call whose clock runs; `begin` comes first inside its `with`."""
+        """Return a call whose clock runs; `begin` is called first inside its `with`."""
         return GroupCall(op, self._settings, peers, self.seconds(timeout))
 
     def begin(self, call: GroupCall) -> None:
@@ -82,9 +82,9 @@ class Messenger:
     def receive(
         self, addresses: Sequence[Address], counters: dict[int, int], key: int, deadline: float
     ) -> list[Any]:
-        """Return the objects of some messages, and count on to the next ones in `counters[key]`.
+        """Return the objects of these messages, and add 1 to `counters[key]`.
 
-        An expired message and one that cannot be decoded are used up as well. After an interrupt
+        An expired message and one that cannot be decoded are counted as well. After an interrupt
         the same messages can be received again.
         """
         try:

@@ -1,4 +1,4 @@
-"""What a rank has sent and may still be unread: kept for `expire_data`, and kept short."""
+"""The messages that a rank has sent and that may be unread: a short list for `expire_data`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Outbox:
     """Works on a group's `entries`, oldest first; assumes the transport's turn is held."""
 
     def __init__(self, entries: deque[tuple[str, float]], transport: Transport) -> None:
-        """Keep the entries in this deque."""
+        """Keep the entries in the deque `entries`."""
         self._entries = entries
         self._transport = transport
         self._prune_at = _PRUNE_FROM

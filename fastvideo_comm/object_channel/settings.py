@@ -18,7 +18,7 @@ RUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # set by torchrun
 MIN_SECRET_BYTES = 16
 DEFAULT_TIMEOUT_SECONDS = 300.0
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-# What an object's description may take beside its data: a tensor of just the limit can be sent.
+# Room for an object's description beside its data: a tensor of exactly the limit can be sent.
 DESCRIPTION_BYTES = 4096
 _LONGEST_SECONDS = 10 * 365 * 24 * 3600.0
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
@@ -38,18 +38,18 @@ class Codec(Protocol):
 
 
 class GroupSettings(NamedTuple):
-    """What a group was asked for, after the checks.
+    """The settings of a group, after the checks.
 
     Attributes:
         rank: This process's place in the group.
         world_size: How many ranks there are.
-        timeout: Seconds.
+        timeout: Seconds for a call that is given no timeout.
         secret: None for an unprotected group.
         codec: The codec object.
         max_message_bytes: The largest encoded object.
         group: The group's name.
         encryption: "auto", "required" or "off".
-        run_id: What the run is called; "" where it has no name.
+        run_id: The name of the run; "" where it has none.
     """
 
     rank: int
@@ -97,7 +97,7 @@ class GroupSettings(NamedTuple):
         """Check every argument.
 
         Raises:
-            ValueError: One breaks its rule.
+            ValueError: An argument breaks its rule.
             TypeError: The secret is not bytes.
         """
         if world_size < 1:
@@ -132,13 +132,13 @@ class GroupSettings(NamedTuple):
 
 
 def check_rank(name: str, rank: int, world_size: int) -> None:
-    """ValueError unless `rank` is one of the group's ranks."""
+    """Raise ValueError unless `rank` is one of the group's ranks."""
     if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < world_size:
         raise ValueError(f"{name} must be a rank from 0 to {world_size - 1}, got {rank!r}")
 
 
 def to_seconds(name: str, timeout: float | timedelta) -> float:
-    """Return a timeout in seconds; ValueError unless it is positive and ends."""
+    """Return a timeout in seconds; ValueError unless it is positive and finite."""
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
     if math.isnan(seconds) or not 0 < seconds <= _LONGEST_SECONDS:
         raise ValueError(f"{name} must be a positive number of seconds, got {timeout!r}")

@@ -1,8 +1,8 @@
 """The store that `StatelessProcessGroup.create` makes: authenticated, bounded in time, own sockets.
 
-torch's TCPStore cannot be held to a deadline while its server is stopped, does not notice a dead
-rank, and listens on every interface; so rank 0 runs `StoreServer`, and every rank holds an
-`ObjectStore`, which speaks the basic verbs of `torch.distributed.Store` as well.
+torch's TCPStore keeps no deadline while its server is stopped, does not notice a dead rank, and
+listens on every interface. So rank 0 runs `StoreServer`, and every rank holds an `ObjectStore`. An
+`ObjectStore` has the basic methods of `torch.distributed.Store` as well.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class StoreOptions(NamedTuple):
         settings: `key=value` words.
         secret: Shared by all ranks, or None.
         max_message_bytes: The largest encoded message or value.
-        heartbeat: Of the lifelines.
-        timeout: Of the join, and of a verb that is given none; seconds.
-        encryption: Of values, and of the groups that do not say; "auto", "required" or "off".
+        heartbeat: The heartbeat of the lifelines.
+        timeout: Seconds for the join, and for a method that is given no timeout.
+        encryption: For values, and for groups that name none; "auto", "required" or "off".
     """
 
     world_size: int
@@ -70,13 +70,13 @@ class StoreOptions(NamedTuple):
 
 
 class ObjectStore:
-    """A rank's handle on the store: values by key here, messages through a group.
+    """A rank's access to the store: values by key through its methods, messages through a group.
 
-    The verbs are those of `torch.distributed.Store`: `set`, `get`, `wait`, `add`, `check`,
-    `delete_key`, `num_keys`. A `set` is acknowledged. Where there is a secret, values are sealed
-    like messages, each under its key and a number of its own, and the store says in an answer whose
-    value of which number it is: nobody on the way can put an earlier value in the place of a later
-    one. The numbers of `add` travel in the answers themselves.
+    The methods are those of `torch.distributed.Store`: `set`, `get`, `wait`, `add`, `check`,
+    `delete_key`, `num_keys`. The store acknowledges a `set`. With a secret, values are sealed like
+    messages, each with its key and a number of its own. An answer of the store says which rank set
+    the value, and the number of the value. So nobody on the path can put an earlier value in the
+    place of a later one. The sums of `add` travel in the answers themselves.
     """
 
     def __init__(
@@ -87,20 +87,20 @@ class ObjectStore:
         options: StoreOptions,
         listen_socket: socket.socket | None = None,
     ) -> None:
-        """Join; rank 0 serves as well.
+        """Join the store; rank 0 also serves it.
 
         Args:
-            host: The address of rank 0, the only one that is listened on.
-            port: Its port.
-            rank: Of this process.
-            options: The rest.
+            host: The address of rank 0, which listens on this address only.
+            port: The port of rank 0.
+            rank: The rank of this process.
+            options: The other settings.
             listen_socket: For rank 0, a socket that listens already, instead of a new one; the
                 store owns it from now on.
 
         Raises:
             ValueError: The address is a wildcard and there is no secret.
             AuthenticationError: The secrets differ.
-            JoinError: Refused, or the port is in other use.
+            JoinError: The store refuses this rank, or another program uses the port.
             JoinTimeoutError: Not every rank came within the timeout.
         """
         self.rank = rank
@@ -138,7 +138,7 @@ class ObjectStore:
             )
         except BaseException as error:
             if self._server is not None:
-                # So that those who come now hear why.
+                # Ranks that come now are told why the join failed.
                 linger = min(_REFUSAL_SECONDS, seconds_left(deadline + _LATEST_SECONDS))
                 self._server.stop(linger if isinstance(error, JoinError) else 0.0)
             raise
@@ -146,7 +146,7 @@ class ObjectStore:
         self._secret = options.secret
         self._value_seal = self._make_seal("", options.encryption)
         self._value_numbers = itertools.count()
-        # Also where this object is dropped without `close`, and when the process ends.
+        # This also leaves when the object is dropped without `close`, and when the process ends.
         self._leave = process_exit.Finalize(self, self.client.leave, exitpriority=0)
 
     @classmethod
@@ -159,7 +159,7 @@ class ObjectStore:
         listen_socket: socket.socket | None,
         seconds: float,
     ) -> ObjectStore:
-        """Join as a rank of a group that the store is made for, within these seconds.
+        """Join a store that is made for one group, as one of its ranks, within these seconds.
 
         Raises:
             ValueError: No such port, `listen_socket` on another rank than 0, or see `__init__`.
@@ -199,7 +199,7 @@ class ObjectStore:
             self._names.add(name)
 
     def close(self, linger: float | None = None) -> None:
-        """Leave; rank 0 then serves on until all have left, at most `linger` seconds."""
+        """Leave; rank 0 serves on until all ranks have left, at most `linger` seconds."""
         seconds = self._timeout if linger is None else linger
         self._leave.cancel()
         self.client.leave(seconds)
@@ -208,11 +208,11 @@ class ObjectStore:
 
     @property
     def timeout(self) -> timedelta:
-        """How long a verb waits that is given no timeout."""
+        """How long a method waits that is given no timeout."""
         return timedelta(seconds=self._timeout)
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Change that."""
+        """Set how long a method waits that is given no timeout."""
         self._timeout = timeout.total_seconds()
 
     def set(self, key: str, value: str | bytes) -> None:

@@ -1,4 +1,4 @@
-"""What one rank has asked the store, and what the store has answered; no sockets here."""
+"""The requests of one rank to the store, and the answers. This module uses no sockets."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Answers:
     def __init__(self) -> None:
         """Start without a request."""
         self._last = 0
-        self._open: set[int] = set()  # asked, and neither answered nor given up
+        self._open: set[int] = set()  # requests without an answer that were not given up
         self._frames: dict[int, Frame] = {}
         self._asked: dict[tuple[Kind, bytes], int] = {}
-        self._questions: dict[int, tuple[Kind, bytes]] = {}  # the same the other way round
+        self._questions: dict[int, tuple[Kind, bytes]] = {}  # `_asked` with keys and values swapped
 
     def __len__(self) -> int:
         """How many answers wait to be taken."""
@@ -67,7 +67,7 @@ class Answers:
         return [ident for ident in idents if ident not in self._frames]
 
     def raise_failure(self, idents: Iterable[int]) -> None:
-        """Raise what the first refusal among the answers says; it is asked for anew next time.
+        """Raise the error of the first refusal among the answers; the next request asks again.
 
         Raises:
             MessageExpiredError: The message was removed unread.

@@ -1,8 +1,8 @@
 """A rank's end of the store: join, ask, wait, leave; every wait has a deadline.
 
-No thread runs here. A call polls both of the rank's connections, so it hears of an answer, of a
-lost rank, of `leave` in another thread and of Ctrl-C alike. An answer that comes after its call
-gave up is kept, and the same question asked again finds it: no message is lost to a timeout.
+This module starts no thread. A call polls both connections of the rank. So an answer, a lost rank,
+`leave` in another thread and Ctrl-C all end its wait. An answer that comes after its call gave up
+is kept, and the same request finds it later. So no message is lost to a timeout.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from fastvideo_comm.object_channel.store_sockets import (
     to_milliseconds,
 )
 
-# A call that ran out of time may ask for this long who is missing; a join for longer, as nothing
-# else tells it.
+# After its timeout, a call may ask for this long which ranks are missing. A join may ask for
+# longer, because nothing else names the missing ranks.
 _ASK_SECONDS = 0.3
 _GIVE_UP_SECONDS = 0.8
 _LEAVE_SECONDS = 5.0
@@ -65,14 +65,14 @@ class StoreClient:
 
         Raises:
             AuthenticationError: The store does not hold the same secret.
-            JoinError: The store refuses this rank, or is something else.
+            JoinError: The store refuses this rank, or another program listens there.
             JoinTimeoutError: Not every rank joined until the deadline, of this rank or another.
         """
         self._lock = threading.Lock()
         self._holder: int | None = None  # the thread that has the turn
         self._answers = Answers()
         self._error: CommunicationError | None = None
-        self._is_cut = False  # a connection ended, and nobody said why
+        self._is_cut = False  # a connection ended without a reason
         self._was_there = False  # the store has answered
         self._owes_goodbye = self._leaves_late = False
         self._pair = LinkPair(self._take_in)
@@ -92,9 +92,9 @@ class StoreClient:
         heartbeat: Heartbeat,
         deadline: float,
     ) -> None:
-        """Join; a store that hangs up before it has answered is asked again until the deadline.
+        """Join; if the store hangs up before it has answered, try again until the deadline.
 
-        A store that is besieged by strangers hangs up on ranks as well.
+        A store with many strangers at its port hangs up on ranks as well.
         """
         pause = FIRST_PAUSE
         while True:
@@ -157,7 +157,7 @@ class StoreClient:
         self._holder = threading.get_ident()
         try:
             if self._answers and self._error is None:
-                self._hear(0)  # a call that finds its answer here would not listen
+                self._hear(0)  # a call whose answer is kept would not hear of a loss
             self._check()
         except BaseException:
             self.end_turn()
@@ -189,7 +189,7 @@ class StoreClient:
                 self._answers.remember(ident, kind, meta)
                 self._pair.queue(0, kind, ident, meta, ())
             finally:
-                if self.num_requests == num_requests:  # an interrupt came before
+                if self.num_requests == num_requests:  # an interrupt came first
                     self._answers.forget(ident)
         return ident
 
@@ -198,7 +198,7 @@ class StoreClient:
 
         Raises:
             CommunicationError: One of the answers is a refusal, see `Answers.raise_failure`; the
-                others stay where they are. Or the group is closed.
+                other answers are kept. Or the group is closed.
             PeerLostError: A rank is gone.
         """
         idents = list(idents)
@@ -231,7 +231,7 @@ class StoreClient:
         return self._parsed(lambda: self._answers.all_of(idents))
 
     def forget_question(self, kind: Kind, meta: bytes) -> None:
-        """`forget` what `ask_once` asked with these words."""
+        """Give up the request that `ask_once` began with this kind and meta."""
         ident = self._answers.find(kind, meta)
         if ident is not None:
             self._answers.forget(ident)
@@ -242,7 +242,7 @@ class StoreClient:
         return self._parsed(lambda: parse(frame))
 
     def forget(self, ident: int) -> None:
-        """Give a request up: its answer, when it comes, means nothing to anybody."""
+        """Give a request up: its answer is dropped, now or when it comes."""
         self._answers.forget(ident)
 
     def refuse(self, error: CommunicationError) -> None:
@@ -266,8 +266,8 @@ class StoreClient:
     def leave(self, seconds: float = _LEAVE_SECONDS) -> None:
         """Say goodbye, wait up to `seconds`, at most 5, for the store to hear it, and close.
 
-        A call of another thread ends with ClosedError, and so does the call that a signal handler
-        interrupted to come here.
+        A call of another thread ends with ClosedError. If a signal handler calls `leave`, the call
+        that the handler interrupted ends with ClosedError as well.
         """
         deadline = time.monotonic() + min(seconds, _LEAVE_SECONDS)
         if self._error is None:
@@ -276,7 +276,7 @@ class StoreClient:
         self._pair.wake()
         is_inside = self._holder == threading.get_ident()
         if not is_inside and not self._lock.acquire(timeout=seconds_left(deadline)):
-            self._leaves_late = True  # when that call ends, which decodes something large
+            self._leaves_late = True  # when the call that has the turn ends
             return
         self._leaves_late = False
         try:
@@ -297,14 +297,14 @@ class StoreClient:
                 return
 
     def _abandon_in_child(self) -> None:
-        """In a forked child: close its copies, or a rank that dies would seem to be alive."""
+        """Close a forked child's copies: while they are open, a dead rank seems to be alive."""
         self._lock = threading.Lock()
         self._pair.close()
         self._error = ClosedError("the group belongs to the process that created it")
 
     def _check(self) -> None:
         if self._error is not None:
-            # A new one each time: an exception that is raised twice grows its traceback.
+            # A new exception each time: the traceback of one that is raised again would grow.
             raise type(self._error)(str(self._error), peers=self._error.peers)
 
     def _ask_now(
@@ -323,7 +323,7 @@ class StoreClient:
         return self.take([ident])[0].meta
 
     def _parsed(self, act: Callable[[], _T]) -> _T:
-        """Return what `act` makes of an answer; a malformed one is the end of the group."""
+        """Return what `act` makes of an answer; a malformed answer ends the group."""
         try:
             return act()
         except FrameError as error:
@@ -361,7 +361,7 @@ class ClientTurn:
     __slots__ = ("_client", "_deadline")
 
     def __init__(self, client: StoreClient, deadline: float) -> None:
-        """Take nothing yet."""
+        """Prepare the turn; `__enter__` takes it."""
         self._client = client
         self._deadline = deadline
 

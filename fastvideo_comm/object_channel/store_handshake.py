@@ -5,11 +5,11 @@
     rank -> store   PROOF   proof over both
     store -> rank   PROOF   proof over both; zeros where the rank's is wrong
 
-A proof is an HMAC under the secret over a label and the whole exchange, and so is the key of the
-connection; nobody can reuse one, because each side put a fresh nonce in. The rank proves itself
-first: whoever reaches the port and holds no secret gets nothing that depends on it, and so nothing
-to try guesses on. All messages have fixed sizes: before the proof was checked, no length and no
-text from the other side is looked at.
+A proof is an HMAC under the secret over a label, HELLO and ANSWER. The key of the connection is
+such an HMAC too. Nobody can reuse a proof, because each side puts in a fresh nonce. The rank proves
+itself first. So whoever reaches the port without the secret gets nothing that depends on the
+secret, and has nothing to check guesses against. All messages have fixed sizes: no length and no
+text from the other side is read before its proof is checked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ANSWER_BYTES = _GREETING.size + SESSION_BYTES
 
 
 class Greeting(NamedTuple):
-    """What one side says of itself before it is believed."""
+    """What one side says of itself before it has proved anything."""
 
     magic: bytes
     version: int
@@ -75,11 +75,11 @@ class HandshakeError(FrameError):
     """The other side did not prove that it belongs to the group.
 
     Attributes:
-        last_words: What it is still sent, so that it can tell its user why.
+        last_words: The last message to the other side, so that it can tell its user the reason.
     """
 
     def __init__(self, message: str, last_words: bytes = b"") -> None:
-        """Keep both."""
+        """Keep the text of the error and the last message to the other side."""
         super().__init__(message)
         self.last_words = last_words
 
@@ -88,7 +88,7 @@ class ServerHandshake:
     """The store's half, fed with what arrives.
 
     Attributes:
-        key: Of the connection, when it is done.
+        key: The key of the connection, when the handshake is done.
         is_done: Whether the rank has proved itself.
     """
 
@@ -141,13 +141,13 @@ class ServerHandshake:
 def shake_hands(
     sock: socket.socket, secret: bytes | None, deadline: float
 ) -> tuple[bytes | None, bytes]:
-    """A rank's side on a connected socket; returns the connection's key and the store's session.
+    """Do the rank's half on a connected socket; return the connection's key and the session.
 
     Raises:
         AuthenticationError: The store does not hold the same secret.
         JoinError: What listens there is no store, or speaks another version.
-        EOFError: It hung up.
-        OSError: The connection is gone; TimeoutError where it does not answer.
+        EOFError: The other side hung up.
+        OSError: The connection is gone; TimeoutError where the other side does not answer.
     """
     hello = make_hello(secret)
     sock.sendall(hello)

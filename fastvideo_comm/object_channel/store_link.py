@@ -1,11 +1,11 @@
 """One end of a connection between a rank and the store: frames over a non-blocking socket.
 
-A frame is a header (kind, id, sizes), a tag, a short `meta` and a body. The tag is a keyed
-BLAKE2b (RFC 7693, a third of the time of an HMAC here) over direction, frame number, header and
-meta under the key of this connection, so that nobody on the path can add, drop, repeat or alter a
-request or an answer; bodies carry the seal of the rank that
-made them (`message_seal`), which the store passes on unread. A size is believed only after the tag
-was checked, is refused above the limit, and memory is taken as bytes arrive, not as announced.
+A frame is a header (kind, id, sizes), a tag, a short `meta` and a body. The tag is a keyed BLAKE2b
+hash (RFC 7693) over direction, frame number, header and meta, under the key of this connection. So
+nobody on the path can add, drop, repeat or alter a request or an answer. BLAKE2b takes a third of
+the time of an HMAC here. A body carries the seal of the rank that made it (`message_seal`); the
+store passes it on unread. A size is used only after the tag was checked, and a size above the limit
+is refused. Memory is taken as bytes arrive, not as announced.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class FrameError(Exception):
 class Link:
     """Frames over one connected socket; assumes one thread at a time.
 
-    An exception from a signal handler between a system call and the note of what it moved would
-    leave the stream in an unknown state; the link then refuses to go on (ConnectionError).
+    A signal handler may raise between a system call and the note of how many bytes it moved. The
+    state of the stream is then unknown, and every later use of the link raises ConnectionError.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Link:
         Args:
             sock: The socket.
             max_body_bytes: Longer bodies are refused.
-            key: Of this connection; None without a secret.
+            key: The key of this connection; None without a secret.
             of_store: Whether this is the store's end.
         """
         sock.setblocking(False)

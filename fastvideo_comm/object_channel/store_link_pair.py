@@ -1,7 +1,7 @@
 """Both connections of one rank to the store, polled together.
 
-The first carries requests, answers and messages. The second, the lifeline, brings the news of a
-lost rank. `wake` ends a poll from another thread or from a signal handler.
+The first carries requests, answers and messages. The second, the lifeline, says which rank is lost.
+`wake` ends a poll from another thread or from a signal handler.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class LinkPair:
     def queue(
         self, index: int, kind: Kind, ident: int, meta: bytes, parts: Sequence[Buffer]
     ) -> None:
-        """Queue a frame on one of the connections; where there is none, the next `hear` says so."""
-        # A signal handler may close at any time, so nothing is asked first.
+        """Queue a frame on one of the connections; where there is none, the next `hear` raises."""
+        # This does not ask first, because a signal handler may close the connection at any time.
         with contextlib.suppress(IndexError):
             self._links[index].queue(kind, ident, meta, parts)
 
@@ -69,8 +69,8 @@ class LinkPair:
             FrameError: What came is no frame.
             OSError: A connection is gone.
         """
-        # Read before the connections are looked at: after a `close` by a signal handler in between
-        # it returns at once, where a new one without connections would wait.
+        # `_poll` is read before the connections are checked. If a signal handler calls `close` in
+        # between, this poll returns at once; a new poll without connections would wait.
         poll = self._poll
         if not self._links:
             raise EOFError("it was closed here")
@@ -79,14 +79,14 @@ class LinkPair:
                 events = select.POLLIN if link.flush() else select.POLLIN | select.POLLOUT
                 poll.modify(link.sock, events)
         ready = {number for number, _events in poll.poll(milliseconds)}
-        # The lifeline first: it says who is lost, the other one only that it is closed.
+        # The lifeline is read first: it says who is lost, the other connection only that it ended.
         for link in reversed(self._links):
             if link.sock.fileno() in ready:
                 for frame in link.read():
                     self._take_in(frame)
 
     def hear_last_words(self, is_enough: Callable[[], bool]) -> None:
-        """After an end, take in what still comes on the lifeline, for a quarter of a second."""
+        """After a connection ended, read the lifeline for another quarter of a second."""
         deadline = time.monotonic() + _LAST_WORDS_SECONDS
         poll = select.poll()
         with contextlib.suppress(*CUT, IndexError):
@@ -103,7 +103,7 @@ class LinkPair:
             self._alarm.send(b"!")
 
     def ignore_alarm(self) -> None:
-        """Let `hear` wait again; also below a signal handler that interrupted a `hear`."""
+        """Let `hear` wait again, also in a signal handler that interrupted a `hear`."""
         # A new object: the old one may be in use, and must not be entered twice.
         self._poll = select.poll()
         for link in self._links:

@@ -1,6 +1,6 @@
 """What the store keeps: messages until their last reader has them, barriers, and plain values.
 
-No sockets here: a waiter is any hashable thing, and `answer` is called with it.
+This module uses no sockets: it calls `answer` with the waiter that an answer is for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Waiter(NamedTuple):
     """A request that waits for its answer.
 
     Attributes:
-        rank: Who asks.
+        rank: The rank that asks.
         ident: The id of the request on its connection.
         connection: Where the answer goes.
     """
@@ -47,7 +47,7 @@ class _Channel:
     def __init__(self) -> None:
         self.messages: dict[int, _Message] = {}
         self.waiting: dict[int, list[Waiter]] = {}
-        self.next_number = 0  # of the message that comes next
+        self.next_number = 0  # the number of the message that comes next
         self.first = 0  # no message below this is left
         self.expired = 0  # messages below this that were unread have been removed
 
@@ -63,7 +63,7 @@ class _Barrier:
     def __init__(self) -> None:
         self.number = 0
         self.arrived: set[int] = set()
-        self.waiting: dict[int, Waiter] = {}  # those of them that have no answer
+        self.waiting: dict[int, Waiter] = {}  # those of the arrived ranks that have no answer
 
 
 class Mailbox:
@@ -83,7 +83,7 @@ class Mailbox:
         self._left: set[int] = set()
         self._channels: defaultdict[Channel, _Channel] = defaultdict(_Channel)
         self._barriers: defaultdict[bytes, _Barrier] = defaultdict(_Barrier)
-        self._values: dict[bytes, tuple[bytes, Buffer]] = {}  # its origin, and the value
+        self._values: dict[bytes, tuple[bytes, Buffer]] = {}  # origin and value, by key
         self._value_waiters: defaultdict[bytes, list[tuple[Kind, Waiter]]] = defaultdict(list)
 
     def count(self, waiter: Waiter) -> None:
@@ -195,7 +195,7 @@ class Mailbox:
             self._release_impossible(barrier)
 
     def set(self, waiter: Waiter, number: int, key: bytes, body: Buffer) -> None:
-        """Set a value, this rank's of that number, and answer those who wait for it."""
+        """Set a value, which has this number on its rank, and answer those who wait for it."""
         if number < 0:
             raise FrameError(f"the number of a value must be 0 or more, got {number}")
         self._put(key, pack_origin(waiter.rank, number), body)

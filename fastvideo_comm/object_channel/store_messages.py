@@ -14,7 +14,7 @@ _JOIN = struct.Struct(f"<?i{TOKEN_BYTES}s")
 _NUMBER = struct.Struct("<q")
 _ORIGIN = struct.Struct("<iq")
 
-# So much fits into the meta of a frame, however many ranks there are and whatever the text says.
+# With these limits, every text and every list of ranks fits into the meta of a frame.
 _MAX_TEXT_BYTES = 4096
 _MAX_NAMED_RANKS = 8192
 
@@ -83,7 +83,7 @@ def unpack_number(meta: bytes) -> tuple[int, bytes]:
 
 
 def pack_origin(src: int, number: int, total: bytes = b"") -> bytes:
-    """Return what the answer to GET says of a value: who set it, as its which one, or the total."""
+    """Return the origin of a value in an answer: its rank and number, or the total of `add`."""
     return _ORIGIN.pack(src, number) + total
 
 
@@ -103,7 +103,7 @@ def pack_text(ranks: list[int], text: str = "") -> bytes:
     Of more than 8192 ranks only the first are named.
     """
     ranks = ranks[:_MAX_NAMED_RANKS]
-    short = text.encode()[:_MAX_TEXT_BYTES].decode(errors="ignore")  # no half character
+    short = text.encode()[:_MAX_TEXT_BYTES].decode(errors="ignore")  # cuts no character in half
     return struct.pack(f"<H{len(ranks)}i", len(ranks), *ranks) + short.encode()
 
 

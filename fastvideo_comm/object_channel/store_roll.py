@@ -24,7 +24,7 @@ class Member:
     __slots__ = ("connection", "has_left", "lifeline", "token")
 
     def __init__(self, connection: Any) -> None:
-        """Make a token."""
+        """Make the token with which the rank must open its lifeline."""
         self.connection = connection
         self.token = os.urandom(TOKEN_BYTES)
         self.lifeline: Any = None
@@ -32,11 +32,11 @@ class Member:
 
 
 class Roll:
-    """Knows the ranks of one group while it forms and afterwards; no sockets here.
+    """Knows the ranks of one group while it forms and afterwards; uses no sockets.
 
     Attributes:
         members: By rank.
-        failure: What every rank that comes is told; None while the join can succeed.
+        failure: Why the join failed, for every rank that comes; None while it can succeed.
     """
 
     def __init__(self, world_size: int, settings: str) -> None:
@@ -64,7 +64,7 @@ class Roll:
         return sorted(set(range(self._world_size)).difference(here))
 
     def note(self, text: str) -> None:
-        """Keep what may be why a rank is missing; the first few only, strangers cause them too."""
+        """Keep a possible reason for a missing rank; only a few, as strangers cause some too."""
         if len(self._notes) < _MAX_NOTES:
             self._notes.append(text)
 

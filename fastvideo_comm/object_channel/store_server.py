@@ -3,8 +3,8 @@
 Every rank holds two connections. Requests and messages travel on the first. The second, the
 lifeline, carries next to nothing, so that the kernels on both ends keep it alive: they answer TCP
 keep-alive probes for a process that is busy or stopped, close it when the process dies, and give up
-on it when the machine or the way to it is gone. That is how a dead rank is told from a slow one,
-with no thread in the ranks, and the news travels on it without queueing behind large messages.
+on it when the machine or the way to it is gone. So the server knows a dead rank from a slow one
+without a thread in the ranks, and news of a dead rank does not queue behind large messages.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from fastvideo_comm.object_channel.store_sockets import Heartbeat, call_after_fo
 from fastvideo_comm.object_channel.store_strangers import Strangers
 
 _HANDSHAKE_SECONDS = 10.0
-# Beside one for each rank: all of them may come at once.
+# One more for each rank is allowed, because all ranks may come at once.
 _MAX_STRANGERS = 128
 _TICK_SECONDS = 0.2
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class ServerSettings(NamedTuple):
-    """What the server is told by rank 0.
+    """The settings that rank 0 gives to the server.
 
     Attributes:
         world_size: How many ranks join.
         secret: Shared by all ranks, or None.
         settings: The `key=value` words that every rank must repeat.
         max_body_bytes: The largest sealed message.
-        heartbeat: Of the lifelines.
+        heartbeat: The heartbeat of the lifelines.
     """
 
     world_size: int
@@ -97,10 +97,10 @@ class StoreServer:
         self._strangers: Strangers[_Connection] = Strangers(
             _MAX_STRANGERS + settings.world_size, _HANDSHAKE_SECONDS
         )
-        self._is_short = False  # of file descriptors: the listener rests
+        self._is_short = False  # no file descriptor is left, and the server does not listen
         self._mailbox = Mailbox(settings.world_size, self._answer)
         self._joined = False
-        self._dying: deque[tuple[int, str]] = deque()  # ranks that are lost, until all are told
+        self._dying: deque[tuple[int, str]] = deque()  # lost ranks, until all others are told
         self._lost: bytes | None = None
         self._stopping = False
         self._over = False
@@ -139,7 +139,7 @@ class StoreServer:
         self._thread.join()
 
     def _abandon(self) -> None:
-        """In a forked child: close its copies, or a rank that dies would seem to be alive."""
+        """Close a forked child's copies: while they are open, a dead rank seems to be alive."""
         self._at_exit.cancel()
         self._close_all()
 
@@ -175,13 +175,13 @@ class StoreServer:
 
     def _accept(self) -> None:
         if self._joined:
-            return  # since the selector saw the caller
+            return  # all ranks have joined since the selector saw the caller
         try:
             sock, _address = self._listener.accept()
         except OSError as error:
             if error.errno in _SHORTAGES:
                 self._make_room(error)
-            return  # or the caller went away
+            return  # another error means that the caller went away
         sock.setblocking(False)
         connection = _Connection(sock, ServerHandshake(self._settings.secret, self.session))
         self._connections.add(connection)
@@ -191,13 +191,13 @@ class StoreServer:
         self._drop(self._strangers.add(connection))
 
     def _make_room(self, error: OSError) -> None:
-        """After an `accept` that lacked a file descriptor: a caller is still waiting for it."""
+        """Free a file descriptor for a caller that `accept` had none for, or stop listening."""
         self._roll.note_shortage(f"rank 0 could not accept a connection: {error}")
         stranger = self._strangers.oldest()
         if stranger is not None:
             self._drop(stranger)
         else:
-            # A selector would report the caller at once again, and again.
+            # The selector would report the caller again and again.
             self._selector.unregister(self._listener)
             self._is_short = True
 
@@ -206,7 +206,7 @@ class StoreServer:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def _stop_listening(self) -> None:
-        """All have joined: nobody else has any business here."""
+        """Stop listening, because all ranks have joined."""
         if not self._is_short:
             self._selector.unregister(self._listener)
         self._is_short = False
@@ -289,7 +289,7 @@ class StoreServer:
                 self._answer(member.lifeline.waiter, Kind.OK, b"", b"")
 
     def _give_up(self, waiter: Waiter) -> None:
-        """End the join, as one rank's time is up: all then name the same ranks, and at once."""
+        """End the join when one rank's time is up: all ranks then name the same missing ranks."""
         if self._joined or self._roll.failure is not None:
             return  # the answer to its request to join is on the way
         self._roll.give_up(waiter.rank)
@@ -380,9 +380,10 @@ class StoreServer:
             self._drop(other)
 
     def _tell_of_the_lost(self) -> None:
-        """Tell every other rank of the first loss, rank 0 last: others depend on its process.
+        """Tell every other rank of the first loss; rank 0 last, as others depend on its process.
 
-        A queue and no recursion: when many die at once, each one told may be the next one lost.
+        This is a queue and not a recursion: when many ranks die at once, the rank that is told may
+        be the next one that is lost.
         """
         while self._dying:
             rank, reason = self._dying.popleft()

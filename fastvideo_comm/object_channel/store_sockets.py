@@ -25,7 +25,7 @@ class Heartbeat(NamedTuple):
 
     Attributes:
         interval: Seconds between two probes of an idle lifeline, whole seconds from 1 on.
-        limit: After how many unanswered probes.
+        limit: How many unanswered probes end the connection.
     """
 
     interval: int
@@ -43,7 +43,7 @@ class Heartbeat(NamedTuple):
         return cls(int(interval), int(limit))
 
     def apply(self, sock: socket.socket) -> None:
-        """Set the probes of a lifeline; also unanswered data gives up after interval * limit."""
+        """Set the probes of a lifeline; unanswered data also ends it after interval * limit."""
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, self.interval)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, self.interval)
@@ -90,7 +90,7 @@ def connect(host: str, port: int, deadline: float, *, was_there: bool = False) -
 
     Args:
         host: Where the store listens.
-        port: Its port.
+        port: The port of the store.
         deadline: In `time.monotonic`.
         was_there: Whether the store has answered this rank: if nobody listens now, it has ended.
 
@@ -113,7 +113,7 @@ def connect(host: str, port: int, deadline: float, *, was_there: bool = False) -
             time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
             pause = min(2 * pause, LONGEST_PAUSE)
             continue
-        # On loopback, a try without a listener can by chance meet itself.
+        # On loopback, a socket can by chance connect to itself where nobody listens.
         if sock.getsockname() != sock.getpeername():
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
@@ -128,7 +128,7 @@ def receive_exactly(sock: socket.socket, size: int, deadline: float) -> bytes:
 
     Raises:
         EOFError: The other end closed the connection before.
-        TimeoutError: They did not come until the deadline.
+        TimeoutError: The bytes did not come until the deadline.
     """
     data = b""
     while len(data) < size:

@@ -1,8 +1,8 @@
-"""Connections that have not joined: how many there may be, how long each may take, who goes first.
+"""Connections that have not joined: how many, for how long, and which one is closed first.
 
-Whoever reaches the port can open connections faster than ranks can join. So a connection that has
-come further in the handshake is never closed for the sake of one that has not: among those that got
-equally far, the oldest goes. Without the secret nobody gets as far as a rank.
+Whoever reaches the port can open connections faster than ranks can join. So a connection is never
+closed to make room for one that is less far in the handshake. Among connections that are equally
+far, the oldest is closed. Without the secret nobody gets as far as a rank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 _Connection = TypeVar("_Connection", bound=Hashable)
 
-# How far a connection is: it has said nothing that counts, greeted, or proved itself.
+# How far a connection is: nothing valid has come, it has greeted, or it has proved itself.
 _NUM_STEPS = 3
 
 
@@ -29,7 +29,7 @@ class Strangers(Generic[_Connection]):
     """
 
     def __init__(self, most: int, seconds: float) -> None:
-        """Start with none.
+        """Start without connections.
 
         Args:
             most: How many may be equally far in the handshake.
@@ -37,11 +37,11 @@ class Strangers(Generic[_Connection]):
         """
         self._most = most
         self._seconds = seconds
-        # For each step, the connections and until when they may take; the oldest first.
+        # For each step, the connections with their deadlines, the oldest first.
         self._steps: list[dict[_Connection, float]] = [{} for _ in range(_NUM_STEPS)]
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Whether there are any connections."""
         return any(self._steps)
 
     def add(self, connection: _Connection) -> _Connection | None:
@@ -61,16 +61,16 @@ class Strangers(Generic[_Connection]):
             connections.pop(connection, None)
 
     def oldest(self) -> _Connection | None:
-        """Return the one to close first; None where there is none."""
+        """Return the connection to close first; None where there is none."""
         return next((c for connections in self._steps for c in connections), None)
 
     def overdue(self) -> list[_Connection]:
-        """Return those that took too long."""
+        """Return the connections that took too long."""
         now = time.monotonic()
         return [c for connections in self._steps for c, end in connections.items() if end < now]
 
     def everyone(self) -> list[_Connection]:
-        """Return all of them."""
+        """Return all connections."""
         return [c for connections in self._steps for c in connections]
 
     def _enter(self, step: int, connection: _Connection, end: float) -> _Connection | None:

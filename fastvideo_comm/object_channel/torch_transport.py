@@ -1,8 +1,8 @@
-"""A group on a store of torch (TCPStore, FileStore, HashStore, PrefixStore), with its plain verbs.
+"""A group on a store of torch (TCPStore, FileStore, HashStore, PrefixStore), by its basic methods.
 
 Every message has its own key, is deleted by its last reader, and travels in values of at most
-4 MiB (TCPStore hangs up on values over 8 MiB). Waits poll, so that they end and hear Ctrl-C;
-a verb that hangs inside torch, because the server is stopped, cannot be interrupted from here.
+4 MiB (TCPStore hangs up on values over 8 MiB). A wait polls, so that its timeout and Ctrl-C can end
+it. A call that hangs inside torch, because the server is stopped, cannot be interrupted from here.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class TorchTransport:
                 unread = address._replace(number=number)
                 if self.is_read(unread) or not seconds_left(deadline):
                     return
-                # First the note, so that no reader can wait for a message that is gone.
+                # The note is set first, so that no reader can wait for a message that is gone.
                 note = _TOTAL.pack(number + 1)
                 if number == address.number:
                     self._set(self._name(mark.key), b"".join(self._seal.seal(mark, [note])))
@@ -230,7 +230,7 @@ class TorchTransport:
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
-        """Turn a failure of the store into an error that stays."""
+        """Turn a failure of the store into an error that every later call raises too."""
         try:
             yield
         except (AuthenticationError, CommunicationTimeoutError):

@@ -1,4 +1,4 @@
-"""What a group needs of a store, and how the two kinds of stores give it."""
+"""What a group needs of a store (`Transport`), and a group on the library's own store."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ Buffer = bytes | bytearray | memoryview
 class Transport(Protocol):
     """Moves sealed messages of one group; every method is called inside `turn`.
 
-    A timeout is CommunicationTimeoutError with the missing ranks as `peers`, and loses nothing:
-    what has arrived is there for the next `receive` of the same addresses, until `discard`.
-    PeerLostError for a rank that has left loses nothing either, nor does an interrupt.
-    MessageExpiredError is the end of these addresses.
+    A timeout raises CommunicationTimeoutError with the missing ranks as `peers`. No message is lost
+    then: what has arrived is kept for the next `receive` of the same addresses, until `discard`.
+    The same holds after an interrupt, and after PeerLostError for a rank that has left. After
+    MessageExpiredError these addresses must not be used again.
     """
 
     @property
     def num_begun(self) -> int:
-        """Grows when something begins to go out: from then on its number is used up."""
+        """Grows when a message begins to go out; the number of that message is then used up."""
 
     def turn(self, deadline: float) -> AbstractContextManager[None]:
-        """Keep other threads out, and raise what already ended the group."""
+        """Keep other threads out; raise the error that has ended the group, if there is one."""
 
     def send(self, address: Address, parts: Sequence[bytes | memoryview], deadline: float) -> None:
         """Put a message where its readers find it."""
@@ -62,7 +62,7 @@ class StoreTransport:
         """Reserve the group's name on the store.
 
         Raises:
-            ValueError: The group is not of the store's ranks, or allows larger messages.
+            ValueError: The group has other ranks than the store, or allows larger messages.
             JoinError: The name is in use.
         """
         ranks = (store.rank, store.world_size)
@@ -112,7 +112,7 @@ class StoreTransport:
         try:
             waiting = self._client.wait(idents, deadline)
         except MessageExpiredError:
-            for ident in idents:  # the callers' next messages are those after these
+            for ident in idents:  # nobody asks for these messages again
                 self._client.forget(ident)
             raise
         if waiting:
@@ -142,8 +142,8 @@ class StoreTransport:
             except AuthenticationError:
                 if not was_interrupted:
                     raise
-                # It may have been decrypted in its place before. AES in counter mode is its own
-                # inverse, so the attempt that failed has put back what had come.
+                # The interrupted attempt may have decrypted the message in place. AES in counter
+                # mode is its own inverse, so the attempt that failed has restored what came.
                 body = self._seal.open(address, sealed)
         except AuthenticationError as error:
             self._client.refuse(error)

@@ -13,8 +13,8 @@ class RegisteredType(NamedTuple):
 
     Attributes:
         name: What messages call it.
-        to_fields: From an instance to supported objects.
-        from_fields: And back.
+        to_fields: Turns an instance into supported objects.
+        from_fields: Turns these back into an instance.
     """
 
     name: str
@@ -28,7 +28,7 @@ def describe_type(
     to_fields: Callable[[Any], Any] | None,
     from_fields: Callable[[Any], Any] | None,
 ) -> RegisteredType:
-    """Return the entry of a class: by the functions given, else as the enum or dataclass it is.
+    """Return the entry of a class, by the given functions or as an enum or a dataclass.
 
     Raises:
         TypeError: `cls` is no class, one function lacks its partner, or the class needs both.

@@ -1,1 +1,1 @@
-"""Programs for whoever installs the library: the doctor and the small benchmark."""
+"""Programs for everybody who installs the library: the doctor and the small benchmark."""

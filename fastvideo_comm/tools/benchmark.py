@@ -1,7 +1,7 @@
 """The small benchmark: copies on this device, and exchanges between two gloo ranks.
 
-For a first impression of a machine; `make bench` in the repository measures in earnest, against
-other systems.
+It gives a first impression of a machine. `make bench` in the repository measures more cases, and
+compares other systems.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def main(plot: Path, *, as_json: bool = False) -> int:
 
 
 def copy_bandwidth() -> dict[str, Any]:
-    """GB/s, read and written, of a plain copy and of packing `[1, s, H, D]` for two ranks.
+    """Measures GB/s (read and written) of a copy and of packing `[1, s, H, D]` for two ranks.
 
     Example:
         >>> copy_bandwidth()["device"]  # doctest: +SKIP
         'cpu'
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # 50 MB; on a GPU 800: far more than its cache, and the launch is short beside the copy.
+    # 50 MB, or 800 MB on a GPU: more than fits the cache, and the launch is short beside the copy.
     sequence = 1 << (14 if device.type == "cpu" else 18)
     x = torch.empty(1, sequence, 12, 128, dtype=torch.bfloat16, device=device).uniform_()
     plain, view = torch.empty_like(x), message_view(x, 2, 2, 1)
@@ -62,7 +62,7 @@ def copy_bandwidth() -> dict[str, Any]:
 
 
 def table(copies: dict[str, Any], exchanges: list[dict[str, float]]) -> str:
-    """The results in words.
+    """Returns the results as text.
 
     Example:
         >>> row = {"bytes": 2e6, "heads": 2e-3, "sequence": 3e-3, "bare exchange": 1e-3}
@@ -121,7 +121,7 @@ def _median(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _progress(items: Iterable[Any], names: list[str]) -> Iterator[Any]:
-    """A bar on the terminal where rich is installed, else a line for each step."""
+    """Shows a bar on the terminal where rich is installed, else a line for each step."""
     try:
         from rich.console import Console
         from rich.progress import track

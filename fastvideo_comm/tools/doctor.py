@@ -1,4 +1,4 @@
-"""What this installation can do, in one screen, with a remedy for whatever is wrong."""
+"""The doctor: prints what this installation can do, and a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHECKS = (versions, devices, backends, kernels, network, environment, ranks)
 
 
 def examine() -> list[Finding]:
-    """Everything that the doctor looks at; takes some seconds, for it starts two ranks.
+    """Runs all checks; this takes some seconds, because one of them starts two ranks.
 
     Example:
         >>> [finding.text for finding in examine() if finding.status == "problem"]
@@ -28,7 +28,7 @@ def examine() -> list[Finding]:
 
 
 def render(findings: Sequence[Finding]) -> str:
-    """The screen.
+    """Returns the findings as the text that the doctor prints.
 
     Example:
         >>> print(render([Finding("kernels", "problem", "wrong values", "reinstall triton")]))
@@ -53,7 +53,7 @@ def render(findings: Sequence[Finding]) -> str:
 
 
 def main(*, as_json: bool = False) -> int:
-    """Prints the screen, or JSON; 1 where there is a problem, else 0."""
+    """Prints the findings as text or JSON; returns 1 if there is a problem, else 0."""
     findings = examine()
     wrong = any(finding.status == "problem" for finding in findings)
     if as_json:
@@ -65,7 +65,7 @@ def main(*, as_json: bool = False) -> int:
 
 
 def _guarded(check: Callable[[], list[Finding]]) -> list[Finding]:
-    """A check that breaks is a finding too."""
+    """Runs a check; an exception in the check becomes a finding."""
     try:
         return check()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What the doctor looks at: each check returns findings and changes nothing."""
+"""The checks of the doctor: each returns findings and changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..collective.route import MEMORY_VARIABLE
 from ..kernels.strided_copy import _IMPLEMENTATIONS, IMPLEMENTATION_VARIABLE, SMALL_COPY_BYTES
 
 _KERNEL_SECONDS = 240
-# The secret is shown as set or not, never itself.
+# The doctor shows whether the secret is set, and never shows the secret.
 _SECRET_VARIABLE = "FASTVIDEO_COMM_SECRET"
 _LAUNCH_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 _VARIABLES = (
@@ -40,7 +40,7 @@ _VARIABLES = (
 
 
 class Finding(NamedTuple):
-    """One line of the screen; a problem has a remedy."""
+    """One line of what the doctor prints; a problem has a remedy."""
 
     section: str
     status: Literal["ok", "note", "problem"]
@@ -49,7 +49,7 @@ class Finding(NamedTuple):
 
 
 def versions() -> list[Finding]:
-    """This library's and those of what it needs, against the floors of its own metadata."""
+    """Compares the versions of the library's requirements with the floors in its metadata."""
     python = platform.python_version()
     findings = [Finding("versions", "ok", f"fastvideo_comm {__version__}, python {python}")]
     try:
@@ -79,7 +79,7 @@ def versions() -> list[Finding]:
 
 
 def devices() -> list[Finding]:
-    """Accelerators, and which of them reach each other's memory."""
+    """Lists the accelerators, and finds those that do not reach each other's memory."""
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         text = "no GPU: tensors on the CPU, exchanges over gloo"
@@ -118,7 +118,7 @@ def devices() -> list[Finding]:
 
 
 def backends() -> list[Finding]:
-    """What torch.distributed was built with."""
+    """Lists the backends that torch.distributed was built with."""
     known = {
         "gloo": dist.is_gloo_available(),
         "nccl": dist.is_nccl_available(),
@@ -135,7 +135,7 @@ def backends() -> list[Finding]:
 
 
 def kernels() -> list[Finding]:
-    """Whether the kernel compiles here and equals its reference, and what "auto" picks."""
+    """Checks that the kernel compiles here and equals its reference; says what "auto" picks."""
     section = "kernels"
     chosen = os.environ.get(IMPLEMENTATION_VARIABLE, "auto")
     if chosen not in _IMPLEMENTATIONS:
@@ -154,7 +154,7 @@ def kernels() -> list[Finding]:
         )
         wrong = outcome.stderr.strip().splitlines()[-1:] if outcome.returncode else []
     except subprocess.TimeoutExpired:
-        wrong = [f"no end after {_KERNEL_SECONDS} s"]
+        wrong = [f"the check did not end within {_KERNEL_SECONDS} s"]
     how = "compiled for the GPU" if gpu else "interpreted, there is no GPU to compile for"
     if wrong:
         text = f"strided_copy_ ({how}): {wrong[0]}"
@@ -175,7 +175,7 @@ def kernels() -> list[Finding]:
 
 
 def environment() -> list[Finding]:
-    """The variables that change what happens."""
+    """Lists the environment variables that change what the library does."""
     section = "environment"
     words = []
     for variable in _VARIABLES:
@@ -192,7 +192,7 @@ def environment() -> list[Finding]:
 
 
 def ranks() -> list[Finding]:
-    """Two gloo ranks trade heads for sequence and back."""
+    """Starts two gloo ranks, which trade heads for sequence and back."""
     from .rank_pair import run_pair
 
     section = "ranks"

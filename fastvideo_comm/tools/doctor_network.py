@@ -1,4 +1,4 @@
-"""What the doctor looks at in the network: where gloo, NCCL and the stores would listen."""
+"""The doctor's checks of the network: where gloo, NCCL and the stores would listen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .doctor_checks import Finding
 
 
 def network() -> list[Finding]:
-    """Names and interfaces that gloo and the stores depend on."""
+    """Checks the names and interfaces that gloo and the stores depend on."""
     section = "network"
     findings = []
     host = socket.gethostname()
@@ -38,7 +38,7 @@ def network() -> list[Finding]:
 
 
 def _store_address(section: str) -> Finding:
-    """Where StatelessProcessGroup's store would listen for the launcher's address."""
+    """Finds where StatelessProcessGroup's store would listen for the launcher's address."""
     master = os.environ.get("MASTER_ADDR")
     if not master:
         text = "the store of StatelessProcessGroup listens on the host it is given, no other"

@@ -1,6 +1,6 @@
-"""`python -m fastvideo_comm.kernel_check`: the Triton kernel against its reference, here.
+"""`python -m fastvideo_comm.tools.kernel_check` compares the Triton kernel with its reference.
 
-A process of its own, because TRITON_INTERPRET must be set before triton is imported.
+The check is a process of its own, because TRITON_INTERPRET must be set before triton is imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def check(device: torch.device) -> None:
         >>> check(torch.device("cpu"))  # doctest: +SKIP
 
     Raises:
-        RuntimeError: they differ.
+        RuntimeError: the two copies differ.
     """
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(1, 5, 6, 8).to(device, dtype)

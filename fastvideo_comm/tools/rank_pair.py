@@ -33,7 +33,7 @@ def run_pair(job: str, *arguments: Any, seconds: float = _TIMEOUT_SECONDS) -> An
 
     Raises:
         RuntimeError: a rank failed; the message ends with its error.
-        TimeoutError: no answer in time.
+        TimeoutError: a rank did not answer in time.
     """
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,7 @@ def run_pair(job: str, *arguments: Any, seconds: float = _TIMEOUT_SECONDS) -> An
 
 
 def _first_answer(answers: list[Any], seconds: float) -> Any:
-    """Rank 0's, once both have answered; the first failure before that."""
+    """Returns rank 0's answer when both have answered; raises the first failure before that."""
     waiting, result = dict(enumerate(answers)), None
     deadline = perf_counter() + seconds
     while waiting:
@@ -92,7 +92,7 @@ def _work(rank: int, folder: str, answer: Any, job: str, arguments: tuple[Any, .
 
 
 def _check(communicator: DeviceCommunicatorBase) -> str:
-    """A small exchange and a large one, there and back; why not by memory, empty if by memory."""
+    """Checks a small and a large exchange, there and back; returns why they used no memory."""
     rank = communicator.rank
     for sequence in (6, 6 << 10):
         whole = torch.arange(sequence * 4 * 64, dtype=torch.float32).reshape(1, sequence, 4, 64)
@@ -105,7 +105,7 @@ def _check(communicator: DeviceCommunicatorBase) -> str:
 
 
 def _measure(communicator: DeviceCommunicatorBase, sequence: int) -> dict[str, float]:
-    """Median seconds of the op in both directions, and of the bare exchange of the same bytes."""
+    """Measures the op in both directions, and the bare exchange of the same bytes, in seconds."""
     x = torch.randn(1, sequence, 12, 128).bfloat16()
     y = communicator.all_to_all_4D(x)
     bare = torch.empty_like(x).view(-1)
