@@ -19,10 +19,12 @@ from ..diagnosis.record import (
 )
 from ..errors import ClosedError, CommunicationError, MismatchError
 from ..kernels import copy_all_valid_, copy_valid_
+from ..memory.device import DeviceFlight
 from ..memory.host import Ask, Flight, HostMemory, Mismatch, Place, Posted, Spec
 from ..profiling import span
 from .group import Group
 
+AnyFlight: TypeAlias = "Flight | DeviceFlight"
 # Pairs of tensors of one shape: to, from.
 Copies: TypeAlias = "list[tuple[Tensor, Tensor]]"
 
@@ -36,7 +38,7 @@ class Work:
         self,
         group: Group,
         op: str,
-        flight: Flight,
+        flight: AnyFlight,
         outputs: list[Tensor],
         complete: Callable[[], None] | None = None,
     ) -> None:
@@ -90,7 +92,7 @@ def start_call(
     sources: Sequence[int] | None = None,
     *,
     async_op: bool = False,
-) -> tuple[list[Tensor], Flight]:
+) -> tuple[list[Tensor], AnyFlight]:
     """A call of all ranks. What the op's caller asked for is compared, where it is known.
 
     Args:
@@ -105,7 +107,17 @@ def start_call(
     Returns:
         This rank's outputs, which are complete after the flight.
     """
-    memory, op = memory_of(group), facts[0]
+    everyone = range(group.size())
+    if targets is None:
+        targets = everyone
+    on_gpu, op = group.device_memory, facts[0]
+    if on_gpu is not None:
+        try:
+            launched = on_gpu.start(specs_of, copies, targets, async_op=async_op)
+        except CommunicationError as error:
+            raise type(error)(f"{group.where(op)}: {error}", peers=error.peers) from None
+        return launched.outputs, launched
+    memory = memory_of(group)
     posted = allocate(group, op, specs_of(group.rank()))
 
     def deliver(target: int, place: Place) -> None:
@@ -115,7 +127,6 @@ def start_call(
     question = question_of(asked, strict=group.is_strict)
     if asked_of is not None:
         question += b" of call %d" % asked_of
-    everyone = range(group.size())
     if sources is None:
         sources = everyone if posted.tensors else ()
 
@@ -130,7 +141,7 @@ def start_call(
         detail,
         posted=posted,
         sources=sources,
-        targets=everyone if targets is None else targets,
+        targets=targets,
     )
     flight = memory.start(ask, background=async_op)
     group.last_call = flight.key[1]
@@ -198,8 +209,11 @@ def allocate(
         raise MemoryError(f"{group.where(op)}: {error}") from None
 
 
-def wait_for(group: Group, op: str, flight: Flight) -> None:
+def wait_for(group: Group, op: str, flight: AnyFlight) -> None:
     """Waits; adds op and rank to an error."""
+    if isinstance(flight, DeviceFlight):  # the stream waits, and not the host
+        flight.wait()
+        return
     try:
         flight.wait()
     except Mismatch as mismatch:

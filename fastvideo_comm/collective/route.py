@@ -9,16 +9,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from . import memory, messages, operator, traced
+from . import device, memory, messages, operator, traced
 from .group import MEMORY_MODES, AnyGroup, Group, MemoryMode, OperatorGroup
 
 MEMORY_VARIABLE = "FASTVIDEO_COMM_MEMORY"
 
 
 def memory_mode(
-    given: MemoryMode | None, group: dist.ProcessGroup, device: torch.device
+    given: MemoryMode | None, group: dist.ProcessGroup, on: torch.device
 ) -> MemoryMode | None:
     """Whether a communicator uses memory, before the other ranks are asked; None: none is asked.
+
+    On GPUs "auto" means "off": the exchange by memory was never measured on several GPUs.
 
     Raises:
         ValueError: `given`, or the environment variable, is another word; or `given` is "on" where
@@ -28,12 +30,12 @@ def memory_mode(
     for known in MEMORY_MODES:
         if mode == known:
             # torch's "fake" backend has no other ranks.
-            if device.type == "cpu" and dist.get_backend(group) != "fake":
-                return known
+            if on.type in ("cpu", "cuda") and dist.get_backend(group) != "fake":
+                return known if on.type == "cpu" or known == "on" else None
             if given == "on":
                 raise ValueError(
-                    "memory must be 'auto' or 'off' for ranks that are not on the CPU, got 'on' "
-                    f"for {device} and backend {dist.get_backend(group)}"
+                    "memory must be 'auto' or 'off' for ranks that are not on CPUs or CUDA "
+                    f"devices, got 'on' for {on} and backend {dist.get_backend(group)}"
                 )
             return None
     raise ValueError(
@@ -49,8 +51,10 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
     - `traced` in compiled code: there the compiler plans copies and buffers.
     - `operator` in compiled code of a communicator that has connected memory. The first eager call
       connects it.
-    - `memory` if the ranks of a communicator can write into each other's memory, for every size: it
-      is the fastest at every size that was measured (bench/NOTES.md, "Exchange by memory").
+    - `device` if ranks on GPUs have connected their memory: by memory as far as it goes, else by
+      messages.
+    - `memory` if ranks on the CPU can write into each other's memory, for every size: it is the
+      fastest at every size that was measured (bench/NOTES.md, "Exchange by memory").
     - `messages` otherwise.
 
     Example (inside a rank):
@@ -66,12 +70,12 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
         return messages, group
     if not group.operator_name:
         group.operator_name = operator.register(group)
-    return memory, group
+    return (memory if group.memory is not None else device), group
 
 
 def traced_form(group: Group) -> ProcessGroup | OperatorGroup:
     """Returns the form of a group that compiled code holds."""
-    if group.memory is None:
+    if group.memory is None and group.device_memory is None:
         return group.process_group
     return OperatorGroup(group.process_group, group.operator_name)
 

@@ -210,8 +210,14 @@ class DeviceMemory:
 
         with self._lock:
             self.check()
-            flight, offset, staged = self._allocated(specs_of(self.rank))
             deliveries = deliveries_of(specs_of, copies_of, targets, self.rank, self.world)
+            for each in deliveries:
+                if each.src.device != self._device:
+                    raise ValueError(
+                        f"tensors must be on {self._device}, where the first call was, got "
+                        f"{each.src.device}"
+                    )
+            flight, offset, staged = self._allocated(specs_of(self.rank))
             self._begin_after(self.current_stream())
             with self._module.stream(self._stream), self._in_one_piece():
                 launch_post(self._words, offset)
