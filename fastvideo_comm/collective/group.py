@@ -182,7 +182,8 @@ class Group:
     def _everyone(self, payload: bytes) -> list[bytes]:
         """Gathers the payloads of all ranks; all have the same length."""
         own = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        if self._device is not None and torch.device("cpu") not in self.process_group._device_types:
+        devices = self.process_group._device_types
+        if self._device is not None and devices and torch.device("cpu") not in devices:
             own = own.to(self._device)
         output = own.new_empty((self._size, len(payload)))
         self.c10d.all_gather(output, own)

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from device_ranks import Segments, twin_kernels
 from rank_threads import run_ranks
+from ranks import Ranks
 
 from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.collective import device_connection
-from fastvideo_comm.collective.group import Group
+from fastvideo_comm.collective.group import Group, MemoryMode
 from fastvideo_comm.collective.route import MEMORY_VARIABLE, memory_mode
 from fastvideo_comm.errors import CollectiveError, MismatchError
 from fastvideo_comm.memory import symmetric
@@ -47,6 +48,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def connected(group: dist.ProcessGroup, num_bytes: int = NUM_BYTES) -> str:
     """Connects, and exchanges if that was possible; why it was not."""
+    group._set_group_name("ranks")
     communicator = DeviceCommunicatorBase(group, unique_name="gpus", memory="off")
     own = communicator._runner.group
     memory, refusal = device_connection.connect_device(
@@ -100,8 +102,8 @@ def test_on_is_an_error_on_all_ranks_where_there_is_no_gpu():
         for _ in range(2):
             with pytest.raises(
                 CollectiveError,
-                match="connecting memory on rank . of 3 in group 'gpus' failed: rank 0: torch sees "
-                "no GPU",
+                match=r"connecting memory on rank . of 3 in group 'gpus' failed: rank 0: torch "
+                r"sees no GPU",
             ):
                 own.connects_memory()
         assert own.memory_stats().refusal == "rank 0: torch sees no GPU"
@@ -109,20 +111,18 @@ def test_on_is_an_error_on_all_ranks_where_there_is_no_gpu():
     run_ranks(WORLD, job)
 
 
-def test_a_rank_that_wants_memory_alone_is_named_by_the_first_call():
+def wanted_by_one(communicator: DeviceCommunicatorBase) -> None:
+    mode: MemoryMode = "on" if communicator.rank == 1 else "auto"
+    other = DeviceCommunicatorBase(communicator.cpu_group, torch.device("cuda"), memory=mode)
+    own = other._runner.group
+    with pytest.raises(MismatchError, match="memory=on"):
+        own.before("all_gather", torch.ones(2), (0,))
+    other.destroy()
+
+
+def test_a_rank_that_wants_memory_alone_is_named_by_the_first_call(ranks: Ranks):
     """The others would not come to the decision, so this is noticed before."""
-
-    def job(group: dist.ProcessGroup) -> None:
-        alone = group.rank() == 1
-        communicator = DeviceCommunicatorBase(
-            group, torch.device("cuda"), unique_name="gpus", memory="on" if alone else "auto"
-        )
-        own = communicator._runner.group
-        with pytest.raises(MismatchError, match="memory=on"):
-            own.before("all_gather", torch.ones(2), (0,))
-        communicator.destroy()
-
-    run_ranks(WORLD, job)
+    ranks.run(WORLD, wanted_by_one, ways=["messages"])
 
 
 def test_auto_means_off_on_gpus(monkeypatch):

@@ -15,12 +15,14 @@ import ctypes
 import functools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerator import GPU
 from emulated_gpu import EmulatedGPU, bytes_of
 from memory_order import MemoryOrder, OrderedMemory
 from posted_ranks import imported_kernels
@@ -92,15 +94,46 @@ def run(
     segment_bytes: int = 1 << 18,
     staging_bytes: int = 1 << 17,
     timeout: float = TIMEOUT,
-    device: str = "cpu",
 ) -> list[Any]:
     """`job(communicator)` on every rank; its results in rank order."""
-    segments = Segments(world, segment_bytes, device)
+    segments = Segments(world, segment_bytes, "cpu")
+    return _run(segments, job, staging_bytes, timeout)
+
+
+def run_on_gpu(
+    world: int, job: Callable[[DeviceCommunicatorBase], Any], *, timeout: float = TIMEOUT
+) -> list[Any]:
+    """`run`, with the kernels themselves, each rank on a stream of its own.
+
+    The job runs twice: a kernel that waits may keep other threads from loading theirs, so the first
+    time no kernel waits, and the results mean nothing.
+    """
+
+    def on_a_stream(communicator: DeviceCommunicatorBase) -> Any:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            result = job(communicator)
+            torch.cuda.current_stream().synchronize()
+        return result
+
+    def without_waits(communicator: DeviceCommunicatorBase) -> None:
+        device_memory_of(communicator)._words.host[0] = 1
+        on_a_stream(communicator)
+
+    for each in (without_waits, on_a_stream):
+        results = _run(Segments(world, 1 << 24, GPU), each, 1 << 22, timeout)
+    return results
+
+
+def _run(
+    segments: Segments,
+    job: Callable[[DeviceCommunicatorBase], Any],
+    staging_bytes: int,
+    timeout: float,
+) -> list[Any]:
+    device = segments.segments[0].device
 
     def rank_job(group: dist.ProcessGroup) -> Any:
-        communicator = DeviceCommunicatorBase(
-            group, torch.device(device), unique_name="gpus", memory="off"
-        )
+        communicator = DeviceCommunicatorBase(group, device, unique_name="gpus", memory="off")
         communicator._runner.group.device_memory = DeviceMemory(
             group.rank(),
             segments.shared(group.rank()),
@@ -115,7 +148,7 @@ def run(
 
     _present.append(segments)
     try:
-        return run_ranks(world, rank_job)
+        return run_ranks(len(segments.segments), rank_job)
     finally:
         _present.remove(segments)
 
@@ -124,15 +157,20 @@ class Twins:
     """The kernels as functions, and how often each was launched, on all ranks together."""
 
     def __init__(self) -> None:
-        self.num_posts = self.num_deliveries = 0
+        self.posts_of: Counter[int] = Counter()  # by rank
+        self.num_deliveries = 0
         self._lock = threading.Lock()
+
+    @property
+    def num_posts(self) -> int:
+        return self.posts_of.total()
 
     def launch_post(self, words: posts.Words, offset: int) -> None:
         def step() -> None:
             *_, rank = words
             bases = words.bases.tolist()
             with self._lock:
-                self.num_posts += 1
+                self.posts_of[rank] += 1
             peers = [peer for peer in range(len(bases)) if peer != rank]
             words.places[rank] = bases[rank] + offset
             for peer in peers:

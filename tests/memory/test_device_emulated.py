@@ -50,4 +50,4 @@ def test_calls_and_their_gradients_are_those_by_messages(emulated_gpu_directory:
     with emulated_gpu(emulated_gpu_directory) as gpu, emulated_kernels(gpu):
         staged = device_ranks.run(2, job, segment_bytes=3 << 10, staging_bytes=1 << 10)
         assert staged[0] < staged[1]
-        assert gpu.num_launches > 100
+        assert gpu.num_launches > 90, "3 for each of 4 exchanges on 2 ranks, 4 times"
