@@ -66,7 +66,7 @@ def connect_device(
         return None, refusal
     memory, failure = None, ""
     try:
-        shared = symmetric.share(process_group.group_name, num_bytes, device)
+        shared = symmetric.share(process_group, num_bytes, device)
         memory = DeviceMemory(
             rank,
             shared,

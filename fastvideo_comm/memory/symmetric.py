@@ -11,6 +11,7 @@ import importlib.util
 import os
 
 import torch
+import torch.distributed as dist
 
 from .device import Shared
 
@@ -72,11 +73,11 @@ def uuid_of(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def share(group_name: str, num_bytes: int, device: torch.device) -> Shared:
+def share(group: dist.ProcessGroup, num_bytes: int, device: torch.device) -> Shared:
     """Allocates the segments of all ranks of a group; collective.
 
     Args:
-        group_name: torch's name of the process group, whose store and ranks are used.
+        group: the process group, of which the store and the ranks are used.
         num_bytes: the size, the same on all ranks.
         device: where.
 
@@ -89,7 +90,7 @@ def share(group_name: str, num_bytes: int, device: torch.device) -> Shared:
     from torch._C._distributed_c10d import _SymmetricMemory
 
     segment = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
-    handle = _SymmetricMemory.rendezvous(segment, group_name)
+    handle = _SymmetricMemory.rendezvous(segment, group.group_name)
     if not all(handle.buffer_ptrs):
         raise RuntimeError(f"torch symmetric memory gave the addresses {handle.buffer_ptrs}")
     segment.zero_()

@@ -32,7 +32,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def here(name: str, otherwise: Any) -> Any:
         return of_rank_1.get(name, otherwise) if dist.get_rank() == 1 else otherwise
 
-    def share(group_name: str, num_bytes: int, device: torch.device) -> symmetric.Shared:
+    def share(group: dist.ProcessGroup, num_bytes: int, device: torch.device) -> symmetric.Shared:
         error = here("error", None)
         if error is not None:
             raise error
@@ -48,7 +48,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def connected(group: dist.ProcessGroup, num_bytes: int = NUM_BYTES) -> str:
     """Connects, and exchanges if that was possible; why it was not."""
-    group._set_group_name("ranks")
     communicator = DeviceCommunicatorBase(group, unique_name="gpus", memory="off")
     own = communicator._runner.group
     memory, refusal = device_connection.connect_device(
