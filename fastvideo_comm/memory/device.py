@@ -156,6 +156,7 @@ class DeviceMemory:
         self._words = Words(bases, places, counts, host, rank)
         self._region = _Region(shared, first)
         self._pool = Pool(self._region.take, segment_bytes=self._region.num_bytes)
+        self._module.synchronize(segment.device)  # the kernels' stream reads what is zero now
         self._watch = Watch(host, timeout=timeout, name=name)
         self._name = name
         self._lock = threading.Lock()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from device_ranks import Segments, twin_kernels
+from device_ranks import Segments, present, twin_kernels
 from rank_threads import run_ranks
 from ranks import Ranks
 
@@ -24,7 +25,7 @@ HERE = torch.device("cpu")
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A GPU for each rank, on the CPU; what is put in here is said of rank 1."""
     segments = Segments(WORLD, NUM_BYTES, "cpu")
     of_rank_1: dict[str, Any] = {}
@@ -43,7 +44,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(symmetric, "unreachable", lambda device, others: here("unreachable", ""))
     monkeypatch.setattr(symmetric, "share", share)
     monkeypatch.setattr(device_connection, "_host", lambda: here("host", "one host"))
-    return of_rank_1
+    with present(segments):
+        yield of_rank_1
 
 
 def connected(group: dist.ProcessGroup, num_bytes: int = NUM_BYTES) -> str:

@@ -81,6 +81,16 @@ class Segments:
 _present: list[Segments] = []  # of the run that goes on
 
 
+@contextlib.contextmanager
+def present(segments: Segments) -> Iterator[None]:
+    """While it lasts, kernels may write to these."""
+    _present.append(segments)
+    try:
+        yield
+    finally:
+        _present.remove(segments)
+
+
 def device_memory_of(communicator: DeviceCommunicatorBase) -> DeviceMemory:
     memory = communicator._runner.group.device_memory
     assert memory is not None
@@ -146,11 +156,8 @@ def _run(
         finally:
             communicator.destroy()
 
-    _present.append(segments)
-    try:
+    with present(segments):
         return run_ranks(len(segments.segments), rank_job)
-    finally:
-        _present.remove(segments)
 
 
 class Twins:

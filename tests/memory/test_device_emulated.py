@@ -51,3 +51,23 @@ def test_calls_and_their_gradients_are_those_by_messages(emulated_gpu_directory:
         staged = device_ranks.run(2, job, segment_bytes=3 << 10, staging_bytes=1 << 10)
         assert staged[0] < staged[1]
         assert gpu.num_launches > 90, "3 for each of 4 exchanges on 2 ranks, 4 times"
+
+
+def test_after_warmup_no_kernel_is_loaded(emulated_gpu_directory: Path):
+    """Loading one may wait for the kernels of other ranks, which wait for this rank."""
+
+    def job(communicator: DeviceCommunicatorBase) -> tuple[int, int]:
+        communicator.warmup([(1, 24, 4, 16)])
+        communicator.barrier()  # the ranks are threads of one process
+        before = gpu.num_kernels
+        for length in (24, 31):
+            x = torch.rand(1, length, 4, 16).bfloat16().requires_grad_()
+            y = communicator.all_to_all_4D(x)
+            communicator.all_to_all_4D(y.transpose(1, 2).contiguous().transpose(1, 2), 1, 2)
+            z = communicator.all_to_all_4D(y * 2, 1, 2, async_op=True).wait()
+            z.backward(torch.ones_like(z))
+        return before, gpu.num_kernels
+
+    with emulated_gpu(emulated_gpu_directory) as gpu, emulated_kernels(gpu):
+        for before, after in device_ranks.run(2, job, staging_bytes=1 << 14):
+            assert 0 < before == after
