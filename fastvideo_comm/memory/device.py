@@ -45,48 +45,12 @@ from ..kernels import copy_all_valid_
 from .deliveries import deliveries_of
 from .memfd import aligned
 from .segment import Pool
+from .shared import Region, Shared
 from .watch import Watch
 
 Spec: TypeAlias = "tuple[Sequence[int], torch.dtype]"
 SpecsOf: TypeAlias = Callable[[int], "list[Spec]"]
 CopiesOf: TypeAlias = Callable[[int, Sequence[Tensor]], "list[tuple[Tensor, Tensor]]"]
-
-
-class Shared:
-    """The segment of this rank, and where the segments of all ranks are.
-
-    Attributes:
-        segment: uint8, zeros at the words before any rank posts.
-        addresses: the segment of each rank, as the kernels of this rank see it.
-    """
-
-    def __init__(self, segment: Tensor, addresses: Sequence[int], *keeps: object) -> None:
-        """Takes the segment; `keeps` lives as long as any memory of it is used."""
-        self.segment = segment
-        self.addresses = list(addresses)
-        self._keeps = keeps
-
-    def block(self, start: int, stop: int) -> Any:
-        """What a tensor on these bytes keeps until its storage dies."""
-        return _Bytes(self, start, stop)
-
-    def tensor(self, block: Any) -> Tensor:
-        """A tensor uint8 on the bytes of `block`, with a storage of its own."""
-        return torch.as_tensor(block, device=self.segment.device)
-
-
-class _Bytes:
-    """Bytes of a segment, in the form of which torch makes a tensor without a copy."""
-
-    def __init__(self, shared: Shared, start: int, stop: int) -> None:
-        self._shared = shared
-        self._start, self._stop = start, stop
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        address = self._shared.segment.data_ptr() + self._start
-        shape = (self._stop - self._start,)
-        return {"data": (address, False), "shape": shape, "typestr": "|u1", "version": 2}
 
 
 class DeviceFlight:
@@ -154,7 +118,7 @@ class DeviceMemory:
         places, counts = torch.zeros_like(bases), torch.zeros_like(bases)
         host = torch.zeros(1 + world, dtype=torch.int64, pin_memory=is_gpu)
         self._words = Words(bases, places, counts, host, rank)
-        self._region = _Region(shared, first)
+        self._region = Region(shared, first)
         self._pool = Pool(self._region.take, segment_bytes=self._region.num_bytes)
         self._module.synchronize(segment.device)  # the kernels' stream reads what is zero now
         self._watch = Watch(host, timeout=timeout, name=name)
@@ -310,41 +274,6 @@ class DeviceMemory:
         except BaseException as error:
             self._broken = f"an earlier call was interrupted: {type(error).__name__}: {error}"
             raise
-
-
-class _Region:
-    """The part of a segment that the pool hands out: one segment, as the pool sees it."""
-
-    backed_bytes = 0  # nothing is given back
-
-    def __init__(self, shared: Shared, start: int) -> None:
-        self._shared = shared
-        self._is_taken = False
-        self.start = start
-        self.num_bytes = shared.segment.numel() - start
-
-    @property
-    def view(self) -> _Region:
-        return self
-
-    def __getitem__(self, part: slice) -> Any:
-        return self._shared.block(self.start + part.start, self.start + part.stop)
-
-    def take(self, num_bytes: int) -> _Region:
-        """For a pool that wants a segment: this one, once."""
-        if self._is_taken or num_bytes > self.num_bytes:
-            raise OSError("the segment has no room")
-        self._is_taken = True
-        return self
-
-    def back(self, start: int, stop: int) -> None:
-        """All of it has memory."""
-
-    def give_back(self, start: int, stop: int, num_bytes: int) -> int:  # noqa: ARG002
-        return 0
-
-    def close(self) -> None:
-        """The tensors on it keep it."""
 
 
 def _on(memory: Tensor, spec: Spec) -> Tensor:

@@ -13,7 +13,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from .device import Shared
+from .shared import Shared
 
 OVERLAP_VARIABLE = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 # What release and acquire at the scope of the system need.

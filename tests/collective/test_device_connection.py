@@ -18,6 +18,7 @@ from fastvideo_comm.collective.group import Group, MemoryMode
 from fastvideo_comm.collective.route import MEMORY_VARIABLE, memory_mode
 from fastvideo_comm.errors import CollectiveError, MismatchError
 from fastvideo_comm.memory import symmetric
+from fastvideo_comm.memory.shared import Shared
 
 WORLD = 3
 NUM_BYTES = 1 << 20
@@ -33,7 +34,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     def here(name: str, otherwise: Any) -> Any:
         return of_rank_1.get(name, otherwise) if dist.get_rank() == 1 else otherwise
 
-    def share(group: dist.ProcessGroup, num_bytes: int, device: torch.device) -> symmetric.Shared:
+    def share(group: dist.ProcessGroup, num_bytes: int, device: torch.device) -> Shared:
         error = here("error", None)
         if error is not None:
             raise error

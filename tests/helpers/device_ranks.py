@@ -32,7 +32,8 @@ from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.kernels import deliver, posts
-from fastvideo_comm.memory.device import DeviceMemory, Shared
+from fastvideo_comm.memory.device import DeviceMemory
+from fastvideo_comm.memory.shared import Shared
 
 # A rank that does not come is given up after this time, unless a test says otherwise.
 TIMEOUT = 20.0
@@ -204,6 +205,8 @@ class Twins:
             with self._lock:
                 self.num_deliveries += len(deliveries)
             for src, first, begin, offset, strides in deliveries:
+                if src.is_conj() or src.is_neg():
+                    raise ValueError("the kernels copy the bytes of a tensor, not its values")
                 for index in range(len(src)):
                     part = (begin + index) % len(src)
                     place = int(places[first + part])

@@ -362,6 +362,19 @@ class TestDeliveries:
         device_ranks.run(3, job)
         assert twins.num_deliveries == 3 * 3
 
+    def test_parts_of_one_size_that_go_to_different_offsets_are_apart(self):
+        """Behind an output that has another size on each rank."""
+        x = torch.arange(6.0)
+        made = deliveries.deliveries_of(
+            lambda owner: [((16 * owner,), x.dtype), ((2,), x.dtype)],
+            lambda target, outputs: [(outputs[1], x[2 * target : 2 * target + 2])],
+            range(3),
+            rank=2,
+            world=3,
+        )
+        assert [(each.first, each.offset) for each in made] == [(0, 0), (1, 64), (2, 128)]
+        assert [each.src.tolist() for each in made] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+
     def test_parts_that_differ_are_sent_in_the_order_of_the_ranks(self):
         x = torch.arange(12.0)
         parts = {0: x[:3], 1: x[3:7], 2: x[7:]}
