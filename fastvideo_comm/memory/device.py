@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ClosedError, CollectiveError
-from ..kernels import copy_all_valid_
+from ..kernels import copy_valid_
 from .deliveries import deliveries_of
 from .memfd import aligned
 from .segment import Pool
@@ -188,8 +188,9 @@ class DeviceMemory:
                 launch_post(self._words, offset)
                 launch_deliveries(self._words.places, deliveries)
                 launch_done(self._words)
-                if staged:
-                    copy_all_valid_(list(zip(flight.outputs, staged, strict=True)))
+                for output, arrived in zip(flight.outputs, staged, strict=False):
+                    # A memory copy: no kernel that would first have to be loaded, in a capture.
+                    copy_valid_(output, arrived, impl="torch")
                 flight.launched(self._stream.record_event())
             if async_op and self._device.type != "cpu":
                 # The caller may drop them while the kernels use them.
