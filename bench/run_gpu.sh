@@ -10,6 +10,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
+# Kernels of ranks as threads wait for each other: no two streams may share a queue of the device.
+export CUDA_DEVICE_MAX_CONNECTIONS=32
 # The checkout is the package.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 

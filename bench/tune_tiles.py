@@ -4,8 +4,10 @@
 
 For packs and unpacks of production shapes, every tile size and number of warps in turn in one run,
 as shares of a contiguous copy's bandwidth; then the smallest copy at which the Triton launch is not
-slower than torch's, host time included. Prints what to put into `kernels/plan.py` (`TILE_BYTES`,
-`NUM_WARPS`) and `kernels/strided_copy.py` (`SMALL_COPY_BYTES`); changes nothing.
+slower than torch's, host time included; then how many programs deliver by memory. Prints what to
+put into `kernels/plan.py` (`TILE_BYTES`, `NUM_WARPS`, `MAX_DELIVERY_PROGRAMS`) and
+`kernels/strided_copy.py` (`SMALL_COPY_BYTES`); changes nothing. The number of programs is that of
+one GPU's memory: where the writes go to other GPUs, fewer may be enough, and faster.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 import sys
 import time
 
+import bench_memory_gpu
 import cases
 import torch
 from harness import num_input_sets, random_like, time_in_turn, track
@@ -25,6 +28,7 @@ from fastvideo_comm.kernels import plan, strided_copy_
 
 TILE_BYTES = (4096, 8192, 16384, 32768)
 NUM_WARPS = (4, 8)
+DELIVERY_PROGRAMS = (32, 64, 128, 256, 512, 1024)
 HEADS = (12, 24, 40)
 
 
@@ -54,6 +58,7 @@ def main() -> int:
     best = max(shares, key=lambda candidate: (min(shares[candidate]), sum(shares[candidate])))
     choose(*best)
     print(f"\nTILE_BYTES = {best[0]}\nNUM_WARPS = {best[1]}\nSMALL_COPY_BYTES = {break_even()}")
+    print(f"MAX_DELIVERY_PROGRAMS = {programs_of_a_delivery(arguments.seconds)}")
     return 0
 
 
@@ -96,6 +101,31 @@ def of_copy(
     return {
         candidate: limit / statistics.median(samples[str(candidate)]) for candidate in candidates
     }
+
+
+def programs_of_a_delivery(seconds: float) -> int:
+    """The number of programs of `deliver` that is the fastest in the middle of all shapes."""
+    from fastvideo_comm.kernels import deliver
+
+    device = torch.device("cuda")
+    ratios: dict[int, list[float]] = {number: [] for number in DELIVERY_PROGRAMS}
+    for heads, ranks in itertools.product(HEADS, (2, 4, 8)):
+        if heads % ranks:
+            continue
+        shape = cases.Shape(1, 75_600, heads, ranks)
+        x = random_like(shape.local, torch.bfloat16, device)
+        times = {}
+        for number in DELIVERY_PROGRAMS:
+            plan.MAX_DELIVERY_PROGRAMS = number
+            deliver._plan_launches.cache_clear()
+            call, _ = bench_memory_gpu.delivery(x, ranks)
+            times[number] = bench_memory_gpu.median_seconds(call, device, seconds)
+        for number, time_s in times.items():
+            ratios[number].append(time_s / min(times.values()))
+    print("\nprograms  middle shape, of the fastest number's time")
+    for number, values in ratios.items():
+        print(f"{number:8}  {statistics.median(values):.3f}")
+    return min(ratios, key=lambda number: statistics.median(ratios[number]))
 
 
 def break_even() -> int:

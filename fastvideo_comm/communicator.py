@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import functions, gradient_buckets, warm_up
 from .collective import validation
+from .collective.device_connection import SEGMENT_BYTES
 from .collective.group import Group, MemoryMode
 from .collective.layout import Splits
 from .collective.route import memory_mode
@@ -70,6 +71,7 @@ class DeviceCommunicatorBase:
         *,
         validate: Validate = "auto",
         memory: MemoryMode | None = None,
+        memory_bytes: int = SEGMENT_BYTES,
     ) -> None:
         """Wraps groups that the caller made. The caller keeps owning them.
 
@@ -82,13 +84,16 @@ class DeviceCommunicatorBase:
             validate: which calls by messages the ranks compare before they send anything. "auto":
                 the first calls, and later fewer and fewer. "always": all calls. "off": none. See
                 `diagnosis`. Calls by memory are always compared.
-            memory: whether ranks of one host, on the CPU, write straight into each other's
-                outputs. "auto": if all ranks can. "on": it is an error if one rank cannot. "off":
-                never. None: the environment variable FASTVIDEO_COMM_MEMORY decides, "auto" if it is
-                not set.
+            memory: whether ranks of one host write straight into each other's outputs. "auto": on
+                the CPU if all ranks can, on GPUs not yet. "on": it is an error if one rank cannot.
+                "off": never. None: the environment variable FASTVIDEO_COMM_MEMORY decides, "auto"
+                if it is not set. On GPUs, "on" is given on all ranks or on none.
+            memory_bytes: on GPUs, what memory="on" allocates on each GPU, the same on all ranks. A
+                call whose outputs take more than a quarter of it on a rank goes by NCCL.
 
         Raises:
-            ValueError: the two groups have different ranks, or another `validate` or `memory`.
+            ValueError: the two groups have different ranks, another `validate` or `memory`, or a
+                `memory_bytes` that is under 1 MiB or no multiple of 4096.
             TypeError: `cpu_group` is not a process group.
         """
         if not isinstance(cpu_group, ProcessGroup):
@@ -111,7 +116,14 @@ class DeviceCommunicatorBase:
             )
         diagnosis = Diagnosis(cpu_group, unique_name, validate=validate)
         mode = memory_mode(memory, self.device_group, self.device)
-        group = Group(self.device_group, unique_name, diagnosis, memory=mode)
+        group = Group(
+            self.device_group,
+            unique_name,
+            diagnosis,
+            memory=mode,
+            device=None if self.device.type == "cpu" else self.device,
+            memory_bytes=validation.memory_bytes(memory_bytes),
+        )
         self._runner = OpRunner(group, self.device, cpu_group)
         # Lets go of the groups before the interpreter ends: torch aborts if a gloo group lives on.
         weakref.finalize(self, _destroy, weakref.ref(self))
@@ -834,6 +846,25 @@ class DeviceCommunicatorBase:
             'rank 3: it is switched off there'
         """
         return self._runner.group.memory_stats()
+
+    def record_stream(self, tensor: Tensor, stream: torch.Stream) -> None:
+        """Says that another stream uses an output, as `Tensor.record_stream` does.
+
+        Where ranks on GPUs exchange by memory, call this and not `Tensor.record_stream`, which
+        torch ignores for memory that its allocator did not make. An output needs it if work on a
+        stream reads it that is not the stream on which the op was called or its handle waited for,
+        and that work may not be done when the last reference to the output goes.
+
+        Example:
+            >>> communicator.record_stream(output, side_stream)  # doctest: +SKIP
+
+        Args:
+            tensor: an output of this communicator, or any tensor on its device.
+            stream: the stream that uses it.
+        """
+        on_gpu = self._runner.group.device_memory
+        if on_gpu is None or not on_gpu.record_stream(tensor, stream):
+            tensor.record_stream(stream)
 
     def destroy(self) -> None:
         """Lets go of the buffers and of the groups; may be called again.

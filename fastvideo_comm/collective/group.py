@@ -14,10 +14,12 @@ from ..diagnosis import Diagnosis, Validate
 from ..diagnosis.board import group_timeout
 from ..diagnosis.record import Facts, Record, facts_of
 from ..errors import CollectiveError, place, where
+from ..memory.device import DeviceMemory
 from ..memory.host import HostMemory
 from ..profiling import MemoryStats
 from .buffers import WireBuffers
 from .c10d import C10d
+from .device_connection import SEGMENT_BYTES, connect_device
 
 MemoryMode: TypeAlias = Literal["auto", "on", "off"]
 MEMORY_MODES: tuple[MemoryMode, ...] = ("auto", "on", "off")
@@ -33,6 +35,8 @@ class Group:
         diagnosis: Diagnosis | None = None,
         *,
         memory: MemoryMode | None = None,
+        device: torch.device | None = None,
+        memory_bytes: int = SEGMENT_BYTES,
     ) -> None:
         """Wraps a process group.
 
@@ -42,16 +46,22 @@ class Group:
             diagnosis: compares the calls of the ranks; None: they are not compared.
             memory: whether ranks of one host write into each other's memory. "auto": if all ranks
                 can. "on": the same, and an error on all ranks if one cannot. "off": never. The
-                ranks may give different modes. None: never; all ranks must give None.
+                ranks may give different modes. None: never; all ranks must give None. On GPUs it
+                is "on" or None.
+            device: the GPU whose memory the others write to; None: ranks on the CPU.
+            memory_bytes: how much of the GPU's memory.
         """
         self.name = name
         self.c10d = C10d(process_group, name)
         self.buffers = WireBuffers()
         self.diagnosis = diagnosis
         self.memory: HostMemory | None = None
-        self.refusal = "it is for communicators on the CPU" if memory is None else ""
+        self.device_memory: DeviceMemory | None = None
+        self.refusal = "nobody has asked for it" if memory is None else ""
         self._memory_mode = memory
         self._may_connect = memory is not None and process_group.size() > 1  # not decided yet
+        self._device = device
+        self._memory_bytes = memory_bytes
         self.operator_name = ""  # compiled code finds this group by it, once memory is connected
         self._insists_on_memory = False  # whether the mode of some rank is "on"
         self.last_call: int | None = None  # the number of the last call, which its backward names
@@ -71,6 +81,10 @@ class Group:
         if self.memory is not None:
             self.memory.close()
             self.memory = None
+            self.refusal = "the communicator was destroyed"
+        if self.device_memory is not None:
+            self.device_memory.close()
+            self.device_memory = None
             self.refusal = "the communicator was destroyed"
         self.c10d.close()
 
@@ -112,9 +126,12 @@ class Group:
 
     def connects_memory(self) -> bool:
         """Whether the ranks write into each other's memory; their first call connects it."""
-        if self.memory is not None:
+        if self.memory is not None or self.device_memory is not None:
             return True
-        if self._may_connect:
+        if self._may_connect and self._device is not None:
+            self._insists_on_memory = True
+            self._connect_device(self._device)
+        elif self._may_connect:
             # A rank that does not want memory must say so: it is not known to the others.
             own = MEMORY_MODES.index(self._memory_mode or "off")
             modes = [MEMORY_MODES[index] for (index,) in self._everyone(bytes([own]))]
@@ -130,10 +147,26 @@ class Group:
             self._may_connect = False
         if self.refusal and self._insists_on_memory:
             raise CollectiveError(f"{self.where('connecting memory')} failed: {self.refusal}")
-        return self.memory is not None
+        return self.memory is not None or self.device_memory is not None
+
+    def _connect_device(self, device: torch.device) -> None:
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise CollectiveError(
+                f"{self.where('connecting memory')} must come before a capture: call `warmup`, or "
+                "make one call of any op"
+            )
+        if device.index is None:
+            device = torch.device(device.type, torch.cuda.current_device())
+        self.device_memory, self.refusal = connect_device(
+            self.process_group, self._everyone, device, self._memory_bytes, self.name
+        )
+        self._may_connect = False
 
     def memory_stats(self) -> MemoryStats:
         """What this rank's outputs take, or why memory is not used."""
+        if self.device_memory is not None:
+            on_gpu = self.device_memory
+            return MemoryStats(on_gpu.bytes_in_use, on_gpu.high_water_bytes, 1, "")
         memory = self.memory
         if memory is None:
             return MemoryStats(0, 0, 0, self.refusal)
@@ -142,6 +175,9 @@ class Group:
     def _everyone(self, payload: bytes) -> list[bytes]:
         """Gathers the payloads of all ranks; all have the same length."""
         own = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        devices = self.process_group._device_types
+        if self._device is not None and devices and torch.device("cpu") not in devices:
+            own = own.to(self._device)
         output = own.new_empty((self._size, len(payload)))
         self.c10d.all_gather(output, own)
         return [bytes(row.tolist()) for row in output]
@@ -165,8 +201,11 @@ class Group:
             named["tangents"] = _has_tangents(tensors)
         if self.memory is None:
             if self.diagnosis is not None:
+                if self._device is not None and self.device_memory is None:
+                    named["memory"] = self._memory_mode  # ranks that differ in it must not go on
                 self.last_call = self.diagnosis.before(op, tensors, arguments, **named)
-            if not self._may_connect:
+            is_on_gpu = self._device is not None or self.device_memory is not None
+            if is_on_gpu or not self._may_connect:
                 return None
         asked = facts_of(op, tensors, arguments, has_strides=True, **named)
         if sends:

@@ -16,19 +16,11 @@ import torch
 from torch import Tensor
 
 from ..diagnosis.record import Facts, facts_of
-from ..kernels import contiguous_copy, copy_all_valid_, copy_valid_
-from ..memory.host import Place, Spec
+from ..kernels import contiguous_copy, copy_all_valid_
+from ..memory.host import Spec
 from .group import Group
 from .layout import Split, Splits, near_even_sizes, replicated_view
-from .memory_call import (
-    Work,
-    allocate,
-    deliver_nothing,
-    memory_of,
-    run_call,
-    run_pair,
-    start_call,
-)
+from .memory_call import Copies, Work, nothing, run_call, run_pair, start_call
 
 # In an all_reduce of up to so many bytes, every rank sends its whole tensor to every other rank,
 # and all ranks reduce: one round of posts. Above, each rank reduces a part and sends the part to
@@ -56,7 +48,7 @@ def start_all_to_all(
     group: Group, inputs: Sequence[Tensor], splits: Splits, *, async_op: bool
 ) -> Work:
     """Posts the outputs, then copies; with `async_op`, another thread copies."""
-    memory, rank, size = memory_of(group), group.rank(), group.size()
+    rank, size = group.rank(), group.size()
     pairs = list(zip(inputs, splits.scatter, splits.gather, strict=True))
     is_even = splits.is_even  # then all ranks post the same specs
     even_specs: list[Spec] = []
@@ -73,17 +65,16 @@ def start_all_to_all(
             specs.append((shape, input_.dtype))
         return specs
 
-    def deliver(target: int, place: Place) -> None:
-        outputs = memory.tensors_at(target, place, specs_of(target))
-        copies = []
+    def copies(target: int, outputs: Sequence[Tensor]) -> Copies:
+        parts = []
         for (input_, scatter, gather), output in zip(pairs, outputs, strict=True):
             if gather.replicas > 1:
                 to = output[:, rank // gather.replicas, rank % gather.replicas]
             else:
                 length = input_.shape[gather.dim]
                 to = output.narrow(gather.dim, gather.start(length, rank), length)
-            copies.append((to, scatter.part_of(input_, target, size)))
-        copy_all_valid_(copies)
+            parts.append((to, scatter.part_of(input_, target, size)))
+        return parts
 
     facts = group.take_asked()
     if facts is None:
@@ -94,15 +85,13 @@ def start_all_to_all(
             (splits,),
             uneven_dim=splits.gather[0].dim if uneven else None,
         )
-    own_specs = specs_of(rank)
     if is_even:
-        even_specs = own_specs
-    posted = allocate(group, "all_to_all_4D", own_specs)
-    flight = start_call(group, facts, deliver, posted, async_op=async_op)
+        even_specs = specs_of(rank)
+    received, flight = start_call(group, facts, specs_of, copies, async_op=async_op)
     if is_even:
-        return Work(group, "all_to_all_4D", flight, posted.tensors)
+        return Work(group, "all_to_all_4D", flight, received)
     sums = [(part, index) for index, part in enumerate(splits.gather) if part.replicas > 1]
-    outputs = list(posted.tensors)
+    outputs = list(received)
     for split, index in sums:
         shape = splits.output_shape(inputs[index].shape, splits.scatter[index], split, rank, size)
         outputs[index] = inputs[index].new_empty(shape)
@@ -110,25 +99,24 @@ def start_all_to_all(
     def add_up() -> None:
         for split, index in sums:
             view = replicated_view(outputs[index], split.dim, split.replicas)
-            torch.sum(posted.tensors[index], 2, out=view[:, :, 0])
+            torch.sum(received[index], 2, out=view[:, :, 0])
 
     return Work(group, "all_to_all_4D", flight, outputs, add_up)
 
 
 def all_gather(group: Group, input_: Tensor, split: Split) -> Tensor:
     """`[A, c, ..] -> [A, P*c, ..]`: every rank's tensor side by side along the split's dim."""
-    memory, rank, length = memory_of(group), group.rank(), input_.shape[split.dim]
+    rank, length = group.rank(), input_.shape[split.dim]
     shape = list(input_.shape)
     shape[split.dim] = split.whole(length, group.size())
     specs: list[Spec] = [(shape, input_.dtype)]
 
-    def deliver(target: int, place: Place) -> None:
-        (output,) = memory.tensors_at(target, place, specs)
-        copy_valid_(output.narrow(split.dim, split.start(length, rank), length), input_)
+    def copies(_: int, outputs: Sequence[Tensor]) -> Copies:
+        return [(outputs[0].narrow(split.dim, split.start(length, rank), length), input_)]
 
     uneven_dim = None if split.sizes is None else split.dim
     facts = facts_of("all_gather", input_, (split,), uneven_dim=uneven_dim)
-    return run_call(group, facts, specs, deliver)[0]
+    return run_call(group, facts, lambda _: specs, copies)[0]
 
 
 def reduce_scatter(group: Group, input_: Tensor, split: Split) -> Tensor:
@@ -138,7 +126,7 @@ def reduce_scatter(group: Group, input_: Tensor, split: Split) -> Tensor:
 
 
 def _reduce_scatter(group: Group, facts: Facts, input_: Tensor, split: Split, op: str) -> Tensor:
-    memory, rank, size = memory_of(group), group.rank(), group.size()
+    rank, size = group.rank(), group.size()
 
     def specs_of(owner: int) -> list[Spec]:
         """Returns the spec of a rank's part, once for every rank that adds to it."""
@@ -146,24 +134,23 @@ def _reduce_scatter(group: Group, facts: Facts, input_: Tensor, split: Split, op
         shape[split.dim] = split.part(shape[split.dim], owner, size)
         return [(shape, input_.dtype)] * size
 
-    def deliver(target: int, place: Place) -> None:
-        parts = memory.tensors_at(target, place, specs_of(target))
-        copy_valid_(parts[rank], split.part_of(input_, target, size))
+    def copies(target: int, outputs: Sequence[Tensor]) -> Copies:
+        return [(outputs[rank], split.part_of(input_, target, size))]
 
-    return _reduced(run_call(group, facts, specs_of(rank), deliver), op)
+    return _reduced(run_call(group, facts, specs_of, copies), op)
 
 
 def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
     """The reduction over ranks, element by element, into a new tensor."""
     facts = facts_of("all_reduce", input_, (op,))
     if input_.nbytes <= WHOLE_REDUCE_BYTES:
-        memory, rank = memory_of(group), group.rank()
+        rank = group.rank()
         specs: list[Spec] = [(input_.shape, input_.dtype)] * group.size()
 
-        def deliver(target: int, place: Place) -> None:
-            copy_valid_(memory.tensors_at(target, place, specs)[rank], input_)
+        def copies(_: int, outputs: Sequence[Tensor]) -> Copies:
+            return [(outputs[rank], input_)]
 
-        return _reduced(run_call(group, facts, specs, deliver), op)
+        return _reduced(run_call(group, facts, lambda _: specs, copies), op)
     sizes = tuple(near_even_sizes(input_.numel(), group.size()))
     split = Split(0, sizes)
     flat = contiguous_copy(input_).view(-1)
@@ -192,27 +179,28 @@ def _reduced(parts: list[Tensor], op: str) -> Tensor:
 
 def broadcast(group: Group, input_: Tensor, src: int) -> Tensor:
     """Rank `src`'s tensor, as a new tensor on every rank."""
-    memory = memory_of(group)
     specs: list[Spec] = [(input_.shape, input_.dtype)]
 
-    def deliver(target: int, place: Place) -> None:
-        copy_valid_(memory.tensors_at(target, place, specs)[0], input_)
+    def copies(_: int, outputs: Sequence[Tensor]) -> Copies:
+        return [(outputs[0], input_)]
 
     facts = facts_of("broadcast", input_, (src,))
     targets = range(group.size()) if group.rank() == src else []
-    return run_call(group, facts, specs, deliver, targets, sources=[src])[0]
+    return run_call(group, facts, lambda _: specs, copies, targets, sources=[src])[0]
 
 
 def reduce(group: Group, input_: Tensor, dst: int) -> Tensor:
     """The sum over ranks on rank `dst`, zeros elsewhere."""
-    memory, rank = memory_of(group), group.rank()
+    rank = group.rank()
     specs: list[Spec] = [(input_.shape, input_.dtype)] * group.size()
 
-    def deliver(target: int, place: Place) -> None:
-        copy_valid_(memory.tensors_at(target, place, specs)[rank], input_)
+    def copies(_: int, outputs: Sequence[Tensor]) -> Copies:
+        return [(outputs[rank], input_)]
 
     facts = facts_of("reduce", input_, (dst,))
-    parts = run_call(group, facts, specs if rank == dst else [], deliver, targets=[dst])
+    parts = run_call(
+        group, facts, lambda owner: specs if owner == dst else [], copies, targets=[dst]
+    )
     return _reduced(parts, "sum") if parts else input_.new_zeros(input_.shape)
 
 
@@ -223,40 +211,33 @@ def barrier(group: Group, _: torch.device) -> None:
 
 def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
     """As `all_gather`, on rank `dst` only; None elsewhere."""
-    memory, rank, length = memory_of(group), group.rank(), input_.shape[dim]
+    rank, length = group.rank(), input_.shape[dim]
     shape = list(input_.shape)
     shape[dim] *= group.size()
     specs: list[Spec] = [(shape, input_.dtype)]
 
-    def deliver(target: int, place: Place) -> None:
-        (output,) = memory.tensors_at(target, place, specs)
-        copy_valid_(output.narrow(dim, rank * length, length), input_)
+    def copies(_: int, outputs: Sequence[Tensor]) -> Copies:
+        return [(outputs[0].narrow(dim, rank * length, length), input_)]
 
     facts = facts_of("gather", input_, (dst, dim))
-    outputs = run_call(group, facts, specs if rank == dst else [], deliver, targets=[dst])
+    outputs = run_call(
+        group, facts, lambda owner: specs if owner == dst else [], copies, targets=[dst]
+    )
     return outputs[0] if outputs else None
 
 
 def send(group: Group, tensor: Tensor, dst: int) -> None:
     """Sends `tensor` to rank `dst`, which receives at the same time."""
-    memory = memory_of(group)
-    specs: list[Spec] = [(tensor.shape, tensor.dtype)]
-
-    def deliver(target: int, place: Place) -> None:
-        copy_valid_(memory.tensors_at(target, place, specs)[0], tensor)
-
-    run_pair(group, "send", tensor.shape, tensor.dtype, dst, deliver, None)
+    run_pair(group, "send", tensor.shape, tensor.dtype, dst, tensor)
 
 
 def recv(
     group: Group, size: Sequence[int], dtype: torch.dtype, src: int, device: torch.device
 ) -> Tensor:
     """A tensor of `size` from rank `src`."""
-    posted = allocate(group, "recv", [(size, dtype)], (group.rank(), src))
-    run_pair(group, "recv", size, dtype, src, deliver_nothing, posted)
-    return posted.tensors[0].to(device)
+    return run_pair(group, "recv", size, dtype, src, None)[0].to(device)
 
 
 def check(group: Group, facts: Facts) -> None:
     """Compares what the ranks ask for; sends nothing else."""
-    run_call(group, facts, [], deliver_nothing, targets=[])
+    run_call(group, facts, nothing, nothing, targets=[])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,9 +18,15 @@ from ..diagnosis.record import (
     table,
 )
 from ..errors import ClosedError, CommunicationError, MismatchError
+from ..kernels import copy_all_valid_, copy_valid_
+from ..memory.device import DeviceFlight
 from ..memory.host import Ask, Flight, HostMemory, Mismatch, Place, Posted, Spec
 from ..profiling import span
 from .group import Group
+
+AnyFlight: TypeAlias = "Flight | DeviceFlight"
+# Pairs of tensors of one shape: to, from.
+Copies: TypeAlias = "list[tuple[Tensor, Tensor]]"
 
 
 class Work:
@@ -31,7 +38,7 @@ class Work:
         self,
         group: Group,
         op: str,
-        flight: Flight,
+        flight: AnyFlight,
         outputs: list[Tensor],
         complete: Callable[[], None] | None = None,
     ) -> None:
@@ -56,42 +63,70 @@ class Work:
         return self._flight.is_completed()
 
 
-def deliver_nothing(*_: object) -> None:
-    """Delivers nothing, for a rank without targets."""
+def nothing(*_: object) -> list[Any]:
+    """No outputs, and nothing to copy."""
+    return []
 
 
 def run_call(
     group: Group,
     facts: Facts,
-    specs: list[Spec],
-    deliver: Callable[[int, Place], None],
+    specs_of: Callable[[int], list[Spec]],
+    copies: Callable[[int, Sequence[Tensor]], Copies],
     targets: Sequence[int] | None = None,
     sources: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Posts outputs of `specs`, delivers to `targets`, and waits for `sources`; None: all ranks."""
-    posted = allocate(group, facts[0], specs)
-    flight = start_call(group, facts, deliver, posted, targets, sources)
+    """Starts a call as `start_call` does, waits for it, and returns this rank's outputs."""
+    outputs, flight = start_call(group, facts, specs_of, copies, targets, sources)
     with span("exchange", group.name):
         wait_for(group, facts[0], flight)
-    return posted.tensors
+    return outputs
 
 
 def start_call(
     group: Group,
     facts: Facts,
-    deliver: Callable[[int, Place], None],
-    posted: Posted,
+    specs_of: Callable[[int], list[Spec]],
+    copies: Callable[[int, Sequence[Tensor]], Copies],
     targets: Sequence[int] | None = None,
     sources: Sequence[int] | None = None,
     *,
     async_op: bool = False,
-) -> Flight:
-    """A call of all ranks. What the op's caller asked for is compared, where it is known."""
+) -> tuple[list[Tensor], AnyFlight]:
+    """A call of all ranks. What the op's caller asked for is compared, where it is known.
+
+    Args:
+        group: the group.
+        facts: what the ranks compare.
+        specs_of: `specs_of(rank)` gives shape and dtype of the outputs of a rank.
+        copies: `copies(target, outputs)` gives what this rank copies into the outputs of a target.
+        targets: the ranks that this rank writes to; None: all.
+        sources: the ranks that write to this rank; None: all.
+        async_op: a thread copies, whether or not somebody waits.
+
+    Returns:
+        This rank's outputs, which are complete after the flight.
+    """
+    everyone = range(group.size())
+    if targets is None:
+        targets = everyone
+    on_gpu, op = group.device_memory, facts[0]
+    if on_gpu is not None:
+        try:
+            launched = on_gpu.start(specs_of, copies, targets, async_op=async_op)
+        except CommunicationError as error:
+            raise type(error)(f"{group.where(op)}: {error}", peers=error.peers) from None
+        return launched.outputs, launched
+    memory = memory_of(group)
+    posted = allocate(group, op, specs_of(group.rank()))
+
+    def deliver(target: int, place: Place) -> None:
+        copy_all_valid_(copies(target, memory.tensors_at(target, place, specs_of(target))))
+
     asked, asked_of = group.take_asked() or facts, group.take_asked_of()
     question = question_of(asked, strict=group.is_strict)
     if asked_of is not None:
         question += b" of call %d" % asked_of
-    everyone = range(group.size())
     if sources is None:
         sources = everyone if posted.tensors else ()
 
@@ -106,11 +141,11 @@ def start_call(
         detail,
         posted=posted,
         sources=sources,
-        targets=everyone if targets is None else targets,
+        targets=targets,
     )
-    flight = memory_of(group).start(ask, background=async_op)
+    flight = memory.start(ask, background=async_op)
     group.last_call = flight.key[1]
-    return flight
+    return posted.tensors, flight
 
 
 def run_pair(
@@ -119,17 +154,26 @@ def run_pair(
     shape: Sequence[int],
     dtype: torch.dtype,
     peer: int,
-    deliver: Callable[[int, Place], None],
-    posted: Posted | None,
-) -> None:
-    """Makes a send or a recv; the peer must make the opposite one, with this shape and dtype."""
-    rank = group.rank()
+    sent: Tensor | None,
+) -> list[Tensor]:
+    """Makes a send of a tensor, or a recv; returns what was received.
+
+    The peer must make the opposite one, with this shape and dtype.
+    """
+    memory, rank = memory_of(group), group.rank()
     src, dst = (rank, peer) if op == "send" else (peer, rank)
     other = "recv" if op == "send" else "send"
+    specs: list[Spec] = [(shape, dtype)]
+    posted = allocate(group, op, specs, (rank, peer)) if sent is None else None
     records = {
         each: Record(each, shape_text(shape), dtype_text(dtype), arguments=f"{src} -> {dst}")
         for each in (op, other)
     }
+
+    def deliver(target: int, place: Place) -> None:
+        if sent is not None:
+            copy_valid_(memory.tensors_at(target, place, specs)[0], sent)
+
     ask = Ask(
         op,
         records[op].encode(),
@@ -138,11 +182,12 @@ def run_pair(
         records[op].encode,
         ranks=(rank, peer),
         posted=posted,
-        sources=(peer,) if op == "recv" else (),
-        targets=(peer,) if op == "send" else (),
+        sources=(peer,) if sent is None else (),
+        targets=() if sent is None else (peer,),
     )
     with span("exchange", group.name):
-        wait_for(group, op, memory_of(group).start(ask))
+        wait_for(group, op, memory.start(ask))
+    return [] if posted is None else posted.tensors
 
 
 def memory_of(group: Group) -> HostMemory:
@@ -164,8 +209,11 @@ def allocate(
         raise MemoryError(f"{group.where(op)}: {error}") from None
 
 
-def wait_for(group: Group, op: str, flight: Flight) -> None:
+def wait_for(group: Group, op: str, flight: AnyFlight) -> None:
     """Waits; adds op and rank to an error."""
+    if isinstance(flight, DeviceFlight):  # the stream waits, and not the host
+        flight.wait()
+        return
     try:
         flight.wait()
     except Mismatch as mismatch:

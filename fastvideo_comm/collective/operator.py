@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import memory, traced
+from . import device, memory, traced
 from .group import Group, OperatorGroup
 from .layout import Split, Splits
 
@@ -70,7 +70,8 @@ def reduce(group: OperatorGroup, input_: Tensor, dst: int) -> Tensor:
 def _all_to_all(inputs: Sequence[Tensor], group: str, splits: Sequence[int]) -> list[Tensor]:
     """Exchanges `inputs` as the `Splits` say that `_encoded` turned into `splits`."""
     found = _group(group)
-    return memory.all_to_all(found, inputs, _decoded(splits, len(inputs), found.size()))
+    exchange = device.all_to_all if found.memory is None else memory.all_to_all
+    return exchange(found, inputs, _decoded(splits, len(inputs), found.size()))
 
 
 @_all_to_all.register_fake
@@ -99,7 +100,7 @@ _all_to_all.register_autograd(_backward, setup_context=_save)
 
 def _group(name: str) -> Group:
     group = _groups.get(name)
-    if group is None or group.memory is None:
+    if group is None or (group.memory is None and group.device_memory is None):
         raise RuntimeError(
             f"the communicator of group {name!r}, for which this code was compiled, must be open; "
             "it was destroyed"

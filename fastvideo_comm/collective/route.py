@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from . import memory, messages, operator, traced
+from . import device, memory, messages, operator, traced
 from .group import MEMORY_MODES, AnyGroup, Group, MemoryMode, OperatorGroup, RecordedGroup
 
 MEMORY_VARIABLE = "FASTVIDEO_COMM_MEMORY"
@@ -17,9 +17,11 @@ _PROXIES = torch._C._TorchDispatchModeKey.PROXY
 
 
 def memory_mode(
-    given: MemoryMode | None, group: dist.ProcessGroup, device: torch.device
+    given: MemoryMode | None, group: dist.ProcessGroup, on: torch.device
 ) -> MemoryMode | None:
     """Returns this rank's memory mode; None if memory cannot be used and no rank is asked.
+
+    On GPUs "auto" means "off": the exchange by memory was never measured on several GPUs.
 
     Raises:
         ValueError: `given`, or the environment variable, is another word; or `given` is "on" where
@@ -29,12 +31,12 @@ def memory_mode(
     for known in MEMORY_MODES:
         if mode == known:
             # torch's "fake" backend has no other ranks.
-            if device.type == "cpu" and dist.get_backend(group) != "fake":
-                return known
+            if on.type in ("cpu", "cuda") and dist.get_backend(group) != "fake":
+                return known if on.type == "cpu" or known == "on" else None
             if given == "on":
                 raise ValueError(
-                    "memory must be 'auto' or 'off' for ranks that are not on the CPU, got 'on' "
-                    f"for {device} and backend {dist.get_backend(group)}"
+                    "memory must be 'auto' or 'off' for ranks that are not on CPUs or CUDA "
+                    f"devices, got 'on' for {on} and backend {dist.get_backend(group)}"
                 )
             return None
     raise ValueError(
@@ -50,8 +52,10 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
     - `traced` in code that is compiled or recorded: there the compiler plans copies and buffers.
     - `operator` in such code of a communicator that has connected memory. The first eager call
       connects it.
-    - `memory` if the ranks of a communicator can write into each other's memory, for every size: it
-      is the fastest at every size that was measured (bench/NOTES.md, "Exchange by memory").
+    - `device` if ranks on GPUs have connected their memory: by memory as far as it goes, else by
+      messages.
+    - `memory` if ranks on the CPU can write into each other's memory, for every size: it is the
+      fastest at every size that was measured (bench/NOTES.md, "Exchange by memory").
     - `messages` otherwise.
 
     Example (inside a rank):
@@ -68,13 +72,13 @@ def route(group: AnyGroup) -> tuple[ModuleType, AnyGroup]:
         return messages, group
     if not group.operator_name:
         group.operator_name = operator.register(group)
-    return memory, group
+    return (memory if group.memory is not None else device), group
 
 
 def traced_form(group: Group) -> ProcessGroup | OperatorGroup | RecordedGroup:
     """Returns the form of a group that compiled or recorded code holds."""
     traced_: ProcessGroup | OperatorGroup = group.process_group
-    if group.memory is not None:
+    if group.memory is not None or group.device_memory is not None:
         traced_ = OperatorGroup(group.process_group, group.operator_name)
     return traced_ if torch.compiler.is_compiling() else RecordedGroup(group, traced_)
 

@@ -374,6 +374,14 @@ def all_reduce(input_: Tensor, op: ReduceOp | None) -> str:
     return name
 
 
+def memory_bytes(value: int) -> int:
+    """Returns the size of a segment of GPU memory."""
+    check_int("memory_bytes", value)
+    if value < 1 << 20 or value % 4096:
+        raise ValueError(f"memory_bytes must be a multiple of 4096 from 1 MiB on, got {value}")
+    return value
+
+
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Checks that `value` is one of a few words."""
     if value not in allowed:

@@ -1,1 +1,1 @@
-"""Memory that ranks can write into on each other: see `host.py` for the interface."""
+"""Memory that ranks can write into on each other: `host.py` for CPUs, `device.py` for GPUs."""

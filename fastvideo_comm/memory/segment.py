@@ -30,9 +30,9 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from .memfd import ALIGNMENT, GRANULE, Segment, aligned
+from .memfd import ALIGNMENT, GRANULE, aligned
 
 # Free pages that are kept in any case.
 RESERVE_BYTES = 64 << 20
@@ -49,8 +49,34 @@ _LOOKS = 4
 _OFFSET_BITS = 48
 
 
-class Block(weakref.ref[memoryview]):
-    """A block in use: a weak reference to the memoryview that its tensor keeps."""
+class Memory(Protocol):
+    """A segment as the pool sees it: `memfd.Segment`, or what a rank has of its GPU."""
+
+    num_bytes: int
+
+    @property
+    def backed_bytes(self) -> int:
+        """The memory that the system has given for it."""
+
+    @property
+    def view(self) -> Any:
+        """`view[start:stop]` is what a tensor on these bytes keeps until its storage dies."""
+
+    def back(self, start: int, stop: int) -> None:
+        """Gets memory for a range; OSError where there is none."""
+
+    def give_back(self, start: int, stop: int, num_bytes: int) -> int:
+        """Returns memory of a range to the system; how many bytes."""
+
+    def close(self) -> None:
+        """Lets go of it; blocks in use stay."""
+
+
+M = TypeVar("M", bound=Memory)
+
+
+class Block(weakref.ref[Any]):
+    """A block in use: a weak reference to the view that its tensor keeps."""
 
     __slots__ = ("address", "num_bytes")
     address: int
@@ -62,10 +88,10 @@ class Run(NamedTuple):
 
     segment: int
     offset: int
-    views: list[memoryview | None]
+    views: list[Any]
 
 
-class Pool:
+class Pool(Generic[M]):
     """Blocks from segments; it adds a segment when it has no room.
 
     Example:
@@ -81,7 +107,7 @@ class Pool:
 
     def __init__(
         self,
-        new_segment: Callable[[int], Segment],
+        new_segment: Callable[[int], M],
         *,
         reserve_bytes: int = RESERVE_BYTES,
         segment_bytes: int = SEGMENT_BYTES,
@@ -95,7 +121,7 @@ class Pool:
             segment_bytes: The least size of a segment.
             clock: Tells the seconds that pass, for the decision which free pages are kept.
         """
-        self.segments: list[Segment] = []
+        self.segments: list[M] = []
         self._new_segment = new_segment
         self._reserve_bytes = reserve_bytes
         self._segment_bytes = segment_bytes
@@ -145,7 +171,7 @@ class Pool:
                 segment.back(offset, offset + total)
             except OSError as error:
                 raise _no_memory(total, error) from None
-            views: list[memoryview | None] = []
+            views: list[Any] = []
             start = offset
             for num_bytes in sizes:
                 if not num_bytes:
@@ -163,6 +189,12 @@ class Pool:
             self._peak = max(self._peak, self._in_use)
             self._torn = False
         return Run(number, offset, views)
+
+    def view_at(self, segment: int, offset: int) -> Any:
+        """The view of the block in use that starts there; None where none does."""
+        with self._lock:
+            block = self._live.get((segment << _OFFSET_BITS) + offset)
+            return None if block is None else block()
 
     def trim(self, keep_bytes: int) -> int:
         """Gives back the pages of free blocks until at most `keep_bytes` are backed in all.

@@ -6,11 +6,20 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from .doctor_checks import Finding, backends, devices, environment, kernels, ranks, versions
+from .doctor_checks import (
+    Finding,
+    backends,
+    devices,
+    environment,
+    gpu_memory,
+    kernels,
+    ranks,
+    versions,
+)
 from .doctor_network import network
 
 _SIGNS = {"ok": "ok  ", "note": "note", "problem": "WRONG"}
-CHECKS = (versions, devices, backends, kernels, network, environment, ranks)
+CHECKS = (versions, devices, gpu_memory, backends, kernels, network, environment, ranks)
 
 
 def examine() -> list[Finding]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from .. import __version__
 from ..collective.route import MEMORY_VARIABLE
 from ..kernels.strided_copy import _IMPLEMENTATIONS, IMPLEMENTATION_VARIABLE, SMALL_COPY_BYTES
+from ..memory import symmetric
 
 _KERNEL_SECONDS = 240
 # The doctor shows whether the secret is set, and never shows the secret.
@@ -115,6 +116,20 @@ def devices() -> list[Finding]:
     elif count > 1:
         findings.append(Finding("devices", "ok", f"peer access between all {count} GPUs"))
     return findings
+
+
+def gpu_memory() -> list[Finding]:
+    """Whether ranks on GPUs can write into each other's memory, and whether they are to."""
+    if not torch.cuda.is_available():
+        return []
+    refusal = symmetric.refusal(torch.device("cuda", torch.cuda.current_device()))
+    wanted = os.environ.get(MEMORY_VARIABLE) == "on"
+    if refusal:
+        text = f"exchange by memory is not possible on GPUs: {refusal}"
+        remedy = f"unset {MEMORY_VARIABLE}: 'on' will be an error" if wanted else ""
+        return [Finding("devices", "problem" if wanted else "note", text, remedy)]
+    mode = "is on" if wanted else f"is off: memory='on' or {MEMORY_VARIABLE}=on switches it on"
+    return [Finding("devices", "ok", f"exchange by memory on GPUs {mode}")]
 
 
 def backends() -> list[Finding]:

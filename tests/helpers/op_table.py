@@ -33,7 +33,7 @@ OPS: dict[str, str] = {
 }
 WITHOUT_GRADIENT = {"gather", "send", "recv", "barrier", "reduce_gradients"}
 # The other public methods, which are about the communicator itself.
-NOT_OPS = {"from_group", "from_mesh", "warmup", "stats", "memory_stats", "destroy"}
+NOT_OPS = {"from_group", "from_mesh", "warmup", "stats", "memory_stats", "record_stream", "destroy"}
 
 Call = Callable[[DeviceCommunicatorBase, Tensor], Tensor]
 

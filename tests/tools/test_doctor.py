@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from fastvideo_comm import __main__ as command
 from fastvideo_comm import __version__
+from fastvideo_comm.memory import symmetric
 from fastvideo_comm.tools import (
     benchmark,
     doctor,
@@ -156,6 +157,25 @@ def test_gpus_are_listed_with_their_peer_access(monkeypatch):
     *_, finding = doctor_checks.devices()
     assert finding.status == "note"
     assert finding.text == "no peer access between 2 of 2 pairs: [(0, 1), (1, 0)]"
+
+
+def test_exchange_by_memory_on_gpus_is_said_to_be_off_on_or_impossible(monkeypatch):
+    assert torch.cuda.is_available() or doctor_checks.gpu_memory() == []
+    gpus(monkeypatch, 2, True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(symmetric, "refusal", lambda device: "")
+    (finding,) = doctor_checks.gpu_memory()
+    assert (finding.status, finding.text) == (
+        "ok",
+        "exchange by memory on GPUs is off: memory='on' or FASTVIDEO_COMM_MEMORY=on switches it on",
+    )
+    monkeypatch.setenv("FASTVIDEO_COMM_MEMORY", "on")
+    (finding,) = doctor_checks.gpu_memory()
+    assert finding.text == "exchange by memory on GPUs is on"
+    monkeypatch.setattr(symmetric, "refusal", lambda device: f"{device} is too old")
+    (finding,) = doctor_checks.gpu_memory()
+    assert finding.status == "problem"
+    assert finding.text == "exchange by memory is not possible on GPUs: cuda:0 is too old"
 
 
 def test_a_gpu_without_nccl_is_a_problem(monkeypatch):

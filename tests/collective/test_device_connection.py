@@ -1,0 +1,153 @@
+"""Ranks on GPUs decide together whether they write into each other's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from device_ranks import Segments, present, twin_kernels
+from rank_threads import run_ranks
+from ranks import Ranks
+
+from fastvideo_comm import DeviceCommunicatorBase
+from fastvideo_comm.collective import device_connection
+from fastvideo_comm.collective.group import Group, MemoryMode
+from fastvideo_comm.collective.route import MEMORY_VARIABLE, memory_mode
+from fastvideo_comm.errors import CollectiveError, MismatchError
+from fastvideo_comm.memory import symmetric
+from fastvideo_comm.memory.shared import Shared
+
+WORLD = 3
+NUM_BYTES = 1 << 20
+HERE = torch.device("cpu")
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A GPU for each rank, on the CPU; what is put in here is said of rank 1."""
+    segments = Segments(WORLD, NUM_BYTES, "cpu")
+    of_rank_1: dict[str, Any] = {}
+
+    def here(name: str, otherwise: Any) -> Any:
+        return of_rank_1.get(name, otherwise) if dist.get_rank() == 1 else otherwise
+
+    def share(group: dist.ProcessGroup, num_bytes: int, device: torch.device) -> Shared:
+        error = here("error", None)
+        if error is not None:
+            raise error
+        return segments.shared(dist.get_rank())
+
+    monkeypatch.setattr(symmetric, "refusal", lambda device: here("refusal", ""))
+    monkeypatch.setattr(symmetric, "uuid_of", lambda device: f"GPU {dist.get_rank()}")
+    monkeypatch.setattr(symmetric, "unreachable", lambda device, others: here("unreachable", ""))
+    monkeypatch.setattr(symmetric, "share", share)
+    monkeypatch.setattr(device_connection, "_host", lambda: here("host", "one host"))
+    with present(segments):
+        yield of_rank_1
+
+
+def connected(group: dist.ProcessGroup, num_bytes: int = NUM_BYTES) -> str:
+    """Connects, and exchanges if that was possible; why it was not."""
+    communicator = DeviceCommunicatorBase(group, unique_name="gpus", memory="off")
+    own = communicator._runner.group
+    memory, refusal = device_connection.connect_device(
+        group, own._everyone, HERE, num_bytes, "gpus"
+    )
+    assert (memory is None) == bool(refusal)
+    own.device_memory = memory
+    x = torch.arange(24.0).view(1, 2, 3, 4)
+    y = communicator.all_to_all_4D(communicator.all_to_all_4D(x), 1, 2)
+    assert torch.equal(x, y)
+    communicator.destroy()
+    return refusal
+
+
+def test_ranks_that_all_can_are_connected(gpus):
+    with twin_kernels() as twins:
+        assert run_ranks(WORLD, connected) == [""] * WORLD
+        assert twins.num_posts == 2 * WORLD
+
+
+@pytest.mark.parametrize(
+    ("said", "refusal"),
+    [
+        ({"refusal": "triton is not installed"}, "rank 1: triton is not installed"),
+        ({"host": "another"}, "rank 1: it is not on the host of rank 0"),
+        ({"unreachable": "no peer access to rank 2"}, "rank 1: no peer access to rank 2"),
+        ({"error": RuntimeError("out of memory")}, "rank 1: RuntimeError: out of memory"),
+        ({"error": ValueError("\u00fc" * 5000)}, "rank 1: ValueError: " + "\u00fc" * 488),
+    ],
+)
+def test_one_that_cannot_is_named_on_all_ranks(gpus, said, refusal):
+    gpus.update(said)
+    with twin_kernels() as twins:
+        assert run_ranks(WORLD, connected) == [refusal] * WORLD
+        assert twins.num_posts == 0
+
+
+def test_different_sizes_are_named_on_all_ranks(gpus):
+    refusals = run_ranks(WORLD, lambda group: connected(group, NUM_BYTES << (group.rank() == 2)))
+    text = f"rank 2: memory_bytes is {2 * NUM_BYTES} there and {NUM_BYTES} on rank 0"
+    assert refusals == [text] * WORLD
+
+
+def test_on_is_an_error_on_all_ranks_where_there_is_no_gpu():
+    """With the first rank's reason, in every call."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+
+    def job(group: dist.ProcessGroup) -> None:
+        own = Group(group, "gpus", memory="on", device=torch.device("cuda", 0))
+        for _ in range(2):
+            with pytest.raises(
+                CollectiveError,
+                match=r"connecting memory on rank . of 3 in group 'gpus' failed: rank 0: torch "
+                r"sees no GPU",
+            ):
+                own.connects_memory()
+        assert own.memory_stats().refusal == "rank 0: torch sees no GPU"
+
+    run_ranks(WORLD, job)
+
+
+def wanted_by_one(communicator: DeviceCommunicatorBase) -> None:
+    mode: MemoryMode = "on" if communicator.rank == 1 else "auto"
+    other = DeviceCommunicatorBase(communicator.cpu_group, torch.device("cuda"), memory=mode)
+    own = other._runner.group
+    with pytest.raises(MismatchError, match="memory=on"):
+        own.before("all_gather", torch.ones(2), (0,))
+    other.destroy()
+
+
+def test_a_rank_that_wants_memory_alone_is_named_by_the_first_call(ranks: Ranks):
+    """The others would not come to the decision, so this is noticed before."""
+    ranks.run(WORLD, wanted_by_one, ways=["messages"])
+
+
+def test_auto_means_off_on_gpus(monkeypatch):
+    gpu = torch.device("cuda")
+
+    def job(group: dist.ProcessGroup) -> None:
+        for given in ("auto", "off", None):
+            assert memory_mode(given, group, gpu) is None
+        assert memory_mode("on", group, gpu) == "on"
+        with pytest.raises(ValueError, match="not on CPUs or CUDA devices, got 'on' for xpu"):
+            memory_mode("on", group, torch.device("xpu"))
+
+    run_ranks(1, job)
+    monkeypatch.setenv(MEMORY_VARIABLE, "on")
+    run_ranks(1, lambda group: memory_mode(None, group, gpu) == "on" or pytest.fail("not on"))
+
+
+@pytest.mark.parametrize("num_bytes", [1 << 19, (1 << 20) + 1])
+def test_memory_bytes_are_checked(num_bytes):
+    def job(group: dist.ProcessGroup) -> None:
+        with pytest.raises(ValueError, match="memory_bytes must be a multiple of 4096 from 1 MiB"):
+            DeviceCommunicatorBase(group, memory_bytes=num_bytes)
+        with pytest.raises(TypeError, match="memory_bytes must be an int, got float"):
+            DeviceCommunicatorBase(group, memory_bytes=1e9)
+
+    run_ranks(1, job)
