@@ -20,7 +20,7 @@ from mortal_ranks import GONE
 from ranks import Ranks
 
 from fastvideo_comm import DeviceCommunicatorBase
-from fastvideo_comm.collective import memory as ops
+from fastvideo_comm.collective import memory_call as ops
 from fastvideo_comm.errors import (
     ClosedError,
     CollectiveError,
