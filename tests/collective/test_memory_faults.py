@@ -162,7 +162,7 @@ def interrupted(communicator: DeviceCommunicatorBase, phase: str) -> str:
                 elif phase == "wait":
                     patch.setattr("fastvideo_comm.memory.engine.Engine._rest", interrupt)
                 elif phase == "sum":
-                    patch.setattr(ops, "_reduced", interrupt)
+                    patch.setattr("fastvideo_comm.collective.memory._reduced", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     other.all_reduce(x) if phase == "sum" else other.all_to_all_4D((x, one_head))
             elif phase in ("copy", "middle of the copy", "wait"):
