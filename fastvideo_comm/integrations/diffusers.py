@@ -137,7 +137,7 @@ class TemplatedUlyssesAttention:
     def _sizes(self, communicator: DeviceCommunicatorBase, query: Tensor, key: Tensor) -> _Sizes:
         """Every rank's sizes of queries, keys and heads; None where all ranks have the same."""
         for each in (query, key):
-            check_shared(communicator, each, 2, "ulysses_anything=True divides any number of heads")
+            check_shared(communicator, each, 2, "ulysses_anything=True shares any number of heads")
         return None, None, None
 
 

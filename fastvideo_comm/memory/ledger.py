@@ -239,19 +239,27 @@ class Ledger:
     def update(self, flight: Flight) -> None:
         """Ends a flight that has nothing left to wait for."""
         if flight.is_over:
-            if flight.is_told and not flight.undone:
-                self.flights.pop(flight.key, None)
-                flight.release()
+            # One that failed is kept until the others have heard it and write no more.
+            if (flight.is_told or flight.failure is None) and not flight.undone:
+                self._forget(flight)
         elif flight.details is not None:
             if not flight.undisclosed or time.monotonic() >= flight.disclosed_until:
                 flight.failure = Mismatch(flight.details)
                 self._end(flight)
         elif not (flight.unposted or flight.undone or flight.parts):
             flight.is_over = True
-            self.flights.pop(flight.key, None)
-            self.in_background.pop(flight.key, None)
-            flight.release()
-            flight.wake()
+            self._forget(flight)
+
+    def _forget(self, flight: Flight) -> None:
+        """Lets go of a flight that is over.
+
+        The flight leaves `flights` last: if an interrupt comes before that, the next `update` does
+        the rest.
+        """
+        self.in_background.pop(flight.key, None)
+        flight.release()
+        flight.wake()
+        self.flights.pop(flight.key, None)
 
     def _end(self, flight: Flight) -> None:
         flight.is_over = True
