@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -156,18 +157,16 @@ def _work(rank: int, folder: str, connection: multiprocessing.connection.Connect
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=GROUP_TIMEOUT
     )
+    # Every group there can be, made by all ranks in the same order.
     communicators: dict[tuple[tuple[int, ...], str], DeviceCommunicatorBase] = {}
-
-    def communicator(members: tuple[int, ...], way: str) -> DeviceCommunicatorBase:
-        """The members make their group when a job first needs it; the other ranks do not wait."""
-        if (members, way) not in communicators:
-            group = dist.new_group(list(members), use_local_synchronization=True)
-            for each, memory in WAYS.items():
-                communicators[members, each] = DeviceCommunicatorBase(
-                    group, unique_name="test", memory=memory
-                )
-        return communicators[members, way]
-
+    for size in range(1, WORLD_SIZE + 1):
+        for members in itertools.combinations(range(WORLD_SIZE), size):
+            group = dist.new_group(list(members))
+            if rank in members:
+                for way, memory in WAYS.items():
+                    communicators[members, way] = DeviceCommunicatorBase(
+                        group, unique_name="test", memory=memory
+                    )
     while True:
         try:
             number, members, way, job, arguments = pickle.loads(connection.recv_bytes())
@@ -177,7 +176,7 @@ def _work(rank: int, folder: str, connection: multiprocessing.connection.Connect
         # job have made without the others.
         dist.distributed_c10d._world.group_count = 1000 * number
         try:
-            answer = (False, job(communicator(members, way), *arguments))
+            answer = (False, job(communicators[members, way], *arguments))
         except BaseException:
             answer = (True, traceback.format_exc())
         connection.send_bytes(pickle.dumps(answer))
