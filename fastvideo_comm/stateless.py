@@ -1,8 +1,7 @@
 """StatelessProcessGroup: objects between ranks, without `init_process_group`.
 
 A group sends settings, handles and other small objects, for example to set up a data plane. One
-thread at a time uses a group; other threads wait for their turn. `docs/object-channel.md` says what
-is safe and what is not.
+thread at a time uses a group; others wait. `docs/object-channel.md` says what is safe, and what not.
 """
 
 from __future__ import annotations
@@ -57,9 +56,8 @@ class StatelessProcessGroup:
        PeerLostError within 5 s, and so do all later calls. A rank that is slow or stopped is not
        dead. A rank whose machine is gone counts as dead after
        `heartbeat_interval` * (`heartbeat_limit` + 1) s. `close` lets rank 0 leave last. A process
-       that ends without `close` still says goodbye, and the process of rank 0 waits up to 30 s for
-       the others. A call that needs a rank which has left raises PeerLostError too, but the group
-       goes on.
+       that ends without `close` still says goodbye; that of rank 0 waits up to 30 s for the others.
+       A call that needs a rank which has left raises PeerLostError too, but the group goes on.
     4. No stranger's code runs. Objects travel as msgpack, see `ObjectCodec` for the types; nothing
        received is unpickled, imported or called, except functions given to `register_type`. An
        object that cannot be sent raises a TypeError on the sender, which gives the path to the part
