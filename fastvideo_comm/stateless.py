@@ -1,7 +1,7 @@
 """StatelessProcessGroup: objects between ranks, without `init_process_group`.
 
 A group sends settings, handles and other small objects, for example to set up a data plane. One
-thread at a time uses a group; others wait. `docs/object-channel.md` says what is safe, and what not.
+thread at a time uses a group; others wait. `docs/object-channel.md` says what is safe and what not.
 """
 
 from __future__ import annotations
