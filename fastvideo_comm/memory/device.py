@@ -141,7 +141,7 @@ class DeviceMemory:
         return self._pool.high_water_bytes
 
     def check(self) -> None:
-        """Raises what stands against any use of this memory.
+        """Raises if this memory cannot be used any more.
 
         Raises:
             ClosedError: it was closed.
