@@ -75,6 +75,8 @@ class Ledger:
         self.next_numbers[lane] = number + 1
         others = flight.others
         flight.undone.update(rank for rank in ask.sources if rank in others)
+        # All that the others say may have come early. The call is not over before this rank's post.
+        flight.unposted.add(self.rank)
         for rank, heard in self._early.get(flight.key, ()):
             self._apply(flight, rank, heard)
         self._early.pop(flight.key, None)
@@ -86,8 +88,10 @@ class Ledger:
         packed = records.pack_post(lane != ALL, number, digest, place)
         for other in others:
             self.lines[other].send(packed)
+        flight.unposted.discard(self.rank)
         for rank in self.lost:
             self._lose(flight, rank)
+        self.update(flight)
 
     def fail_next(self, failure: int, text: bytes, ranks: tuple[int, int] | None) -> None:
         """Uses up the next number of a lane, and tells the others that this call fails."""

@@ -167,6 +167,31 @@ def test_a_rank_that_waits_for_one_flight_delivers_for_another():
     in_processes(2, job)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_call_that_moves_nothing_is_posted_also_where_the_others_have_posted_before(ranks):
+    """The last rank reads the others' posts of the second call while it is in the first.
+
+    While it copies for another rank, the others finish their parts; while it copies for itself,
+    they have all their parts and go on.
+    """
+
+    def job(memory: HostMemory) -> None:
+        def slow(part: torch.Tensor, number: int, target: int) -> None:
+            if memory.rank == ranks - 1:
+                time.sleep(0.3)
+            part.fill_(number)
+
+        exchange(memory)  # the others know this rank's segment
+        if memory.rank == ranks - 1:
+            time.sleep(0.3)  # the others post first, so that this rank copies its own part last
+        exchange(memory, 1, copy=slow)
+        memory.start(Ask("nothing", b"n", b"n", lambda rank, place: None, lambda: b"")).wait()
+        assert not memory._engine._ledger.flights
+        exchange(memory, 2)
+
+    in_processes(ranks, job, timeout=10)
+
+
 def test_threads_of_one_rank_wait_for_their_own_flights():
     def job(memory: HostMemory) -> None:
         # One thread after the other starts a call, so that all ranks have the same order.
