@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,11 @@ from ranks import Ranks
 # interrupt a rank would wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What ranks are forked from. The server does not see pytest's paths, so no module of the tests.
+multiprocessing.set_forkserver_preload(
+    ["torch._inductor.compile_fx", "torch.distributed", "fastvideo_comm", "hypothesis", "pytest"]
+)
 
 # `ci` is the same examples every time; `thorough` looks for new ones:
 # HYPOTHESIS_PROFILE=thorough make test

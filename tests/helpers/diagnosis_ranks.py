@@ -34,7 +34,7 @@ def run(fate: str, signal_number: int, culprit: int, host: str) -> dict[int, tup
     Returns:
         For every other rank its error and the seconds it took.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
         processes, answers = [], {}
         for rank in range(WORLD_SIZE):

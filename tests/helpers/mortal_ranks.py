@@ -54,7 +54,6 @@ def run(
         What the job returned on each rank; GONE for those that do not answer.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "fastvideo_comm"])
     processes, connections = [], []
     with tempfile.TemporaryDirectory() as folder:
         try:

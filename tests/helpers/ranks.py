@@ -134,7 +134,7 @@ class Ranks:
             self._folder = None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(WORLD_SIZE):
             ours, theirs = context.Pipe()

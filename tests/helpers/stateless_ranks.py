@@ -16,8 +16,6 @@ from fastvideo_comm.errors import CommunicationError
 from fastvideo_comm.stateless import StatelessProcessGroup
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# The expensive imports; the server does not see pytest's paths, so not the modules of this folder.
-CONTEXT.set_forkserver_preload(["torch.distributed", "fastvideo_comm.stateless", "pytest"])
 SECRET = b"a secret for tests"
 
 
