@@ -25,10 +25,13 @@ def network() -> list[Finding]:
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         # NCCL knows prefixes, ^exclusions and =exact names
         for name in filter(None, os.environ.get(variable, "").split(",")):
-            plain = name.strip("=")
-            fits = plain in interfaces or (
+            fits = name in interfaces or (
                 variable.startswith("NCCL")
-                and (name.startswith("^") or any(i.startswith(plain) for i in interfaces))
+                and (
+                    name.startswith("^")
+                    or name.removeprefix("=") in interfaces
+                    or any(i.startswith(name) for i in interfaces)
+                )
             )
             if not fits:
                 text = f"{variable} names {name!r}, which is none of {sorted(interfaces)}"

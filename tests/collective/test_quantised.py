@@ -122,20 +122,26 @@ def test_gradients_travel_exactly_unless_they_have_a_dtype_of_their_own(ranks: R
     ranks.run(2, gradients, name)
 
 
-def shared_head(communicator: DeviceCommunicatorBase) -> None:
-    x = values(communicator)[:, :, :1].requires_grad_()
+def shared_heads(communicator: DeviceCommunicatorBase, num_heads: int) -> None:
+    size, rank = communicator.world_size, communicator.rank
+    x = values(communicator)[:, :, :num_heads].requires_grad_()
     whole = values(communicator)
     _, y = communicator.all_to_all_4D((whole, x), grad_wire_dtype=(None, E5))
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(communicator.rank))
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(rank))
     (gradient,) = torch.autograd.grad(y, x, weight)
     everyone = communicator.all_gather(there_and_back(weight, E5)[None], 0)
-    part = everyone.unflatten(2, (communicator.world_size, -1))[:, :, communicator.rank]
-    # Three float32 numbers are added in any order.
-    torch.testing.assert_close(gradient, part.sum(0), rtol=1e-6, atol=1e-6)
+    # [P, 2, this rank's tokens, 1, 32]: the ranks that share a head stand side by side.
+    part = everyone.unflatten(2, (size, -1))[:, :, rank]
+    expected = part.unflatten(0, (num_heads, -1)).sum(1).squeeze(3).permute(1, 2, 0, 3)
+    # Up to three float32 numbers are added in any order.
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_gradients_of_a_shared_head_are_rounded_each_by_itself_and_added(ranks: Ranks):
-    ranks.run(3, shared_head)
+@pytest.mark.parametrize(("size", "num_heads"), [(3, 1), (4, 2)])
+def test_gradients_of_a_shared_head_are_rounded_each_by_itself_and_added(
+    ranks: Ranks, size, num_heads
+):
+    ranks.run(size, shared_heads, num_heads)
 
 
 def higher(communicator: DeviceCommunicatorBase, async_op: bool) -> None:
@@ -159,13 +165,17 @@ def test_derivatives_of_higher_order_are_those_of_the_exact_exchange(ranks: Rank
 
 
 def tangents(communicator: DeviceCommunicatorBase, async_op: bool) -> None:
-    x, tangent = values(communicator), values(communicator).flip(-1)
+    """There and, of their gradient, back."""
+    x, tangent = values(communicator), values(communicator).flip(-1).requires_grad_()
+    wire = {"wire_dtype": E4, "grad_wire_dtype": E4, "async_op": async_op}
     with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, tangent)
-        y = waited(communicator.all_to_all_4D(dual, wire_dtype=E4, async_op=async_op))
+        y = waited(communicator.all_to_all_4D(forward_ad.make_dual(x, tangent), **wire))
         primal, result = forward_ad.unpack_dual(y)
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(communicator.rank))
+        (gradient,) = torch.autograd.grad(result, tangent, weight)
     assert torch.equal(primal, communicator.all_to_all_4D(there_and_back(x, E4)))
     assert torch.equal(result, communicator.all_to_all_4D(tangent))
+    assert torch.equal(gradient, communicator.all_to_all_4D(weight, 1, 2))
 
 
 @pytest.mark.parametrize("async_op", [False, True])

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.diagnosis import Diagnosis, MismatchError, is_due
-from fastvideo_comm.diagnosis.board import Board, own_process, process_state
+from fastvideo_comm.diagnosis.board import Board, _start, own_process, process_state
 from fastvideo_comm.diagnosis.record import Record, describe, table
 from fastvideo_comm.errors import CommunicationTimeoutError
 
@@ -328,6 +332,24 @@ def test_processes_elsewhere_are_not_said_to_be_dead():
     assert process_state({**here, "start": 1}) == "is dead"
     assert process_state({**here, "start": 1, "space": "another host"}) == ""
     assert process_state({**here, "pid": 2**22 + 1}) == "is dead"
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "state"), [(signal.SIGKILL, "is dead"), (signal.SIGSTOP, "is stopped")]
+)
+def test_a_child_that_was_not_waited_for_is_dead_and_a_stopped_one_is_not(signal_number, state):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    try:
+        process = {**own_process(), "pid": child.pid, "start": _start(child.pid)}
+        assert process_state(process) == ""
+        os.kill(child.pid, signal_number)
+        # WNOWAIT: a killed child stays a zombie.
+        options = os.WSTOPPED | os.WEXITED | os.WNOWAIT
+        os.waitid(os.P_PID, child.pid, options)
+        assert process_state(process) == state
+    finally:
+        child.kill()
+        child.wait()
 
 
 def through_the_communicator(communicator: DeviceCommunicatorBase) -> list[str]:

@@ -178,6 +178,25 @@ def test_broadcasts_to_a_rank_that_has_left_are_not_kept():
     assert run_own(3, program)[0] == 0
 
 
+def test_what_only_a_rank_that_has_left_would_read_is_not_kept():
+    """The others have read the broadcast before it leaves; the message is to it alone."""
+
+    def program(group):
+        if group.rank == 0:
+            group.broadcast_obj("to all", 0)
+            group.send_obj("to one", 2)
+        elif group.rank == 1:
+            assert group.broadcast_obj(None, 0) == "to all"
+        group.barrier()
+        if group.rank == 2:
+            return None
+        with pytest.raises(PeerLostError):
+            group.recv_obj(2)
+        return group.store.num_keys()
+
+    assert run_own(3, program)[:2] == [0, 0]
+
+
 def test_a_dead_rank_is_noticed_by_a_call_whose_answer_is_already_there():
     with forming_group(3) as forming:
         links = joined_link(forming.port, None, 2, 3)

@@ -212,6 +212,22 @@ def test_names_and_interfaces_that_do_not_exist_are_problems(monkeypatch):
     assert store.text == "MASTER_ADDR is 127.0.0.1 for several nodes"
 
 
+@pytest.mark.parametrize(
+    ("given", "by_gloo", "by_nccl"),
+    [("eth0", 0, 0), ("=eth0", 1, 0), ("eth", 1, 0), ("=eth", 1, 1), ("^lo", 1, 0)],
+)
+def test_prefixes_and_exclusions_are_interfaces_for_nccl_only(monkeypatch, given, by_gloo, by_nccl):
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.0.1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    found = {}
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(variable, given)
+        found[variable] = len(problems(doctor_network.network()))
+        monkeypatch.delenv(variable)
+    assert found == {"GLOO_SOCKET_IFNAME": by_gloo, "NCCL_SOCKET_IFNAME": by_nccl}
+
+
 def test_variables_are_shown_but_not_the_secret(monkeypatch):
     monkeypatch.setenv("FASTVIDEO_COMM_SECRET", "hunter2")
     monkeypatch.setenv("RANK", "1")
