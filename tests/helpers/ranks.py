@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -55,7 +54,8 @@ class Ranks:
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._connections: list[multiprocessing.connection.Connection] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._num_jobs = 0
+        self._num_messages = 0
+        self._groups: set[tuple[int, ...]] = set()
 
     def run(
         self,
@@ -85,10 +85,10 @@ class Ranks:
         members = tuple(range(ranks)) if isinstance(ranks, int) else tuple(ranks)
         if not self._processes:
             self._start()
-        self._num_jobs += 1
-        message = pickle.dumps((self._num_jobs, members, way, job, arguments))
-        for member in members:
-            self._connections[member].send_bytes(message)
+        if members not in self._groups:
+            self._send(range(WORLD_SIZE), members)
+            self._groups.add(members)
+        self._send(members, members, way, job, arguments)
         answers: dict[int, Any] = {}
         failures: dict[int, str] = {}
         dead = False
@@ -120,6 +120,12 @@ class Ranks:
             raise RankError(f"no answer from ranks {sorted(waiting.values())} of {members}")
         return [answers[rank] for rank in range(len(members))]
 
+    def _send(self, to: Sequence[int], *message: Any) -> None:
+        self._num_messages += 1
+        packed = pickle.dumps((self._num_messages, *message))
+        for rank in to:
+            self._connections[rank].send_bytes(packed)
+
     def stop(self) -> None:
         """Ends the processes; the next job starts new ones."""
         for process in self._processes:
@@ -129,6 +135,7 @@ class Ranks:
         for connection in self._connections:
             connection.close()
         self._processes, self._connections = [], []
+        self._groups.clear()
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
@@ -157,24 +164,26 @@ def _work(rank: int, folder: str, connection: multiprocessing.connection.Connect
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=GROUP_TIMEOUT
     )
-    # Every group there can be, made by all ranks in the same order.
     communicators: dict[tuple[tuple[int, ...], str], DeviceCommunicatorBase] = {}
-    for size in range(1, WORLD_SIZE + 1):
-        for members in itertools.combinations(range(WORLD_SIZE), size):
+    while True:
+        try:
+            number, members, *job_of_members = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        # torch names a new group after the number of groups so far, which the ranks of an earlier
+        # job have made without the others.
+        dist.distributed_c10d._world.group_count = 1000 * number
+        if not job_of_members:
+            # All ranks make a group together, before its first job: each of its threads wakes up
+            # 100 times a second.
             group = dist.new_group(list(members))
             if rank in members:
                 for way, memory in WAYS.items():
                     communicators[members, way] = DeviceCommunicatorBase(
                         group, unique_name="test", memory=memory
                     )
-    while True:
-        try:
-            number, members, way, job, arguments = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        # torch names a new group after the number of groups so far, which the ranks of an earlier
-        # job have made without the others.
-        dist.distributed_c10d._world.group_count = 1000 * number
+            continue
+        way, job, arguments = job_of_members
         try:
             answer = (False, job(communicators[members, way], *arguments))
         except BaseException:
