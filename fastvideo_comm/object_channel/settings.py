@@ -166,10 +166,10 @@ def _resolve_secret(secret: bytes | None) -> bytes | None:
 def _resolve_codec(codec: Codec | str, *, has_secret: bool) -> Codec:
     if codec == "msgpack":
         return ObjectCodec()
-    if codec == "pickle" or isinstance(codec, PickleCodec):
-        if not has_secret:
-            raise ValueError("codec must not be 'pickle' without a secret, got 'pickle'")
-        return PickleCodec()
+    if codec == "pickle":
+        codec = PickleCodec()
+    if isinstance(codec, PickleCodec) and not has_secret:
+        raise ValueError("codec must not be 'pickle' without a secret, got 'pickle'")
     if isinstance(codec, str):
         raise ValueError(f"codec must be 'msgpack', 'pickle' or an object, got {codec!r}")
     return codec

@@ -21,6 +21,7 @@ from stateless_ranks import (
 
 import fastvideo_comm.stateless
 from fastvideo_comm.errors import AuthenticationError, JoinError
+from fastvideo_comm.object_channel.pickle_codec import PickleCodec
 from fastvideo_comm.object_channel.settings import SECRET_VARIABLE
 from fastvideo_comm.stateless import StatelessProcessGroup
 
@@ -239,11 +240,23 @@ def test_the_secret_may_come_from_the_environment(monkeypatch):
     opened[0].close()
 
 
-def test_pickle_needs_a_secret_and_works_with_one():
+class CountingCodec(PickleCodec):
+    """Pickle, of a class of the user's own."""
+
+    num_decoded = 0
+
+    def decode(self, data):
+        self.num_decoded += 1
+        return super().decode(data)
+
+
+@pytest.mark.parametrize("codec", ["pickle", PickleCodec(), CountingCodec()])
+def test_pickle_needs_a_secret_and_works_with_one(codec):
     with pytest.raises(ValueError, match="codec must not be 'pickle' without a secret"):
-        StatelessProcessGroup.create("127.0.0.1", 0, 0, 1, codec="pickle")
+        StatelessProcessGroup.create("127.0.0.1", 0, 0, 1, codec=codec)
     program = lambda group: group.all_gather_obj(range(group.rank))  # noqa: E731
-    assert run_own(2, program, codec="pickle", secret=SECRET) == [[range(0), range(1)]] * 2
+    assert run_own(2, program, codec=codec, secret=SECRET) == [[range(0), range(1)]] * 2
+    assert getattr(codec, "num_decoded", 2) == 2
 
 
 @pytest.mark.parametrize(
