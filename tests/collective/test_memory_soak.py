@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import time
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def mixed_call(
     """One call, the same kind on all ranks; its result is compared."""
     ranks, rank = c.world_size, c.rank
     length = random_.choice((0, 1, 2, 3, 7, 7, 7, 50, 400))
-    kind = random_.randrange(12)
+    kind = random_.randrange(17)
     if kind < 3:
         return exchange(c, call, length)
     if kind < 5:
@@ -75,6 +76,28 @@ def mixed_call(
         with pytest.raises(MismatchError, match="<- shape"):
             c.all_reduce(torch.ones(1 + (rank == call % ranks)))
         return None
+    if kind == 11:
+        part = c.slice(torch.arange(ranks * length), 0)  # nothing travels but the question
+        assert part.tolist() == [*range(rank * length, (rank + 1) * length)]
+        return part
+    if kind == 12:
+        c.barrier()
+        return None
+    if kind == 13:
+        whole = c.broadcast(torch.full((length,), call + rank), call % ranks)
+        assert (whole == call + call % ranks).all()
+        return whole
+    if kind == 14:
+        part = c.reduce_scatter(torch.full((ranks, length), call + rank), 0)
+        assert (part == ranks * call + ranks * (ranks - 1) // 2).all()
+        return part
+    if kind == 15:
+        weights = [torch.zeros(length, requires_grad=True) for _ in range(3)]
+        for weight in weights[: 1 + rank]:  # on some ranks some have no gradient
+            weight.grad = torch.ones(length)
+        c.reduce_gradients(weights)
+        assert all((w.grad == ranks - index).all() for index, w in enumerate(weights))
+        return None
     x = torch.full((1, 2, ranks, 4), float(rank), requires_grad=True)
     q, k = c.all_to_all_4D((x, x[:, :, :1].detach() * 2))
     assert (k.view(ranks, -1) == 2 * torch.arange(ranks).view(-1, 1)).all()
@@ -88,6 +111,8 @@ def soak(communicator: DeviceCommunicatorBase, num_calls: int, seed: int) -> Non
         held: list[tuple[torch.Tensor, torch.Tensor]] = []
         measured: list[tuple[int, int, int]] = []
         for call in range(num_calls):
+            if own.random() < 0.1:  # the others go on to the calls behind this one
+                time.sleep(own.random() / 500)
             output = mixed_call(c, call, shared, flying)
             if output is not None and own.random() < 0.3:
                 held.append((output, output.clone()))
