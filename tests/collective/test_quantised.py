@@ -69,7 +69,7 @@ def forward(communicator: DeviceCommunicatorBase, name: str) -> None:
     make, arguments = CALLS[name]
     input_ = make(communicator.rank, values(communicator))
     for dtype, rounding in ((E4, "nearest"), (E5, "nearest"), (E4, "stochastic")):
-        wire = {"wire_dtype": dtype, "rounding": rounding}  # of gradients
+        wire = {"wire_dtype": dtype, "grad_wire_dtype": E4, "rounding": rounding}
         result = waited(communicator.all_to_all_4D(input_, **wire, **arguments))
         rounded = mapped(lambda x, dtype=dtype: there_and_back(x, dtype), input_)
         assert_same(result, waited(communicator.all_to_all_4D(rounded, **arguments)))
