@@ -202,8 +202,8 @@ class ObjectStore:
         """Leave; rank 0 serves on until all ranks have left, at most `linger` seconds."""
         seconds = self._timeout if linger is None else linger
         self._leave.cancel()
-        self.client.leave(seconds)
-        if self._server is not None:
+        # If the goodbye comes after a signal handler's end, so does the end of the server.
+        if self.client.leave(seconds) and self._server is not None:
             self._server.stop(seconds)
 
     @property

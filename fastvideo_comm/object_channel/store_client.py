@@ -263,11 +263,15 @@ class StoreClient:
             self.forget(ident)
         return ()
 
-    def leave(self, seconds: float = _LEAVE_SECONDS) -> None:
+    def leave(self, seconds: float = _LEAVE_SECONDS) -> bool:
         """Say goodbye, wait up to `seconds`, at most 5, for the store to hear it, and close.
 
         A call of another thread ends with ClosedError. If a signal handler calls `leave`, the call
         that the handler interrupted ends with ClosedError as well.
+
+        Returns:
+            False if the goodbye is left to the call that a signal handler interrupted: it was in
+            the middle of a transfer, and ends when the handler returns.
         """
         deadline = time.monotonic() + min(seconds, _LEAVE_SECONDS)
         if self._error is None:
@@ -277,14 +281,17 @@ class StoreClient:
         is_inside = self._holder == threading.get_ident()
         if not is_inside and not self._lock.acquire(timeout=seconds_left(deadline)):
             self._leaves_late = True  # when the call that has the turn ends
-            return
-        self._leaves_late = False
+            return True
+        self._leaves_late = is_inside and self._pair.is_busy
+        if self._leaves_late:
+            return False
         try:
             if self._owes_goodbye and self._pair.is_open:
                 self._owes_goodbye = False
                 self._say_goodbye(deadline)
             self._pair.close()
             self._error = ClosedError("the group is closed")
+            return True
         finally:
             if not is_inside:
                 self._lock.release()

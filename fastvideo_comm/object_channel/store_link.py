@@ -108,6 +108,11 @@ class Link:
         """Whether queued bytes wait for the socket."""
         return bool(self._out)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a transfer has begun and not ended: a signal handler or an error is inside it."""
+        return self._busy
+
     def queue(
         self, kind: Kind, ident: int, meta: bytes = b"", parts: Sequence[Buffer] = ()
     ) -> None:

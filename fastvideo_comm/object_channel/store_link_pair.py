@@ -38,6 +38,11 @@ class LinkPair:
         """Whether there is a connection."""
         return bool(self._links)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether one of the connections is in the middle of a transfer."""
+        return any(link.is_busy for link in self._links)
+
     def add(self, link: Link) -> None:
         """Take over a connection; the first is for requests, the second is the lifeline."""
         self._links.append(link)

@@ -140,6 +140,46 @@ def test_a_signal_handler_may_close_the_group_below_a_call():
         assert "rank(s) [1] left the group" in text
 
 
+@pytest.mark.parametrize("closing", [0, 1])
+@pytest.mark.parametrize("transfer", ["send", "recv"])
+def test_a_close_below_a_transfer_says_goodbye_when_the_call_ends(closing, transfer):
+    """As a signal handler does whose signal comes while the socket is read or written."""
+    inside = threading.local()
+
+    class Socket:
+        def __init__(self, sock, group):
+            self.sock, self.group = sock, group
+
+        def __getattr__(self, name):
+            method = getattr(self.sock, name)
+            if name != transfer or getattr(inside, "closes", True):
+                return method
+
+            def closes_below(*arguments):
+                inside.closes = True
+                self.group.close(timeout=10)
+                return method(*arguments)
+
+            return closes_below
+
+    def program(group):
+        group.barrier()
+        start = time.monotonic()
+        if group.rank == closing:
+            (link, _lifeline) = group.store.client._pair._links
+            link.sock = Socket(link.sock, group)
+            inside.closes = False
+            with pytest.raises(ClosedError, match="the group is closed"):
+                group.send_obj("on its way", 1 - closing)
+            assert inside.closes
+        else:
+            with pytest.raises(PeerLostError, match=rf"rank\(s\) \[{closing}\] left the group"):
+                [group.recv_obj(closing, timeout=10) for _ in range(2)]  # one may have arrived
+        assert time.monotonic() - start < 3
+
+    run_own(2, program, secret=SECRET)
+
+
 def close_in_a_handler(group, pipe):
     if group.rank == 1:
         signal.signal(signal.SIGUSR1, lambda *_: group.close())
