@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -33,6 +34,11 @@ _COMMON = {
 hypothesis.settings.register_profile("ci", max_examples=40, derandomize=True, **_COMMON)
 hypothesis.settings.register_profile("thorough", max_examples=1000, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_finish() -> None:
+    """Tests that collect garbage do not look at all that was imported."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

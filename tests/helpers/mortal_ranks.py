@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import multiprocessing
 import os
 import pickle
@@ -102,6 +103,7 @@ def _work(place: tuple[Any, ...], job: Callable[..., Any], arguments: tuple[Any,
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
+    gc.freeze()  # a job that collects garbage does not look at all of torch
     try:
         store = dist.FileStore(os.path.join(folder, "store"), world_size)
         dist.init_process_group(

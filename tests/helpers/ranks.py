@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -160,6 +161,7 @@ def _work(rank: int, folder: str, connection: multiprocessing.connection.Connect
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
+    gc.freeze()  # jobs that collect garbage look at what they made, and not at all of torch
     store = dist.FileStore(os.path.join(folder, "store"), WORLD_SIZE)
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=GROUP_TIMEOUT
