@@ -41,6 +41,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """The end of the process finds everything again."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Gloo ranks in processes; `ranks.run(3, job, argument)` runs a job on three of them."""
