@@ -26,8 +26,6 @@ from stateless_proxy import Proxy
 from stateless_ranks import CONTEXT, SECRET, own_groups, rank_processes, run_own
 
 from fastvideo_comm.errors import ClosedError, CommunicationTimeoutError, MessageExpiredError
-from fastvideo_comm.object_channel.codec import ObjectCodec
-from fastvideo_comm.object_channel.settings import DESCRIPTION_BYTES
 from fastvideo_comm.stateless import StatelessProcessGroup
 
 OPS = ["send_obj", "broadcast_obj", "all_gather_obj", "barrier", "large"]
@@ -285,33 +283,6 @@ def test_a_message_whose_send_timed_out_and_that_arrived_expires_like_others():
                 opened[0].recv_obj(1)
             group.close()
             opened[0].close()
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"secret": SECRET}, {"secret": SECRET, "encryption": "off"}]
-)
-def test_an_object_of_the_largest_size_arrives_and_a_larger_one_is_refused(options):
-    limit = 200_000
-    codec = ObjectCodec()
-
-    def encoded(num_bytes):
-        return sum(map(len, codec.encode_parts(bytes(num_bytes))))
-
-    # What a message says of itself beside the object is not counted.
-    largest = limit + DESCRIPTION_BYTES
-    (num_bytes,) = [n for n in range(limit, largest) if encoded(n) == largest][-1:]
-
-    def program(group):
-        if group.rank == 0:
-            group.send_obj(bytes(num_bytes), 1)
-            with pytest.raises(ValueError, match=f"max_message_bytes={limit} bytes, got"):
-                group.send_obj(bytes(num_bytes + 1), 1)
-            group.send_obj("next", 1)
-        else:
-            assert group.recv_obj(0) == bytes(num_bytes)
-            assert group.recv_obj(0) == "next"
-
-    run_own(2, program, max_message_bytes=limit, **options)
 
 
 HALF_OPEN = """

@@ -1,4 +1,4 @@
-"""Values in the own store, and somebody on the way who keeps earlier ones."""
+"""Values in the own store, somebody on the way who keeps earlier ones, and the largest object."""
 
 import pytest
 from stateless_proxy import Proxy
@@ -6,6 +6,8 @@ from stateless_ranks import SECRET, run_own
 from stateless_strangers import forming_group
 
 from fastvideo_comm.errors import AuthenticationError, PeerLostError
+from fastvideo_comm.object_channel.codec import ObjectCodec
+from fastvideo_comm.object_channel.settings import DESCRIPTION_BYTES
 from fastvideo_comm.object_channel.store_messages import pack_origin
 from fastvideo_comm.stateless import StatelessProcessGroup
 
@@ -139,3 +141,30 @@ def test_values_of_two_ranks_and_numbers_of_add_are_told_apart():
     values = run_own(2, program, secret=SECRET)
     assert values[0] == values[1]
     assert values[0] in (b"of 0", b"of 1")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"secret": SECRET}, {"secret": SECRET, "encryption": "off"}]
+)
+def test_an_object_of_the_largest_size_arrives_and_a_larger_one_is_refused(options):
+    limit = 200_000
+    codec = ObjectCodec()
+
+    def encoded(num_bytes):
+        return sum(map(len, codec.encode_parts(bytes(num_bytes))))
+
+    # What a message says of itself beside the object is not counted.
+    largest = limit + DESCRIPTION_BYTES
+    (num_bytes,) = [n for n in range(limit, largest) if encoded(n) == largest][-1:]
+
+    def program(group):
+        if group.rank == 0:
+            group.send_obj(bytes(num_bytes), 1)
+            with pytest.raises(ValueError, match=f"max_message_bytes={limit} bytes, got"):
+                group.send_obj(bytes(num_bytes + 1), 1)
+            group.send_obj("next", 1)
+        else:
+            assert group.recv_obj(0) == bytes(num_bytes)
+            assert group.recv_obj(0) == "next"
+
+    run_own(2, program, max_message_bytes=limit, **options)
