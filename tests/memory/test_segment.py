@@ -360,6 +360,7 @@ def test_a_pool_that_is_gone_leaves_its_tensors_and_no_descriptor():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @settings(max_examples=2000)
 @given(st.lists(STEPS, max_size=150))
 def test_long_histories(steps):
