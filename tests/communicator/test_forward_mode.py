@@ -80,6 +80,24 @@ def test_all_tangents_of_jacfwd_travel_in_one_exchange(ranks: Ranks):
     ranks.run(2, exchanged)
 
 
+def along_many(communicator: DeviceCommunicatorBase, op: str) -> None:
+    value, *tangents = of_rank(communicator, 4)
+
+    def derivative(tangent: Tensor) -> Tensor:
+        return jvp(lambda x: OF_SHAPE[op](communicator, x), (value,), (tangent,))[1]
+
+    expected = [derivative(tangent) for tangent in tangents]
+    for dim in range(5):
+        many = torch.stack(tangents, dim)
+        together = torch.vmap(derivative, in_dims=dim)(many)
+        assert all(map(torch.equal, together, expected))
+
+
+@pytest.mark.parametrize("op", ["all_to_all_4D heads", "all_gather middle", "slice"])
+def test_many_tangents_may_stand_in_any_dim(ranks: Ranks, op):
+    ranks.run(2, along_many, op)
+
+
 def batched(communicator: DeviceCommunicatorBase) -> None:
     value, tangent = of_rank(communicator, 2)
 
