@@ -234,6 +234,12 @@ class TestErrors:
                 "^dst must not be a conjugated or negated view, got one$",
             ),
             (
+                torch.ones(2, dtype=torch.complex64).conj().imag,
+                torch.ones(2),
+                ValueError,
+                "^dst must not be a conjugated or negated view, got one$",
+            ),
+            (
                 torch.ones(2, 1).expand(2, 3),
                 torch.ones(2, 3),
                 ValueError,

@@ -226,6 +226,12 @@ def test_a_received_dataclass_runs_no_code_of_its_own():
     assert round_trip(point) == point
 
 
+def test_a_field_that_no_constructor_takes_arrives():
+    late = Late()
+    late.made = 7
+    assert round_trip(late).made == 7
+
+
 def test_bad_registrations_are_told():
     codec = new_codec()
     with pytest.raises(ValueError, match="cls must not be supported already, got Point"):
