@@ -88,6 +88,7 @@ def post_and_done(world_size: int) -> Callable[[int], None]:
 
     def call(_: int) -> None:
         current = torch.cuda.current_stream()
+        # The words have only the addresses of the segments.
         for stream, each, _segment in zip(streams, words, segments, strict=True):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):

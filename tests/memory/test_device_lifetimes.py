@@ -49,7 +49,7 @@ class TestDropped:
         threads: list[threading.Thread] = []
         monkeypatch.setattr(torch.cpu, "synchronize", synchronize)
         memory: Any = memory_alone()
-        words = weakref.ref(memory._words.host)
+        words = weakref.ref(memory._words.places)
         threads.append(memory._watch._thread)
         if is_in_a_cycle:
             memory.itself = memory
