@@ -303,9 +303,11 @@ class DeviceMemory:
         self._stream.wait_stream(stream)
         if self.is_capturing():
             return  # no block of the pool is overwritten
-        others = {self._released.popleft() for _ in range(len(self._released))} - {stream}
-        for other in others:
+        released = list(self._released)
+        for other in set(released) - {stream}:
             self._stream.wait_event(other.record_event())
+        for _ in released:  # not before: an interrupt must leave them to the next call
+            self._released.popleft()
 
     @contextlib.contextmanager
     def _in_one_piece(self) -> Iterator[None]:

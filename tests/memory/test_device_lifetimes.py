@@ -176,6 +176,33 @@ class TestStreams:
             patch.setattr(Tensor, "new_empty", logged)
             device_ranks.run(2, job)
 
+    def test_that_held_a_block_is_waited_for_after_an_interrupt_too(self, twins):
+        def job(communicator: DeviceCommunicatorBase) -> None:
+            memory: Any = device_memory_of(communicator)
+            log: list[str] = []
+            memory._stream, main, side = (
+                LoggedStream(name, log) for name in ("kernels", "main", "side")
+            )
+            memory.current_stream = lambda: main
+            y = communicator.all_to_all_4D(torch.ones(1, 2, 2, 2))
+            communicator.record_stream(y, side)
+            del y
+
+            def interrupted() -> str:
+                del side.record_event
+                raise KeyboardInterrupt
+
+            side.record_event = interrupted  # type: ignore[method-assign]
+            with pytest.raises(KeyboardInterrupt):
+                communicator.all_to_all_4D(torch.ones(1, 2, 2, 2))
+            log.clear()
+            for _ in range(2):
+                communicator.all_to_all_4D(torch.ones(1, 2, 2, 2))
+            once = ["kernels waits for main", "main waits for kernels"]
+            assert log == [once[0], "kernels waits for side", once[1], *once]
+
+        device_ranks.run(2, job)
+
     def test_is_looked_at_on_the_device_of_the_memory(self, monkeypatch):
         """torch says whether the current device captures, which may be another."""
         current = [0]
