@@ -132,12 +132,14 @@ def run_on_gpu(
 ) -> list[Any]:
     """`run`, with the kernels themselves, each rank on a stream of its own.
 
-    The job runs twice: a kernel that waits may keep other threads from loading theirs, so the first
-    time no kernel waits, and the results mean nothing.
+    The job runs twice: a kernel that waits may keep other threads from loading theirs, and from
+    allocating memory. So the first time no kernel waits, and the results mean nothing. The second
+    time torch's allocator has what the streams need.
     """
+    streams = [torch.cuda.Stream() for _ in range(world)]
 
     def on_a_stream(communicator: DeviceCommunicatorBase) -> Any:
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(streams[communicator.rank]):
             result = job(communicator)
             torch.cuda.current_stream().synchronize()
         return result
