@@ -15,7 +15,8 @@ for its end. The host waits for nothing.
 Lifetimes: an output is its holder's. Its block is handed out again when its storage has died. The
 kernels of that later call wait for what is then on the stream on which the output was waited for,
 and on the streams that `record_stream` was told. An output of another stream that was not told may
-be overwritten while that stream still reads it.
+be overwritten while that stream still reads it. The inputs of an asynchronous call are held until
+it is waited for.
 
 Captured graphs: a replay writes to the same memory again, long after the tensors have died in
 Python. So a call that is captured takes its outputs from torch's allocator, which knows of graphs,
@@ -147,7 +148,9 @@ class DeviceMemory:
         self._lock = threading.Lock()
         self._broken = ""
         # Also where nobody calls `close`: kernels in flight still use the words and the segment.
-        self._end = weakref.finalize(self, _end, synchronize, self._watch, self._words, shared)
+        self._let_go = weakref.finalize(
+            self, _let_go, synchronize, self._watch, self._words, shared
+        )
         # The streams of blocks that came back: a later call may overwrite what they still read.
         self._released: deque[Any] = deque()
         self._plans: dict[Hashable, Plan] = {}
@@ -161,7 +164,7 @@ class DeviceMemory:
             CommunicationTimeoutError: a rank did not come to an earlier call.
             CollectiveError: this rank was interrupted in the middle of an earlier call.
         """
-        if not self._end.alive:
+        if not self._let_go.alive:
             raise ClosedError(f"the communicator {self._name!r} was destroyed before the call")
         self.check_waits()
         if self._broken:
@@ -268,7 +271,7 @@ class DeviceMemory:
     def close(self) -> None:
         """Waits for the device, and lets go of the segment. Tensors that are held stay."""
         with self._lock:
-            self._end()
+            self._let_go()
 
     def _allocated(self, specs: list[Spec]) -> tuple[DeviceFlight, int, list[Tensor]]:
         """A flight with its outputs, where the others write, and the staged outputs if any."""
@@ -332,7 +335,7 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def _end(synchronize: Callable[[], None], watch: Watch, *_kept: object) -> None:
+def _let_go(synchronize: Callable[[], None], watch: Watch, *_kept: object) -> None:
     """Waits for the kernels that use what is kept, while the watch still ends their waits."""
     try:
         synchronize()

@@ -67,7 +67,7 @@ class TestDropped:
             raise RuntimeError("an illegal memory access was encountered")
 
         with pytest.raises(RuntimeError, match="illegal memory access"):
-            device._end(fails, memory._watch)
+            device._let_go(fails, memory._watch)
         assert not memory._watch._thread.is_alive()
 
 
