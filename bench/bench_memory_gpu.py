@@ -88,7 +88,8 @@ def post_and_done(world_size: int) -> Callable[[int], None]:
 
     def call(_: int) -> None:
         current = torch.cuda.current_stream()
-        for stream, each in zip(streams, words, strict=True):
+        # The words have only the addresses of the segments.
+        for stream, each, _segment in zip(streams, words, segments, strict=True):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 launch_post(each, 256)

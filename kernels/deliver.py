@@ -102,7 +102,7 @@ def launch_deliveries(places: Tensor, deliveries: Sequence[Delivery]) -> None:
     """Copies the parts of all deliveries to the places of their ranks; checks nothing.
 
     Up to `MAX_PAIRS` deliveries take one launch. They take more launches if a part has more dims
-    than a launch takes (see `launch_tile_copies`), or if there are 2**31 tiles.
+    than a launch takes (see `launch_tile_copies`), or if there are almost 2**31 tiles.
 
     Args:
         places: int64, the address of each rank's place, a multiple of 16, or 0; on the device.
@@ -211,7 +211,8 @@ def _plan_launches(*deliveries: _Fixed) -> Launch | None:
         plain = [delivery.num_parts, delivery.first, delivery.begin]
         plain += [delivery.step // vector_bytes, delivery.offset // vector_bytes]
         parts.append(tuple(map(_encoded, plain)))
-    if num_tiles >= 2**31:
+    # A program's index goes one step beyond the last tile.
+    if num_tiles >= 2**31 - plan.MAX_DELIVERY_PROGRAMS:
         return None
     grid = (min(num_tiles, plan.MAX_DELIVERY_PROGRAMS), 1, 1)
     return Launch(grid, copies.elements, copies.numbers, tuple(parts), copies.tiles, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ _FACTS_BYTES = 4096
 _REASON_LETTERS = 500
 
 Everyone = Callable[[bytes], "list[bytes]"]
+T = TypeVar("T")
 
 
 class Candidate(NamedTuple):
@@ -35,6 +36,8 @@ class Candidate(NamedTuple):
     num_bytes: int
 
 
+# What is made in inference mode cannot be written to outside it, as the thread of the watch does.
+@torch.inference_mode(False)
 def connect_device(
     process_group: dist.ProcessGroup,
     everyone: Everyone,
@@ -64,23 +67,21 @@ def connect_device(
     refusal = _first(_told(everyone, symmetric.unreachable(device, others)))
     if refusal:
         return None, refusal
-    memory, failure = None, ""
-    try:
-        shared = symmetric.share(process_group, num_bytes, device)
-        memory = DeviceMemory(
+    # Nobody waits at the rendezvous for a rank that has no memory.
+    segment, refusal = _made(everyone, lambda: symmetric.allocate(num_bytes, device))
+    if segment is None:
+        return None, refusal
+    # Nobody posts before all segments are there.
+    memory, refusal = _made(
+        everyone,
+        lambda: DeviceMemory(
             rank,
-            shared,
+            symmetric.share(process_group, segment),
             staging_bytes=num_bytes // _STAGING_PARTS,
             timeout=group_timeout(process_group),
             name=name,
-        )
-    except (RuntimeError, ValueError, MemoryError) as error:
-        failure = f"{type(error).__name__}: {error}"[:_REASON_LETTERS]
-    # Nobody posts before all segments are there.
-    refusal = _first(_told(everyone, failure))
-    if refusal and memory is not None:
-        memory.close()
-        memory = None
+        ),
+    )
     return memory, refusal
 
 
@@ -127,6 +128,17 @@ def difference(candidates: Sequence[Candidate]) -> str:
 
 def _first(refusals: Sequence[str]) -> str:
     return next((f"rank {rank}: {each}" for rank, each in enumerate(refusals) if each), "")
+
+
+def _made(everyone: Everyone, make: Callable[[], T]) -> tuple[T | None, str]:
+    """What `make` gives if it succeeds on all ranks; else None and the reason."""
+    made, failure = None, ""
+    try:
+        made = make()
+    except (RuntimeError, ValueError, MemoryError) as error:
+        failure = f"{type(error).__name__}: {error}"[:_REASON_LETTERS]
+    refusal = _first(_told(everyone, failure))
+    return (None if refusal else made), refusal
 
 
 def _told(everyone: Everyone, facts: str | Candidate) -> list[Any]:

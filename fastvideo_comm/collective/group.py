@@ -13,8 +13,8 @@ from torch.autograd import forward_ad
 from ..diagnosis import Diagnosis, Validate
 from ..diagnosis.board import group_timeout
 from ..diagnosis.record import Facts, Record, facts_of
-from ..errors import CollectiveError, place, where
-from ..memory.device import DeviceMemory
+from ..errors import CollectiveError, CommunicationError, place, where
+from ..memory.device import DeviceMemory, is_capturing
 from ..memory.host import HostMemory
 from ..profiling import MemoryStats
 from .buffers import WireBuffers
@@ -110,6 +110,10 @@ class Group:
         """Names the call, the rank and the group, for errors."""
         return where(op, self._rank, self._size, self.name)
 
+    def named(self, op: str, error: CommunicationError) -> CommunicationError:
+        """The same error with the call, the rank and the group in front."""
+        return type(error)(f"{self.where(op)}: {error}", peers=error.peers)
+
     @property
     def process_group(self) -> dist.ProcessGroup:
         """The process group.
@@ -150,7 +154,7 @@ class Group:
         return self.memory is not None or self.device_memory is not None
 
     def _connect_device(self, device: torch.device) -> None:
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if is_capturing(device):
             raise CollectiveError(
                 f"{self.where('connecting memory')} must come before a capture: call `warmup`, or "
                 "make one call of any op"
@@ -164,13 +168,11 @@ class Group:
 
     def memory_stats(self) -> MemoryStats:
         """What this rank's outputs take, or why memory is not used."""
-        if self.device_memory is not None:
-            on_gpu = self.device_memory
-            return MemoryStats(on_gpu.bytes_in_use, on_gpu.high_water_bytes, 1, "")
-        memory = self.memory
+        memory = self.memory or self.device_memory
         if memory is None:
             return MemoryStats(0, 0, 0, self.refusal)
-        return MemoryStats(memory.bytes_in_use, memory.high_water_bytes, memory.num_segments, "")
+        pool = memory.pool
+        return MemoryStats(pool.bytes_in_use, pool.high_water_bytes, len(pool.segments), "")
 
     def _everyone(self, payload: bytes) -> list[bytes]:
         """Gathers the payloads of all ranks; all have the same length."""
@@ -197,6 +199,7 @@ class Group:
             By memory, the facts of an op that does not send (`sends` is False) and that is compared
             in a call of its own. Otherwise None.
         """
+        self._check_waits(op)
         if forward_ad._current_level >= 0:
             named["tangents"] = _has_tangents(tensors)
         if self.memory is None:
@@ -229,6 +232,7 @@ class Group:
         `of_call` is the number of the forward's call. If two backwards ask for the same, the ranks
         might begin with different ones: without the number, their gradients would be mixed up.
         """
+        self._check_waits(f"{op} backward")
         if forward_ad._current_level >= 0:
             named["tangents"] = _has_tangents(gradients)
         if self.memory is not None:
@@ -243,6 +247,7 @@ class Group:
         self, op: Literal["send", "recv"], shape: Sequence[int], dtype: torch.dtype, peer: int
     ) -> None:
         """Lets two ranks compare a send with its recv. See `Diagnosis.before_pair`."""
+        self._check_waits(op)
         if self.memory is None and self.diagnosis is not None:
             self.diagnosis.before_pair(op, shape, dtype, peer)
 
@@ -261,6 +266,14 @@ class Group:
         """Whether the op that begins now and sends nothing is compared; counts it."""
         diagnosis = self.diagnosis
         return diagnosis is not None and diagnosis.validate != "off" and diagnosis.counted()
+
+    def _check_waits(self, op: str) -> None:
+        """Raises if a rank did not come to an earlier call on the GPUs, whose result is wrong."""
+        if self.device_memory is not None:
+            try:
+                self.device_memory.check_waits()
+            except CommunicationError as error:
+                raise self.named(op, error) from None
 
     def take_asked(self) -> Facts | None:
         """Returns what `before` was told about the call that begins now, and forgets it."""

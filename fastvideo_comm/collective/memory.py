@@ -57,7 +57,7 @@ def start_all_to_all(
         """Returns what a rank posts: its outputs; for an output that is a sum, its terms."""
         if even_specs:
             return even_specs
-        specs: list[Spec] = []
+        specs: list[Spec] = even_specs if is_even else []
         for input_, scatter, gather in pairs:
             shape = splits.output_shape(input_.shape, scatter, gather, owner, size)
             if gather.replicas > 1:
@@ -85,19 +85,20 @@ def start_all_to_all(
             (splits,),
             uneven_dim=splits.gather[0].dim if uneven else None,
         )
-    if is_even:
-        even_specs = specs_of(rank)
-    received, flight = start_call(group, facts, specs_of, copies, async_op=async_op)
+    received, flight = start_call(group, facts, inputs, specs_of, copies, async_op=async_op)
     if is_even:
         return Work(group, "all_to_all_4D", flight, received)
-    sums = [(part, index) for index, part in enumerate(splits.gather) if part.replicas > 1]
     outputs = list(received)
-    for split, index in sums:
-        shape = splits.output_shape(inputs[index].shape, splits.scatter[index], split, rank, size)
-        outputs[index] = inputs[index].new_empty(shape)
+    sums = [
+        (split, index, splits.output_shape(input_.shape, scatter, split, rank, size))
+        for index, (input_, scatter, split) in enumerate(pairs)
+        if split.replicas > 1
+    ]
 
     def add_up() -> None:
-        for split, index in sums:
+        for split, index, shape in sums:
+            # Allocated now: on a GPU, the stream that waits may not be the one that started.
+            outputs[index] = received[index].new_empty(shape)
             view = replicated_view(outputs[index], split.dim, split.replicas)
             torch.sum(received[index], 2, out=view[:, :, 0])
 
@@ -116,7 +117,7 @@ def all_gather(group: Group, input_: Tensor, split: Split) -> Tensor:
 
     uneven_dim = None if split.sizes is None else split.dim
     facts = facts_of("all_gather", input_, (split,), uneven_dim=uneven_dim)
-    return run_call(group, facts, lambda _: specs, copies)[0]
+    return run_call(group, facts, [input_], lambda _: specs, copies)[0]
 
 
 def reduce_scatter(group: Group, input_: Tensor, split: Split) -> Tensor:
@@ -137,7 +138,7 @@ def _reduce_scatter(group: Group, facts: Facts, input_: Tensor, split: Split, op
     def copies(target: int, outputs: Sequence[Tensor]) -> Copies:
         return [(outputs[rank], split.part_of(input_, target, size))]
 
-    return _reduced(run_call(group, facts, specs_of, copies), op)
+    return _reduced(run_call(group, facts, [input_], specs_of, copies), op)
 
 
 def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
@@ -150,7 +151,7 @@ def all_reduce(group: Group, input_: Tensor, op: str) -> Tensor:
         def copies(_: int, outputs: Sequence[Tensor]) -> Copies:
             return [(outputs[rank], input_)]
 
-        return _reduced(run_call(group, facts, lambda _: specs, copies), op)
+        return _reduced(run_call(group, facts, [input_], lambda _: specs, copies), op)
     sizes = tuple(near_even_sizes(input_.numel(), group.size()))
     split = Split(0, sizes)
     flat = contiguous_copy(input_).view(-1)
@@ -186,7 +187,7 @@ def broadcast(group: Group, input_: Tensor, src: int) -> Tensor:
 
     facts = facts_of("broadcast", input_, (src,))
     targets = range(group.size()) if group.rank() == src else []
-    return run_call(group, facts, lambda _: specs, copies, targets, sources=[src])[0]
+    return run_call(group, facts, [input_], lambda _: specs, copies, targets, sources=[src])[0]
 
 
 def reduce(group: Group, input_: Tensor, dst: int) -> Tensor:
@@ -199,7 +200,7 @@ def reduce(group: Group, input_: Tensor, dst: int) -> Tensor:
 
     facts = facts_of("reduce", input_, (dst,))
     parts = run_call(
-        group, facts, lambda owner: specs if owner == dst else [], copies, targets=[dst]
+        group, facts, [input_], lambda owner: specs if owner == dst else [], copies, targets=[dst]
     )
     return _reduced(parts, "sum") if parts else input_.new_zeros(input_.shape)
 
@@ -221,7 +222,7 @@ def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
 
     facts = facts_of("gather", input_, (dst, dim))
     outputs = run_call(
-        group, facts, lambda owner: specs if owner == dst else [], copies, targets=[dst]
+        group, facts, [input_], lambda owner: specs if owner == dst else [], copies, targets=[dst]
     )
     return outputs[0] if outputs else None
 
@@ -240,4 +241,4 @@ def recv(
 
 def check(group: Group, facts: Facts) -> None:
     """Compares what the ranks ask for; sends nothing else."""
-    run_call(group, facts, nothing, nothing, targets=[])
+    run_call(group, facts, [], nothing, nothing, targets=[])

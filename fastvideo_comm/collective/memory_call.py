@@ -71,13 +71,14 @@ def nothing(*_: object) -> list[Any]:
 def run_call(
     group: Group,
     facts: Facts,
+    inputs: Sequence[Tensor],
     specs_of: Callable[[int], list[Spec]],
     copies: Callable[[int, Sequence[Tensor]], Copies],
     targets: Sequence[int] | None = None,
     sources: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Starts a call as `start_call` does, waits for it, and returns this rank's outputs."""
-    outputs, flight = start_call(group, facts, specs_of, copies, targets, sources)
+    outputs, flight = start_call(group, facts, inputs, specs_of, copies, targets, sources)
     with span("exchange", group.name):
         wait_for(group, facts[0], flight)
     return outputs
@@ -86,6 +87,7 @@ def run_call(
 def start_call(
     group: Group,
     facts: Facts,
+    inputs: Sequence[Tensor],
     specs_of: Callable[[int], list[Spec]],
     copies: Callable[[int, Sequence[Tensor]], Copies],
     targets: Sequence[int] | None = None,
@@ -98,8 +100,11 @@ def start_call(
     Args:
         group: the group.
         facts: what the ranks compare.
+        inputs: what this rank sends. On GPUs, calls with the same `facts` and the same strides of
+            the inputs copy the same parts.
         specs_of: `specs_of(rank)` gives shape and dtype of the outputs of a rank.
-        copies: `copies(target, outputs)` gives what this rank copies into the outputs of a target.
+        copies: `copies(target, outputs)` gives what this rank copies into the outputs of a target:
+            a part of the first input, and so on.
         targets: the ranks that this rank writes to; None: all.
         sources: the ranks that write to this rank; None: all.
         async_op: a thread copies, whether or not somebody waits.
@@ -113,9 +118,9 @@ def start_call(
     on_gpu, op = group.device_memory, facts[0]
     if on_gpu is not None:
         try:
-            launched = on_gpu.start(specs_of, copies, targets, async_op=async_op)
+            launched = on_gpu.start(facts, inputs, specs_of, copies, targets, async_op=async_op)
         except CommunicationError as error:
-            raise type(error)(f"{group.where(op)}: {error}", peers=error.peers) from None
+            raise group.named(op, error) from None
         return launched.outputs, launched
     memory = memory_of(group)
     posted = allocate(group, op, specs_of(group.rank()))
@@ -212,7 +217,10 @@ def allocate(
 def wait_for(group: Group, op: str, flight: AnyFlight) -> None:
     """Waits; adds op and rank to an error."""
     if isinstance(flight, DeviceFlight):  # the stream waits, and not the host
-        flight.wait()
+        try:
+            flight.wait()
+        except CommunicationError as error:
+            raise group.named(op, error) from None
         return
     try:
         flight.wait()
@@ -228,4 +236,4 @@ def wait_for(group: Group, op: str, flight: AnyFlight) -> None:
             f"{flight.key[1]}, got\n{lines}"
         ) from None
     except CommunicationError as error:
-        raise type(error)(f"{group.where(op)}: {error}", peers=error.peers) from None
+        raise group.named(op, error) from None

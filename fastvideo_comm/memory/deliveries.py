@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,66 +14,104 @@ from .memfd import aligned
 if TYPE_CHECKING:
     from ..kernels.deliver import Delivery
 
-
-class _Part(NamedTuple):
-    """What one rank copies into one output of one other rank."""
-
-    target: int
-    src: Tensor
-    offset: int  # bytes from the target's place to the first element
-    strides: tuple[int, ...]  # there, in elements
+Spec: TypeAlias = "tuple[Sequence[int], torch.dtype]"
+SpecsOf: TypeAlias = Callable[[int], "list[Spec]"]
+CopiesOf: TypeAlias = Callable[[int, Sequence[Tensor]], "list[tuple[Tensor, Tensor]]"]
 
 
-def deliveries_of(
-    specs_of: Callable[[int], list[tuple[Sequence[int], torch.dtype]]],
-    copies_of: Callable[[int, Sequence[Tensor]], list[tuple[Tensor, Tensor]]],
+class Part(NamedTuple):
+    """What one rank copies of one of its inputs: into an output of one other rank, or of all.
+
+    Attributes:
+        shape: of the part; of the parts for all ranks together, `[P, *shape]`.
+        strides: of the part where it is read, in elements.
+        start: elements from the first of the input to the first of the part.
+        target: the rank, or None where the parts for all ranks are together.
+        offset: bytes from a rank's place to the first element that is written.
+        target_strides: where a part is written, in elements.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+    target: int | None
+    offset: int
+    target_strides: tuple[int, ...]
+
+
+class Plan(NamedTuple):
+    """What all calls have in common that ask for the same with inputs of the same layout.
+
+    Attributes:
+        specs: shape and dtype of this rank's outputs.
+        parts: what is copied, each with the number of its input.
+    """
+
+    specs: list[Spec]
+    parts: list[tuple[int, Part]]
+
+
+def plan_of(
+    inputs: Sequence[Tensor],
+    specs_of: SpecsOf,
+    copies_of: CopiesOf,
     targets: Sequence[int],
     rank: int,
     world: int,
-) -> list[Delivery]:
-    """The deliveries of a call; see `DeviceMemory.start` for the first three arguments.
+) -> Plan:
+    """Plans a call; see `DeviceMemory.start` for the first four arguments.
 
     The targets are served in the order rank + 1, rank + 2, .. Parts of one tensor for all targets
-    make one delivery, if they differ only in where they are in the tensor.
+    are together, if they differ only in where they are in the tensor.
 
     Example:
         >>> x = torch.arange(4).view(2, 2)  # a row for each rank; its output is its row, twice
         >>> def copies_of(target, outputs):
         ...     return [(outputs[0][0], x[target])]
-        >>> deliveries = deliveries_of(
-        ...     lambda _: [((2, 2), x.dtype)], copies_of, range(2), rank=0, world=2
-        ... )
-        >>> [(each.src.tolist(), each.begin, each.offset, each.strides) for each in deliveries]
-        [([[0, 1], [2, 3]], 1, 0, (1,))]
+        >>> plan = plan_of([x], lambda _: [((2, 2), x.dtype)], copies_of, range(2), 0, 2)
+        >>> [(each.src.tolist(), each.begin) for each in deliveries_of(plan, [x], 0, 2)]
+        [([[0, 1], [2, 3]], 1)]
     """
-    from ..kernels.deliver import Delivery
-
-    by_copy: dict[int, list[_Part]] = {}  # parts of all targets, by which copy of a call
-    specs: list[tuple[Sequence[int], torch.dtype]] | None = None
+    by_input: dict[int, list[Part]] = {}
+    specs: list[Spec] | None = None
     outputs: list[Tensor] = []
     for target in sorted(targets):
         wanted = specs_of(target)
         if wanted is not specs:  # even calls have one list for all ranks
             specs, outputs = wanted, _layouts(wanted)
         for index, (to, src) in enumerate(copies_of(target, outputs)):
+            start = int(src.storage_offset() - inputs[index].storage_offset())
             offset = int(to.storage_offset()) * to.element_size()
-            by_copy.setdefault(index, []).append(_Part(target, src, offset, to.stride()))
-    merged: list[Delivery] = []
-    single: list[_Part] = []
-    for parts in by_copy.values():
+            part = Part(src.shape, src.stride(), start, target, offset, to.stride())
+            by_input.setdefault(index, []).append(part)
+    merged: list[tuple[int, Part]] = []
+    single: list[tuple[int, Part]] = []
+    for index, parts in by_input.items():
         together = _together(parts) if len(parts) == world else None
         if together is None:
-            single += parts
+            single += [(index, part) for part in parts]
         else:
-            begin = (rank + 1) % world
-            merged.append(Delivery(together, 0, begin, parts[0].offset, parts[0].strides))
-    single.sort(key=lambda part: (part.target - rank - 1) % world)
-    return merged + [
-        Delivery(part.src[None], part.target, 0, part.offset, part.strides) for part in single
-    ]
+            merged.append((index, together))
+    single.sort(key=lambda each: ((each[1].target or 0) - rank - 1) % world)
+    return Plan(specs_of(rank), merged + single)
 
 
-def _layouts(specs: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
+def deliveries_of(plan: Plan, inputs: Sequence[Tensor], rank: int, world: int) -> list[Delivery]:
+    """The deliveries of a call with these inputs."""
+    from ..kernels.deliver import Delivery
+
+    deliveries = []
+    for index, (shape, strides, start, target, offset, target_strides) in plan.parts:
+        input_ = inputs[index]
+        src = input_.as_strided(shape, strides, input_.storage_offset() + start)
+        if target is None:
+            deliveries.append(Delivery(src, 0, (rank + 1) % world, offset, target_strides))
+        else:
+            deliveries.append(Delivery(src[None], target, 0, offset, target_strides))
+    return deliveries
+
+
+def _layouts(specs: Sequence[Spec]) -> list[Tensor]:
     """Outputs without memory, which begin as far behind their storage as behind the place."""
     outputs, start = [], 0
     for shape, dtype in specs:
@@ -84,17 +122,13 @@ def _layouts(specs: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]
     return outputs
 
 
-def _together(parts: Sequence[_Part]) -> Tensor | None:
-    """`[parts, *shape]`, if the parts differ only in where they are in one tensor."""
-    _, src, offset, strides = parts[0]
-    step = parts[1].src.data_ptr() - src.data_ptr() if len(parts) > 1 else 0
+def _together(parts: Sequence[Part]) -> Part | None:
+    """The parts as one, if they differ only in where they are in one tensor."""
+    first = parts[0]
+    step = parts[1].start - first.start if len(parts) > 1 else 0
     for index, part in enumerate(parts):
-        if (
-            part.src.shape != src.shape
-            or part.src.stride() != src.stride()
-            or part.src.data_ptr() != src.data_ptr() + index * step
-            or (part.offset, part.strides) != (offset, strides)
-        ):
+        if part != first._replace(start=first.start + index * step, target=part.target):
             return None
-    step //= src.element_size()
-    return src.as_strided((len(parts), *src.shape), (step, *src.stride()), src.storage_offset())
+    return first._replace(
+        shape=(len(parts), *first.shape), strides=(step, *first.strides), target=None
+    )

@@ -15,7 +15,8 @@ for its end. The host waits for nothing.
 Lifetimes: an output is its holder's. Its block is handed out again when its storage has died. The
 kernels of that later call wait for what is then on the stream on which the output was waited for,
 and on the streams that `record_stream` was told. An output of another stream that was not told may
-be overwritten while that stream still reads it.
+be overwritten while that stream still reads it. The inputs of an asynchronous call are held until
+it is waited for.
 
 Captured graphs: a replay writes to the same memory again, long after the tensors have died in
 Python. So a call that is captured takes its outputs from torch's allocator, which knows of graphs,
@@ -29,50 +30,70 @@ A rank that does not come ends all calls from there on: see `watch.py`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ClosedError, CollectiveError
 from ..kernels import copy_valid_
-from .deliveries import deliveries_of
+from .deliveries import CopiesOf, Plan, Spec, SpecsOf, deliveries_of, plan_of
 from .memfd import aligned
 from .segment import Pool
 from .shared import Region, Shared
 from .watch import Watch
 
-Spec: TypeAlias = "tuple[Sequence[int], torch.dtype]"
-SpecsOf: TypeAlias = Callable[[int], "list[Spec]"]
-CopiesOf: TypeAlias = Callable[[int, Sequence[Tensor]], "list[tuple[Tensor, Tensor]]"]
+# Calls of so many layouts keep their plans. A model has few.
+_MAX_PLANS = 256
 
 
 class DeviceFlight:
     """A call whose kernels the host has launched."""
 
     def __init__(self, memory: DeviceMemory, outputs: list[Tensor], blocks: list[Any]) -> None:
-        """A call that is to be launched."""
+        """A call that is to be launched. Without `blocks`, the outputs are torch's memory."""
         self.outputs = outputs
         self._memory = memory
         self._blocks = blocks
         self._end: Any = None  # an event
+        self._sources: list[Tensor] = []
 
-    def launched(self, end: Any) -> None:
-        """All kernels are launched; `end` is the event behind them."""
+    def launched(self, end: Any, sources: list[Tensor]) -> None:
+        """All kernels are launched; `end` is the event behind them.
+
+        Args:
+            end: the event.
+            sources: what the kernels read, of a call that is not waited for at once. It is held
+                until `wait`: it may be an output of another communicator, whose memory would
+                otherwise come back there, and torch's allocator knows nothing of that memory.
+        """
         self._end = end
+        self._sources = sources
 
     def wait(self) -> None:
-        """The current stream waits until this rank's outputs are complete, and its inputs read."""
+        """The current stream waits until this rank's outputs are complete, and its inputs read.
+
+        Raises:
+            CommunicationTimeoutError: the call was asynchronous, and a rank did not come in time to
+                this call or an earlier one.
+        """
+        if self._sources:
+            self._memory.check_waits()
+            self._sources = []
         stream = self._memory.current_stream()
         stream.wait_event(self._end)
         for block in self._blocks:
             self._memory.uses(block, stream)
+        if not self._blocks:
+            for output in self.outputs:
+                self._memory.record(output, stream)
         self._blocks = []
 
     def is_completed(self) -> bool:
@@ -116,29 +137,24 @@ class DeviceMemory:
         self._stream: Any = torch.cuda.Stream(segment.device) if is_gpu else torch.cpu.Stream()
         bases = torch.tensor(shared.addresses, dtype=torch.int64, device=segment.device)
         places, counts = torch.zeros_like(bases), torch.zeros_like(bases)
-        host = torch.zeros(1 + world, dtype=torch.int64, pin_memory=is_gpu)
+        host = torch.zeros(1 + world, dtype=torch.int64, device="cpu", pin_memory=is_gpu)
         self._words = Words(bases, places, counts, host, rank)
         self._region = Region(shared, first)
-        self._pool = Pool(self._region.take, segment_bytes=self._region.num_bytes)
-        self._module.synchronize(segment.device)  # the kernels' stream reads what is zero now
+        self.pool = Pool(self._region.take, segment_bytes=self._region.num_bytes)
+        synchronize = functools.partial(self._module.synchronize, segment.device)
+        synchronize()  # the kernels' stream reads what is zero now
         self._watch = Watch(host, timeout=timeout, name=name)
         self._name = name
         self._lock = threading.Lock()
         self._broken = ""
-        self._is_closed = False
+        # Also where nobody calls `close`: kernels in flight still use the words and the segment.
+        self._let_go = weakref.finalize(
+            self, _let_go, synchronize, self._watch, self._words, shared
+        )
         # The streams of blocks that came back: a later call may overwrite what they still read.
         self._released: deque[Any] = deque()
+        self._plans: dict[Hashable, Plan] = {}
         self.num_staged = 0  # calls whose outputs were copied out of the staging
-
-    @property
-    def bytes_in_use(self) -> int:
-        """What this rank's tensors take of the pool."""
-        return self._pool.bytes_in_use
-
-    @property
-    def high_water_bytes(self) -> int:
-        """The largest that `bytes_in_use` ever was."""
-        return self._pool.high_water_bytes
 
     def check(self) -> None:
         """Raises if this memory cannot be used any more.
@@ -148,21 +164,40 @@ class DeviceMemory:
             CommunicationTimeoutError: a rank did not come to an earlier call.
             CollectiveError: this rank was interrupted in the middle of an earlier call.
         """
-        if self._is_closed:
+        if not self._let_go.alive:
             raise ClosedError(f"the communicator {self._name!r} was destroyed before the call")
-        self._watch.check()
+        self.check_waits()
         if self._broken:
             raise CollectiveError(self._broken)
 
+    def check_waits(self) -> None:
+        """Raises if a wait for another rank was ended.
+
+        Raises:
+            CommunicationTimeoutError: a rank did not come to an earlier call.
+        """
+        self._watch.check()
+
     def start(
-        self, specs_of: SpecsOf, copies_of: CopiesOf, targets: Sequence[int], *, async_op: bool
+        self,
+        asked: Hashable,
+        inputs: Sequence[Tensor],
+        specs_of: SpecsOf,
+        copies_of: CopiesOf,
+        targets: Sequence[int],
+        *,
+        async_op: bool,
     ) -> DeviceFlight:
         """Launches a call of all ranks: post, deliver, done.
 
         Args:
+            asked: what is asked for. The three arguments behind `inputs` are looked at once for
+                each `asked` and strides of the inputs.
+            inputs: what this rank sends.
             specs_of: `specs_of(rank)` gives shape and dtype of the outputs of a rank.
             copies_of: `copies_of(target, outputs)` gives pairs (to, from): what this rank copies
-                into the outputs of a target. `outputs` have no memory, only layouts.
+                into the outputs of a target. `outputs` have no memory, only layouts. The first pair
+                is for a part of the first input, and so on.
             targets: the ranks that this rank writes to.
             async_op: the caller does not wait at once. Otherwise it does, so that what the kernels
                 read lives long enough.
@@ -175,14 +210,21 @@ class DeviceMemory:
 
         with self._lock:
             self.check()
-            deliveries = deliveries_of(specs_of, copies_of, targets, self.rank, self.world)
-            for each in deliveries:
-                if each.src.device != self._device:
+            for each in inputs:
+                if each.device != self._device:
                     raise ValueError(
                         f"tensors must be on {self._device}, where the first call was, got "
-                        f"{each.src.device}"
+                        f"{each.device}"
                     )
-            flight, offset, staged = self._allocated(specs_of(self.rank))
+            layout = asked, tuple([each.stride() for each in inputs])
+            plan = self._plans.get(layout)
+            if plan is None:
+                if len(self._plans) >= _MAX_PLANS:
+                    self._plans.clear()
+                plan = plan_of(inputs, specs_of, copies_of, targets, self.rank, self.world)
+                self._plans[layout] = plan
+            deliveries = deliveries_of(plan, inputs, self.rank, self.world)
+            flight, offset, staged = self._allocated(plan.specs)
             self._begin_after(self.current_stream())
             with self._module.stream(self._stream), self._in_one_piece():
                 launch_post(self._words, offset)
@@ -191,21 +233,26 @@ class DeviceMemory:
                 for output, arrived in zip(flight.outputs, staged, strict=False):
                     # A memory copy: no kernel that would first have to be loaded, in a capture.
                     copy_valid_(output, arrived, impl="torch")
-                flight.launched(self._stream.record_event())
-            if async_op and self._device.type != "cpu":
-                # The caller may drop them while the kernels use them.
-                for tensor in (*[each.src for each in deliveries], *flight.outputs):
-                    tensor.record_stream(self._stream)
+                sources = [each.src for each in deliveries] if async_op else []
+                flight.launched(self._stream.record_event(), sources)
+            if async_op:  # the caller may drop them while the kernels use them
+                for tensor in (*sources, *flight.outputs):
+                    self.record(tensor, self._stream)
         return flight
 
     def record_stream(self, tensor: Tensor, stream: Any) -> bool:
         """Says that `stream` uses an output; False where the tensor is not in the pool."""
         address = tensor.untyped_storage().data_ptr() - self._shared.segment.data_ptr()
-        block = self._pool.view_at(0, address - self._region.start)
+        block = self.pool.view_at(0, address - self._region.start)
         if block is None:
             return False
         self.uses(block, stream)
         return True
+
+    def record(self, tensor: Tensor, stream: Any) -> None:
+        """Says that `stream` uses a tensor, for torch's allocator, which ignores other memory."""
+        if self._device.type != "cpu":
+            tensor.record_stream(stream)
 
     def uses(self, block: Any, stream: Any) -> None:
         """Says that `stream` uses the tensors on a block that the pool gave."""
@@ -219,23 +266,19 @@ class DeviceMemory:
 
     def is_capturing(self) -> bool:
         """Whether the current stream is captured in a graph."""
-        return self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return is_capturing(self._device)
 
     def close(self) -> None:
         """Waits for the device, and lets go of the segment. Tensors that are held stay."""
         with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            self._module.synchronize(self._device)
-            self._watch.close()
+            self._let_go()
 
     def _allocated(self, specs: list[Spec]) -> tuple[DeviceFlight, int, list[Tensor]]:
         """A flight with its outputs, where the others write, and the staged outputs if any."""
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in specs]
         if not self.is_capturing():
             with contextlib.suppress(MemoryError):  # the pool has no room
-                run = self._pool.allocate(sizes)
+                run = self.pool.allocate(sizes)
                 outputs = [
                     _on(self._shared.tensor(view), spec) if view is not None else self._empty(spec)
                     for view, spec in zip(run.views, specs, strict=True)
@@ -263,9 +306,11 @@ class DeviceMemory:
         self._stream.wait_stream(stream)
         if self.is_capturing():
             return  # no block of the pool is overwritten
-        others = {self._released.popleft() for _ in range(len(self._released))} - {stream}
-        for other in others:
+        released = list(self._released)
+        for other in set(released) - {stream}:
             self._stream.wait_event(other.record_event())
+        for _ in released:  # not before: an interrupt must leave them to the next call
+            self._released.popleft()
 
     @contextlib.contextmanager
     def _in_one_piece(self) -> Iterator[None]:
@@ -275,6 +320,27 @@ class DeviceMemory:
         except BaseException as error:
             self._broken = f"an earlier call was interrupted: {type(error).__name__}: {error}"
             raise
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of a device is captured in a graph.
+
+    Example:
+        >>> is_capturing(torch.device("cpu"))
+        False
+    """
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return False
+    with torch.accelerator.device_index(device.index):  # torch looks at the current device
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _let_go(synchronize: Callable[[], None], watch: Watch, *_kept: object) -> None:
+    """Waits for the kernels that use what is kept, while the watch still ends their waits."""
+    try:
+        synchronize()
+    finally:
+        watch.close()
 
 
 def _on(memory: Tensor, spec: Spec) -> Tensor:

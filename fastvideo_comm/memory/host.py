@@ -11,7 +11,7 @@ The interface:
   `background=True` a thread moves the flight on, so it need not be waited for.
 - `memory.fail_next(text, ranks=None, failure="arguments")`: this rank cannot make its next call.
 - `memory.close()`: fails the calls in the air, and tells the other ranks.
-- `memory.bytes_in_use`, `memory.high_water_bytes`, `memory.num_segments`.
+- `memory.pool`: the memory of this rank, and how much of it is in use.
 
 `Flight.wait` raises `Mismatch` (with the details of all ranks), `PeerLostError`,
 `CommunicationTimeoutError`, `CollectiveError`, `ClosedError`, or what `deliver` raised on this
@@ -124,27 +124,12 @@ class HostMemory:
         self._engine = Engine(
             rank, lines, timeout=timeout, name=name, add_segment=self._add_segment
         )
-        self._pool = Pool(self._new_segment, reserve_bytes=reserve_bytes)
+        self.pool = Pool(self._new_segment, reserve_bytes=reserve_bytes)
         self._segments: dict[tuple[int, int], _PeerSegment] = {}
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forked(reference))
         self._at_exit = lambda: _close(reference)
         atexit.register(self._at_exit)
-
-    @property
-    def bytes_in_use(self) -> int:
-        """The shared memory that this rank's tensors take."""
-        return self._pool.bytes_in_use
-
-    @property
-    def high_water_bytes(self) -> int:
-        """The largest value that `bytes_in_use` has had."""
-        return self._pool.high_water_bytes
-
-    @property
-    def num_segments(self) -> int:
-        """The segments of this rank."""
-        return len(self._pool.segments)
 
     def allocate(self, specs: Sequence[Spec]) -> Posted:
         """Contiguous tensors of this rank that the other ranks can write to.
@@ -159,7 +144,7 @@ class HostMemory:
             MemoryError: The system has no more memory; the message names bytes and limits.
         """
         self._engine.check()
-        run = self._pool.allocate([math.prod(shape) * dtype.itemsize for shape, dtype in specs])
+        run = self.pool.allocate([math.prod(shape) * dtype.itemsize for shape, dtype in specs])
         return Posted(_tensors(run.views, specs), Place(run.segment, run.offset))
 
     def tensors_at(self, rank: int, place: Place, specs: Sequence[Spec]) -> list[Tensor]:
@@ -179,7 +164,7 @@ class HostMemory:
         if stop == start:
             return [_empty(shape, dtype) for shape, dtype in specs]
         if rank == self.rank:
-            segment = self._pool.segments[number]
+            segment = self.pool.segments[number]
         else:
             segment = self._peer_segment(rank, number)
             segment.populate(start, stop)
@@ -239,7 +224,7 @@ class HostMemory:
         self._close_segments()
 
     def _close_segments(self) -> None:
-        self._pool.close()
+        self.pool.close()
         for segment in self._segments.values():
             segment.close()
         self._segments = {}
@@ -251,7 +236,7 @@ class HostMemory:
         except BaseException:
             os.close(descriptor)
             raise
-        record = Record(line.SEGMENT, segment=len(self._pool.segments), number=num_bytes)
+        record = Record(line.SEGMENT, segment=len(self.pool.segments), number=num_bytes)
         self._engine.announce([record.pack()], descriptor)
         return segment
 

@@ -12,6 +12,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .shared import Shared
 
@@ -33,8 +34,9 @@ def refusal(device: torch.device) -> str:
         return "torch is built for ROCm, where this was never tried"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    for package in ("triton", "numpy"):  # torch needs numpy for `__cuda_array_interface__`
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
     capability = torch.cuda.get_device_capability(device)
     if capability < _CAPABILITY:
         return f"{device} has compute capability {capability}, and {_CAPABILITY} is needed"
@@ -73,27 +75,44 @@ def uuid_of(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def share(group: dist.ProcessGroup, num_bytes: int, device: torch.device) -> Shared:
-    """Allocates the segments of all ranks of a group; collective.
+def allocate(num_bytes: int, device: torch.device) -> Tensor:
+    """Allocates the segment of this rank. It is zero.
+
+    Raises:
+        RuntimeError: torch or the driver refuses, for example because the memory is full.
+    """
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    segment = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
+    segment.zero_()
+    torch.cuda.synchronize(device)
+    return segment
+
+
+def share(group: dist.ProcessGroup, segment: Tensor) -> Shared:
+    """Opens the segments of all ranks of a group to each other; collective.
+
+    A rank that does not come keeps the others waiting until the store gives up. So all ranks must
+    have a segment before any of them calls this.
 
     Args:
         group: the process group, of which the store and the ranks are used.
-        num_bytes: the size, the same on all ranks.
-        device: where.
+        segment: what `allocate` gave, the same size on all ranks.
 
     Returns:
-        The segment of this rank. It is zero.
+        The segment of this rank, and where those of the others are.
 
     Raises:
         RuntimeError: torch or the driver refuses.
     """
     from torch._C._distributed_c10d import _SymmetricMemory
 
-    segment = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
     handle = _SymmetricMemory.rendezvous(segment, group.group_name)
-    if not all(handle.buffer_ptrs):
-        raise RuntimeError(f"torch symmetric memory gave the addresses {handle.buffer_ptrs}")
-    segment.zero_()
-    torch.cuda.synchronize(device)
-    offset = int(handle.offset)
-    return Shared(segment, [address + offset for address in handle.buffer_ptrs], handle)
+    pointers, offset = handle.buffer_ptrs, int(handle.offset)
+    addresses = [address + offset for address in pointers]
+    if not all(pointers) or addresses[group.rank()] != segment.data_ptr():
+        raise RuntimeError(
+            f"torch symmetric memory gave the addresses {pointers} and the offset {offset} for a "
+            f"segment at {segment.data_ptr()} of rank {group.rank()}"
+        )
+    return Shared(segment, addresses, handle)

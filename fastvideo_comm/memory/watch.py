@@ -11,12 +11,15 @@ what was posted, and the counts of the ranks differ.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
 from torch import Tensor
 
 from ..errors import CommunicationTimeoutError
+
+logger = logging.getLogger("fastvideo_comm")
 
 # How often the thread looks: so many times in a timeout, but at least once in so many seconds.
 _LOOKS = 8
@@ -70,7 +73,8 @@ rank 1 did not come
     def close(self) -> None:
         """Stops watching; the device must have finished its work before."""
         self._is_closed.set()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # where garbage is collected in it
+            self._thread.join()
 
     def _run(self) -> None:
         pause = min(self._timeout / _LOOKS, _MOST_SECONDS)
@@ -94,8 +98,11 @@ rank 1 did not come
         parts += [f"{_ranks(undone)} came and did not finish"] if undone else []
         call = max(waiting.values()) // 4
         text = f"call {call} of group {self._name!r} waited {self._timeout:g} s: "
-        self._failure = text + " and ".join(parts), (*absent, *undone)
+        text += " and ".join(parts)
+        self._failure = text, (*absent, *undone)
         self._host[0] = 1
+        # No call may follow that raises it.
+        logger.error("%s; what was computed since that call is wrong", text)
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +20,9 @@ from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.collective import device_connection
 from fastvideo_comm.collective.group import Group, MemoryMode
 from fastvideo_comm.collective.route import MEMORY_VARIABLE, memory_mode
-from fastvideo_comm.errors import CollectiveError, MismatchError
+from fastvideo_comm.errors import CollectiveError, CommunicationTimeoutError, MismatchError
 from fastvideo_comm.memory import symmetric
+from fastvideo_comm.memory.device import DeviceMemory
 from fastvideo_comm.memory.shared import Shared
 
 WORLD = 3
@@ -30,11 +35,19 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A GPU for each rank, on the CPU; what is put in here is said of rank 1."""
     segments = Segments(WORLD, NUM_BYTES, "cpu")
     of_rank_1: dict[str, Any] = {}
+    rendezvous = threading.Barrier(WORLD, timeout=20)
 
     def here(name: str, otherwise: Any) -> Any:
         return of_rank_1.get(name, otherwise) if dist.get_rank() == 1 else otherwise
 
-    def share(group: dist.ProcessGroup, num_bytes: int, device: torch.device) -> Shared:
+    def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
+        error = here("memory", None)
+        if error is not None:
+            raise error
+        return segments.segments[dist.get_rank()]
+
+    def share(group: dist.ProcessGroup, segment: torch.Tensor) -> Shared:
+        rendezvous.wait()
         error = here("error", None)
         if error is not None:
             raise error
@@ -43,6 +56,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(symmetric, "refusal", lambda device: here("refusal", ""))
     monkeypatch.setattr(symmetric, "uuid_of", lambda device: f"GPU {dist.get_rank()}")
     monkeypatch.setattr(symmetric, "unreachable", lambda device, others: here("unreachable", ""))
+    monkeypatch.setattr(symmetric, "allocate", allocate)
     monkeypatch.setattr(symmetric, "share", share)
     monkeypatch.setattr(device_connection, "_host", lambda: here("host", "one host"))
     with present(segments):
@@ -77,7 +91,8 @@ def test_ranks_that_all_can_are_connected(gpus):
         ({"refusal": "triton is not installed"}, "rank 1: triton is not installed"),
         ({"host": "another"}, "rank 1: it is not on the host of rank 0"),
         ({"unreachable": "no peer access to rank 2"}, "rank 1: no peer access to rank 2"),
-        ({"error": RuntimeError("out of memory")}, "rank 1: RuntimeError: out of memory"),
+        ({"memory": RuntimeError("out of memory")}, "rank 1: RuntimeError: out of memory"),
+        ({"error": RuntimeError("no descriptor")}, "rank 1: RuntimeError: no descriptor"),
         ({"error": ValueError("\u00fc" * 5000)}, "rank 1: ValueError: " + "\u00fc" * 488),
     ],
 )
@@ -92,6 +107,72 @@ def test_different_sizes_are_named_on_all_ranks(gpus):
     refusals = run_ranks(WORLD, lambda group: connected(group, NUM_BYTES << (group.rank() == 2)))
     text = f"rank 2: memory_bytes is {2 * NUM_BYTES} there and {NUM_BYTES} on rank 0"
     assert refusals == [text] * WORLD
+
+
+def test_a_rank_without_memory_keeps_nobody_waiting(gpus):
+    """The others do not go to the rendezvous, where torch would wait for it for minutes."""
+    gpus["memory"] = RuntimeError("out of memory")
+    begin = time.monotonic()
+    run_ranks(WORLD, connected)
+    assert time.monotonic() - begin < 10
+
+
+def test_a_first_call_in_inference_mode_leaves_waits_that_end(gpus):
+    """The thread of the watch writes to what was made there."""
+
+    def job(group: dist.ProcessGroup) -> None:
+        own = Group(group, "gpus")
+        with torch.inference_mode():
+            memory, _ = device_connection.connect_device(
+                group, own._everyone, HERE, NUM_BYTES, "gpus"
+            )
+        assert memory is not None
+        memory._words.host[2] = 1  # as where a kernel waits for rank 1
+        deadline = time.monotonic() + 20
+        while not memory._words.host[0]:
+            assert time.monotonic() < deadline, "the waits were not ended"
+            time.sleep(0.01)
+        with pytest.raises(CommunicationTimeoutError, match="rank 1 did not come"):
+            memory.check()
+        memory.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_connection, "group_timeout", lambda group: 0.2)
+        run_ranks(WORLD, job)
+
+
+def test_the_words_of_the_host_are_on_the_cpu_whatever_the_default_device_is():
+    with torch.device("meta"):
+        shared = Segments(1, NUM_BYTES, "cpu").shared(0)
+        memory = DeviceMemory(0, shared, staging_bytes=64, timeout=20.0, name="gpus")
+    assert memory._words.host.is_cpu
+    memory.close()
+
+
+def test_numpy_is_needed(monkeypatch):
+    """torch takes the memory of an output as an array interface, which it reads with numpy."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "numpy" else find_spec(name)
+    )
+    assert symmetric.refusal(torch.device("cuda", 0)) == "numpy is not installed"
+
+
+@pytest.mark.parametrize("offset", [0, 64])
+def test_addresses_must_be_those_of_the_segments(monkeypatch, offset):
+    """Where torch adds the offset has changed before."""
+    segment = torch.zeros(64, dtype=torch.uint8)
+    own = segment.data_ptr()
+    handle = SimpleNamespace(buffer_ptrs=[4096, own - 64], offset=offset)
+    fake = SimpleNamespace(rendezvous=lambda tensor, name: handle)
+    monkeypatch.setattr("torch._C._distributed_c10d._SymmetricMemory", fake)
+    group: Any = SimpleNamespace(group_name="0", rank=lambda: 1)
+    if offset:
+        assert symmetric.share(group, segment).addresses == [4096 + 64, own]
+    else:
+        with pytest.raises(RuntimeError, match=rf"offset 0 for a segment at {own} of rank 1"):
+            symmetric.share(group, segment)
 
 
 def test_on_is_an_error_on_all_ranks_where_there_is_no_gpu():

@@ -92,6 +92,22 @@ def present(segments: Segments) -> Iterator[None]:
         _present.remove(segments)
 
 
+class LoggedStream:
+    """A stream of which each wait is written down."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: LoggedStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        return self.name
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+
 def device_memory_of(communicator: DeviceCommunicatorBase) -> DeviceMemory:
     memory = communicator._runner.group.device_memory
     assert memory is not None
@@ -116,18 +132,22 @@ def run_on_gpu(
 ) -> list[Any]:
     """`run`, with the kernels themselves, each rank on a stream of its own.
 
-    The job runs twice: a kernel that waits may keep other threads from loading theirs, so the first
-    time no kernel waits, and the results mean nothing.
+    The job runs twice: a kernel that waits may keep other threads from loading theirs, and from
+    allocating memory. So the first time no kernel waits, and the results mean nothing. The second
+    time torch's allocator has what the streams need.
     """
+    streams = [torch.cuda.Stream() for _ in range(world)]
 
     def on_a_stream(communicator: DeviceCommunicatorBase) -> Any:
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(streams[communicator.rank]):
             result = job(communicator)
             torch.cuda.current_stream().synchronize()
         return result
 
     def without_waits(communicator: DeviceCommunicatorBase) -> None:
-        device_memory_of(communicator)._words.host[0] = 1
+        memory = device_memory_of(communicator)
+        memory._watch.close()  # a kernel may take longer to compile than ranks may take to come
+        memory._words.host[0] = 1
         on_a_stream(communicator)
 
     for each in (without_waits, on_a_stream):

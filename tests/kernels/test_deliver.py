@@ -182,3 +182,16 @@ def test_a_program_goes_around_the_ranks_from_the_part_to_begin_with(
             places, [kernels.deliver.Delivery(src, 0, begin, 0, (1,))]
         )
     assert memory.tolist() == [(begin - 1) % 3] * 8
+
+
+def test_the_index_of_a_program_stays_below_2_31_one_step_beyond_the_last_tile():
+    """It is a number of 32 bits: otherwise it would start again from below zero."""
+    deliver = pytest.importorskip("fastvideo_comm.kernels.deliver", reason="needs triton")
+
+    def launch(num_tiles: int) -> Any:
+        layout = (num_tiles * plan.TILE_BYTES,), (1,), (1,), 1, 0, 0
+        return deliver._plan_launches(deliver._Fixed(layout, 1, 0, 0, 0, 0))
+
+    most = 2**31 - 1 - plan.MAX_DELIVERY_PROGRAMS
+    assert launch(most).grid == (plan.MAX_DELIVERY_PROGRAMS, 1, 1)
+    assert launch(most + 1) is None

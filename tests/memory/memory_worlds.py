@@ -319,10 +319,10 @@ def settled(memory: HostMemory) -> int:
     """The bytes in use, once garbage is collected and what the others say has been read."""
     engine, waiter = memory._engine, Waiter()
     deadline = time.monotonic() + 20
-    while memory.bytes_in_use and time.monotonic() < deadline:
+    while memory.pool.bytes_in_use and time.monotonic() < deadline:
         gc.collect()
         engine._turn(waiter, waiter.ready(engine._lines, engine._ledger.lost, 0.001))
-    return memory.bytes_in_use
+    return memory.pool.bytes_in_use
 
 
 def wait_all(flights: Sequence[Flight]) -> None:

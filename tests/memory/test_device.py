@@ -10,7 +10,7 @@ from typing import Any
 import device_ranks
 import pytest
 import torch
-from device_ranks import Twins, device_memory_of, twin_kernels
+from device_ranks import LoggedStream, Twins, device_memory_of, twin_kernels
 from op_table import OF_SHAPE, SHAPE, calls_of
 from recorded_graph import RecordedGraph
 from torch import Tensor
@@ -136,9 +136,14 @@ class TestOutputs:
                     held.pop(0)
                 for view, values in held:
                     assert torch.equal(view, values)
-            assert 0 < memory.bytes_in_use <= 5 * y.nbytes < memory.high_water_bytes + y.nbytes
+            assert (
+                0
+                < memory.pool.bytes_in_use
+                <= 5 * y.nbytes
+                < memory.pool.high_water_bytes + y.nbytes
+            )
             del held, view, values, y
-            assert memory.bytes_in_use == 0
+            assert memory.pool.bytes_in_use == 0
             assert memory.num_staged == 0
 
         device_ranks.run(2, job, segment_bytes=1 << 16, staging_bytes=1 << 14)
@@ -211,12 +216,12 @@ class TestCapture:
                 return communicator.all_gather(y * 2, 1)
 
             step()
-            in_use = memory.bytes_in_use
+            in_use = memory.pool.bytes_in_use
             with RecordedGraph() as graph:
                 capturing.add(memory)
                 captured = step()
                 capturing.remove(memory)
-            assert (memory.num_staged, memory.bytes_in_use) == (3, in_use)
+            assert (memory.num_staged, memory.pool.bytes_in_use) == (3, in_use)
             for call in range(3):
                 x.copy_(integers(communicator, call, *x.shape))
                 held = communicator.all_to_all_4D(x + 5)
@@ -298,27 +303,12 @@ class TestFaults:
 
 
 class TestStreams:
-    class Stream:
-        """A stream of which each wait is written down."""
-
-        def __init__(self, name: str, log: list[str]) -> None:
-            self.name, self.log = name, log
-
-        def wait_stream(self, other: TestStreams.Stream) -> None:
-            self.log.append(f"{self.name} waits for {other.name}")
-
-        def record_event(self) -> str:
-            return self.name
-
-        def wait_event(self, event: str) -> None:
-            self.log.append(f"{self.name} waits for {event}")
-
     def test_a_block_is_written_again_after_what_its_streams_were_given(self, twins, monkeypatch):
         def job(communicator: DeviceCommunicatorBase) -> None:
             memory = device_memory_of(communicator)
             log: list[str] = []
             kernels, main, side, other = (
-                self.Stream(name, log) for name in ("kernels", "main", "side", "other")
+                LoggedStream(name, log) for name in ("kernels", "main", "side", "other")
             )
             memory._stream = kernels
             streams = {communicator.rank: main}
@@ -365,26 +355,30 @@ class TestDeliveries:
     def test_parts_of_one_size_that_go_to_different_offsets_are_apart(self):
         """Behind an output that has another size on each rank."""
         x = torch.arange(6.0)
-        made = deliveries.deliveries_of(
+        plan = deliveries.plan_of(
+            [x],
             lambda owner: [((16 * owner,), x.dtype), ((2,), x.dtype)],
             lambda target, outputs: [(outputs[1], x[2 * target : 2 * target + 2])],
             range(3),
             rank=2,
             world=3,
         )
+        made = deliveries.deliveries_of(plan, [x], rank=2, world=3)
         assert [(each.first, each.offset) for each in made] == [(0, 0), (1, 64), (2, 128)]
         assert [each.src.tolist() for each in made] == [[[0, 1]], [[2, 3]], [[4, 5]]]
 
     def test_parts_that_differ_are_sent_in_the_order_of_the_ranks(self):
         x = torch.arange(12.0)
         parts = {0: x[:3], 1: x[3:7], 2: x[7:]}
-        made = deliveries.deliveries_of(
+        plan = deliveries.plan_of(
+            [x],
             lambda owner: [((2,), x.dtype), (parts[owner].shape, x.dtype)],
             lambda target, outputs: [(outputs[1], parts[target])],
             range(3),
             rank=1,
             world=3,
         )
+        made = deliveries.deliveries_of(plan, [x], rank=1, world=3)
         assert [each.first for each in made] == [2, 0, 1]
         assert [each.src.tolist() for each in made] == [[parts[r].tolist()] for r in (2, 0, 1)]
         assert {each.offset for each in made} == {64}, "an output begins at a multiple of 64"

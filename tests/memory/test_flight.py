@@ -43,8 +43,8 @@ def test_outputs_are_their_holders_and_nobody_else_writes_to_them():
                 assert torch.equal(tensor, want)
         kept.clear()
         del tensor
-        assert memory.bytes_in_use == 0
-        assert memory.high_water_bytes > 0
+        assert memory.pool.bytes_in_use == 0
+        assert memory.pool.high_water_bytes > 0
 
     in_processes(3, job)
 
@@ -236,7 +236,7 @@ def test_outputs_that_nobody_else_reads_are_not_posted():
         if receives:
             assert outputs(ask).tolist() == [[rank] * 4 for rank in range(ranks)]
         else:
-            assert memory.high_water_bytes == 0
+            assert memory.pool.high_water_bytes == 0
 
     in_processes(3, job)
 
@@ -331,7 +331,7 @@ def test_a_flight_that_is_over_holds_neither_inputs_nor_outputs():
         flight = memory.start(ask)
         flight.wait()
         del ask
-        assert memory.bytes_in_use == 0
+        assert memory.pool.bytes_in_use == 0
         flight.wait()
 
     in_processes(2, job)

@@ -158,13 +158,13 @@ def test_a_condemned_block_is_not_handed_out_until_it_is_settled():
             memory.start(ask).wait(0.7)
         del caught
         del ask
-        condemned = memory.bytes_in_use
+        condemned = memory.pool.bytes_in_use
         assert condemned > 0
         posted = [memory.allocate([((2, 5), torch.int64)]).tensors[0].fill_(-1) for _ in range(9)]
         time.sleep(1.5)  # rank 1 writes
         assert all((tensor == -1).all() for tensor in posted)
         posted.clear()
-        assert memory.bytes_in_use == condemned
+        assert memory.pool.bytes_in_use == condemned
         exchange(memory, 1)
         assert worlds.settled(memory) == 0
 

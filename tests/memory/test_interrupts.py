@@ -120,7 +120,7 @@ def test_what_was_received_before_an_interrupt_is_not_forgotten():
 def test_a_segment_that_was_announced_before_an_interrupt_is_not_taken_for_the_next():
     def job(memory: HostMemory) -> None:
         if memory.rank == 1:
-            pool = memory._pool
+            pool = memory.pool
             make = pool._new_segment
 
             def interrupt(num_bytes: int) -> None:

@@ -276,9 +276,9 @@ def test_growth_and_close_leave_no_descriptor_open(run):
 
     def job(memory: HostMemory) -> None:
         # More than one segment: the second holds what the first has no room for.
-        memory._pool._segment_bytes = 1 << 20
+        memory.pool._segment_bytes = 1 << 20
         held = [memory.allocate([((1 << 20,), torch.uint8)]) for _ in range(3)]
-        assert memory.num_segments > 1
+        assert len(memory.pool.segments) > 1
         for call in range(4):
             held.append(exchange(memory, call, size=1 << 16))
 
@@ -292,7 +292,7 @@ def test_a_process_that_has_closed_its_memory_has_the_descriptors_of_before():
         for _ in range(3):
             memory, _ = HostMemory.connect(*arguments, **options)
             assert memory is not None
-            memory._pool._segment_bytes = 1 << 20
+            memory.pool._segment_bytes = 1 << 20
             held = [memory.allocate([((1 << 20,), torch.uint8)]) for _ in range(3)]
             exchange(memory, 1, size=1 << 16)
             memory.start(worlds.ask_all(memory), background=True).wait()

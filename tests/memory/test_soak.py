@@ -114,7 +114,7 @@ def soak(ranks: int, rounds: int, num_calls: int) -> None:
         assert num_descriptors() == descriptors
         # Python's and torch's own heaps move by a few MB; a leak of one record a call would too.
         assert resident_bytes() - resident < 30 << 20
-        assert memory.num_segments == 1
+        assert len(memory.pool.segments) == 1
         assert not memory._engine._ledger.flights
         assert not memory._engine._ledger._early
         exchange(memory, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,24 @@ def test_a_device_that_waits_for_nothing_may_take_any_time(host, watch):
     time.sleep(4 * TIMEOUT)
     watch.check()
     assert not host[0]
+
+
+def test_it_may_be_closed_in_its_own_thread():
+    """Garbage is collected in any thread, and with it memory that nobody has closed."""
+    made = threading.Event()
+
+    class Host:
+        def __getitem__(self, _: slice) -> Tensor:
+            assert made.wait(10)
+            watch.close()
+            closed.append(threading.current_thread())
+            return torch.zeros(2)
+
+    closed: list[threading.Thread] = []
+    watch = Watch(Host(), timeout=TIMEOUT, name="sp")  # type: ignore[arg-type]
+    made.set()
+    watch._thread.join(10)
+    assert closed == [watch._thread]
 
 
 def test_each_wait_has_the_whole_timeout(host):
