@@ -15,6 +15,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,9 +76,12 @@ def name(block: Block) -> str:
 
 
 def execute(code: str, where: str, **names: Any) -> None:
-    names = {"torch": torch, "dist": dist, "__name__": "docs", **names}
+    """Runs a block as a module of its own, as torch.compile and dataclasses expect it."""
+    module = types.ModuleType(re.sub(r"\W", "_", where))
+    sys.modules[module.__name__] = module
+    vars(module).update(torch=torch, dist=dist, **names)
     # Not with the __future__ of this module.
-    exec(compile(code, where, "exec", dont_inherit=True), names)
+    exec(compile(code, where, "exec", dont_inherit=True), vars(module))
 
 
 def execute_on_rank(
