@@ -79,6 +79,7 @@ def execute(code: str, where: str, **names: Any) -> None:
     """Runs a block as a module of its own, as torch.compile and dataclasses expect it."""
     module = types.ModuleType(re.sub(r"\W", "_", where))
     sys.modules[module.__name__] = module
+    torch._dynamo.reset()  # as in a process of its own
     vars(module).update(torch=torch, dist=dist, **names)
     # Not with the __future__ of this module.
     exec(compile(code, where, "exec", dont_inherit=True), vars(module))
