@@ -98,6 +98,22 @@ def test_many_tangents_may_stand_in_any_dim(ranks: Ranks, op):
     ranks.run(2, along_many, op)
 
 
+def of_complex_tensors(communicator: DeviceCommunicatorBase) -> None:
+    value, tangent = (torch.complex(*of_rank(communicator, 2)).mul(i) for i in (1, 2j))
+    for op in ("all_to_all_4D heads", "all_gather middle", "all_reduce sum", "slice"):
+
+        def function(x: Tensor, op: str = op) -> Tensor:
+            return OF_SHAPE[op](communicator, x)
+
+        # Each of them is linear.
+        given = jvp(function, (value,), (tangent,))
+        assert all(map(torch.equal, given, (function(value), function(tangent))))
+
+
+def test_complex_tensors_have_tangents(ranks: Ranks):
+    ranks.run(2, of_complex_tensors)
+
+
 def batched(communicator: DeviceCommunicatorBase) -> None:
     value, tangent = of_rank(communicator, 2)
 

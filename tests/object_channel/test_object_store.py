@@ -54,8 +54,11 @@ def test_the_verbs_of_a_torch_store(secret):
                 CommunicationTimeoutError, match=r"store\.get timed out after 0.2 s"
             ):
                 store.get("text")
+            store.set_timeout(timedelta(seconds=20))
+            start = time.monotonic()
             with pytest.raises(CommunicationTimeoutError):
-                store.wait(["text"], timedelta(seconds=0.1))
+                store.wait(["number", "text"], timedelta(seconds=0.1))
+            assert time.monotonic() - start < 5
             with pytest.raises(ValueError, match="key must have at most 8192 bytes, got 9000"):
                 store.set("k" * 9000, b"")
             with pytest.raises(ValueError, match="value must have at most 67108864 bytes"):
