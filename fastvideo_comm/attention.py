@@ -121,7 +121,8 @@ def ulysses_attention(
             S + T tokens. The tokens, and so masks and positions, stand in the order of ranks, the
             joint ones last. It is called for each stage of a pipeline, and not called where a rank
             has no heads: where there is such a rank, the result has the dtype of `value`, or that
-            of autocast. None: torch's `scaled_dot_product_attention`.
+            of autocast, and a gradient if one of the three has one. None: torch's
+            `scaled_dot_product_attention`.
         joint: query `[B, T, H, D]`, key `[B, T, K, D]` and value `[B, T, K, E]` of tokens that are
             the same on every rank.
         pipeline: in how many stages the heads of a rank travel: while one is computed, the next and
