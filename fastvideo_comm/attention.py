@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, overload
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import _StopRecomputationError
 
 from .collective import validation
 from .collective.validation import Rounding, WireDtypes
@@ -120,7 +121,8 @@ def ulysses_attention(
             S + T tokens. The tokens, and so masks and positions, stand in the order of ranks, the
             joint ones last. It is called for each stage of a pipeline, and not called where a rank
             has no heads: where there is such a rank, the result has the dtype of `value`, or that
-            of autocast. None: torch's `scaled_dot_product_attention`.
+            of autocast, and a gradient if one of the three has one. None: torch's
+            `scaled_dot_product_attention`.
         joint: query `[B, T, H, D]`, key `[B, T, K, D]` and value `[B, T, K, E]` of tokens that are
             the same on every rank.
         pipeline: in how many stages the heads of a rank travel: while one is computed, the next and
@@ -148,10 +150,13 @@ def ulysses_attention(
             f"communicator must be a DeviceCommunicatorBase, got {type(communicator).__name__}"
         )
     with communicator._runner.call(_OP):
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            _check_tensor(name, tensor, "s", communicator.device)
         _check_video(query, key, value)
         if joint is not None:
             _check_joint(joint, query, key, value)
-        _check_settings(attention, pipeline, gather_sizes)
+        _check_settings(attention, pipeline)
+        _check_sizes(gather_sizes, query, communicator)
         wire = _Wire(
             _four("wire_dtype", wire_dtype),
             _four("grad_wire_dtype", grad_wire_dtype),
@@ -274,10 +279,22 @@ class _Layer:
             # recomputes as far as the last of these, which must be as far on every rank.
             nothing = value[:, :, :0] * (1 + query.sum() + key[:, :, :0].sum())
             device = value.device.type
-            if torch.is_autocast_enabled(device):  # what the others compute has its dtype
+            # What the others compute has its dtype; autocast leaves float64 as it is.
+            if torch.is_autocast_enabled(device) and value.dtype != torch.float64:
                 return nothing.to(torch.get_autocast_dtype(device))
             return nothing
-        attended = self.attention(query, key, value)
+        try:
+            attended = self.attention(query, key, value)
+            self._check_attended(attended, query)
+        except Exception as error:
+            # Except where a checkpoint ends its recomputation, which every rank does.
+            if not isinstance(error, _StopRecomputationError):
+                self.communicator._runner.tell_others(_OP, error)
+            raise
+        return attended
+
+    def _check_attended(self, attended: Tensor, query: Tensor) -> None:
+        """A tensor of the tokens and the heads of the query."""
         is_tensor = isinstance(attended, Tensor)
         if not is_tensor or attended.dim() != 4 or attended.shape[:3] != query.shape[:3]:
             where = self.communicator._runner.group.where(_OP)
@@ -288,7 +305,6 @@ class _Layer:
                 f"{where}: attention must return [B, S, h, E] for query of shape "
                 f"{list(query.shape)}, got shape {list(attended.shape)}"
             )
-        return attended
 
     def _back(
         self, attended: Tensor, length: int, stage: int, *, is_joint: bool
@@ -317,8 +333,6 @@ def _scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> 
 
 def _check_video(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Three tensors of one batch and length, whose key heads query heads can share."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check_dims(name, tensor, "s")
     batch, length, heads, width = query.shape
     if key.shape[:2] != query.shape[:2] or key.shape[3] != width:
         raise ValueError(
@@ -345,7 +359,7 @@ def _check_joint(joint: Joint, query: Tensor, key: Tensor, value: Tensor) -> Non
         got = f"{len(joint)} of them" if isinstance(joint, tuple | list) else type(joint).__name__
         raise TypeError(f"joint must be a tuple of query, key and value, got {got}")
     for index, tensor in enumerate(joint):
-        _check_dims(f"joint[{index}]", tensor, "T")
+        _check_tensor(f"joint[{index}]", tensor, "T", query.device)
     for index, tensor in enumerate((query, key, value)):
         expected = [tensor.shape[0], joint[0].shape[1], *tensor.shape[2:]]
         if list(joint[index].shape) != expected:
@@ -355,25 +369,31 @@ def _check_joint(joint: Joint, query: Tensor, key: Tensor, value: Tensor) -> Non
             )
 
 
-def _check_dims(name: str, tensor: Tensor, length: str) -> None:
+def _check_tensor(name: str, tensor: Tensor, length: str, device: torch.device) -> None:
+    """A dense tensor of 4 dims on the communicator's device."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    validation.check_tensor(name, tensor)
+    validation.check_device(name, tensor, device)
     if tensor.dim() != 4:
         raise ValueError(
             f"{name} must have 4 dims [B, {length}, heads, D], got shape {list(tensor.shape)}"
         )
 
 
-def _check_settings(attention: Attention | None, pipeline: int, gather_sizes: RankSizes) -> None:
-    """Something to call, a number of stages, and sizes that can be known."""
+def _check_settings(attention: Attention | None, pipeline: int) -> None:
+    """Something to call, and a number of stages."""
     if attention is not None and not callable(attention):
         raise TypeError(f"attention must be callable or None, got {type(attention).__name__}")
-    if not isinstance(pipeline, int) or isinstance(pipeline, bool):
-        raise TypeError(f"pipeline must be an int, got {type(pipeline).__name__}")
+    validation.check_int("pipeline", pipeline)
     if pipeline < 1:
         raise ValueError(f"pipeline must be at least 1, got {pipeline}")
-    if isinstance(gather_sizes, str):
-        if gather_sizes != "auto":
-            raise ValueError(f"gather_sizes must be None, 'auto' or sizes, got {gather_sizes!r}")
-        if torch.compiler.is_compiling():
-            raise ValueError("gather_sizes must be given where a call is compiled, got 'auto'")
+
+
+def _check_sizes(given: RankSizes, query: Tensor, communicator: DeviceCommunicatorBase) -> None:
+    """Every rank's length, or "auto" where the ranks can ask each other."""
+    (sizes,) = validation.sizes_of_each("gather_sizes", given, 1)
+    if sizes != "auto":
+        validation.gather_split(query, 1, sizes, communicator.rank, communicator.world_size)
+    elif torch.compiler.is_compiling():
+        raise ValueError("gather_sizes must be given where a call is compiled, got 'auto'")

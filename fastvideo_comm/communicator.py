@@ -670,7 +670,8 @@ class DeviceCommunicatorBase:
             `[A, P*c, ..]` on `dst`, contiguous and without `requires_grad`; None elsewhere.
 
         Raises:
-            ValueError: a 0-d tensor, `dim` or `dst` out of range, another device.
+            ValueError: a 0-d tensor, `dim` or `dst` out of range, another device, or a call that is
+                compiled.
             TypeError: not a dense tensor.
         """
         with self._runner.call("gather") as call:
@@ -697,7 +698,8 @@ class DeviceCommunicatorBase:
             dst: the rank in the group that receives; the next rank if None.
 
         Raises:
-            ValueError: `dst` is out of range or this rank itself, or another device.
+            ValueError: `dst` is out of range or this rank itself, another device, or a call that is
+                compiled.
             TypeError: not a dense tensor.
         """
         with self._runner.call("send") as call:
@@ -727,7 +729,7 @@ class DeviceCommunicatorBase:
             A new contiguous tensor on `device`.
 
         Raises:
-            ValueError: `src` is out of range or this rank itself.
+            ValueError: `src` is out of range or this rank itself, or a call that is compiled.
             TypeError: `dtype` is not a dtype.
         """
         with self._runner.call("recv") as call:

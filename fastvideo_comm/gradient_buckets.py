@@ -54,14 +54,14 @@ def checked_parameters(parameters: Tensor | Iterable[Tensor], device: torch.devi
             if tensor is not None:
                 _check(tensor, f"parameter {index} of shape {list(parameter.shape)}", device)
     parameters = list({id(parameter): parameter for parameter in given}.values())
-    holders: dict[int, int] = {}
+    holders: dict[int, int] = {}  # by the address of the first element
     for index, parameter in enumerate(parameters):
-        if parameter.grad is not None:
-            holder = holders.setdefault(id(parameter.grad), index)
+        if parameter.grad is not None and parameter.grad.numel():
+            holder = holders.setdefault(parameter.grad.data_ptr(), index)
             if holder != index:  # it would be added up twice
                 raise ValueError(
                     "parameters must have a gradient tensor each, got one tensor for two different "
-                    f"ones of shape {list(parameter.shape)}"
+                    f"ones, the second of shape {list(parameter.shape)}"
                 )
     return parameters
 

@@ -66,6 +66,12 @@ class OpRunner:
         every: list[list[int]] = way.all_gather(group, own, Split(0)).T.tolist()
         return every
 
+    def tell_others(self, op: str, error: Exception) -> None:
+        """Tells the other ranks, if they can be reached: they would wait for this rank's call."""
+        if not (torch.compiler.is_compiling() or is_recording()):
+            with contextlib.suppress(CommunicationError):
+                self.group.failed(op, error)
+
     def call(self, op: str) -> OpCall:
         """Makes the context of one call of an op."""
         return OpCall(op, self)
@@ -112,7 +118,8 @@ class OpCall:
         # Raises the class itself: a subclass may have a constructor that takes no text.
         for known in (ClosedError, TypeError, ValueError):
             if isinstance(error, known):
-                self._tell_others(error)
+                if not self._is_compared:
+                    self._runner.tell_others(self.op, error)
                 # torch 2.11 cannot trace str(error).
                 text = error.args[0] if error.args else ""
                 raise known(f"{self._runner.group.where(self.op)}: {text}") from None
@@ -215,13 +222,12 @@ class OpCall:
 
     def run_unrecorded(self, name: str, *arguments: Any) -> Any:
         """Calls a collective without a gradient with the group and `arguments`."""
+        if self._is_traced and not is_recording():
+            raise ValueError(
+                f"{self.op} must be called outside compiled code, got a call inside: call it in a "
+                "function under torch.compiler.disable"
+            )
         group = self._runner.group
         way = route_of_pair(group) if name in ("send", "recv") else route(group)[0]
         with torch.no_grad():
             return getattr(way, name)(group, *arguments)
-
-    def _tell_others(self, error: Exception) -> None:
-        """Tells the other ranks, if they can be reached: they would wait for this rank's call."""
-        if not (self._is_traced or self._is_compared):
-            with contextlib.suppress(CommunicationError):
-                self._runner.group.failed(self.op, error)

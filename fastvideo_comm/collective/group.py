@@ -22,6 +22,7 @@ from .c10d import C10d
 from .device_connection import SEGMENT_BYTES, connect_device
 
 MemoryMode: TypeAlias = Literal["auto", "on", "off"]
+_VMAP = torch._C._functorch.TransformType.Vmap
 MEMORY_MODES: tuple[MemoryMode, ...] = ("auto", "on", "off")
 
 
@@ -288,6 +289,8 @@ class Group:
 
 def _has_tangents(tensors: Tensor | Sequence[Tensor]) -> bool | None:
     """Whether a call takes tangents too, which the ranks compare; None: it does not."""
+    if _VMAP in [each.key() for each in torch._C._functorch.get_interpreter_stack() or ()][:-2]:
+        return None  # torch has no rule for `unpack_dual` there
     given = (tensors,) if isinstance(tensors, Tensor) else tensors
     return any(forward_ad.unpack_dual(each).tangent is not None for each in given) or None
 

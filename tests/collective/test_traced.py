@@ -147,3 +147,23 @@ def mistaken(communicator: DeviceCommunicatorBase) -> None:
 
 def test_a_mistake_has_the_same_error_when_compiled(ranks: Ranks):
     ranks.run(2, mistaken)
+
+
+def without_a_gradient(communicator: DeviceCommunicatorBase) -> None:
+    x = torch.ones(2)
+    for op, call in (
+        ("gather", lambda: communicator.gather(x, 1)),
+        ("send", lambda: communicator.send(x, 1 - communicator.rank)),
+        ("recv", lambda: communicator.recv((2,), x.dtype)),
+        ("barrier", communicator.barrier),
+        ("reduce_gradients", lambda: communicator.reduce_gradients([x])),
+    ):
+        torch._dynamo.reset()
+        text = f"^{op} on rank {communicator.rank} of 2 .* {op} must be called outside compiled"
+        with pytest.raises(ValueError, match=text):
+            torch.compile(call, backend="eager")()
+    communicator.barrier()
+
+
+def test_an_op_without_a_gradient_says_that_it_is_not_compiled(ranks: Ranks):
+    ranks.run(2, without_a_gradient)

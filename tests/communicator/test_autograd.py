@@ -349,3 +349,18 @@ def all_nan(communicator: DeviceCommunicatorBase, op: str) -> None:
 @pytest.mark.parametrize("op", ["MAX", "MIN"])
 def test_where_all_ranks_hold_nan_they_share_the_gradient(ranks: Ranks, op):
     ranks.run(3, all_nan, op)
+
+
+def second_derivatives(communicator: DeviceCommunicatorBase) -> None:
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return communicator.all_reduce(x**3).sum()
+
+    x = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"must not be called under torch\.vmap"):
+        torch.func.hessian(loss)(x)
+    both = torch.func.jacfwd(torch.func.grad(loss))(x)  # two ranks hold the loss of two
+    assert torch.equal(both, 2 * 6 * torch.eye(3, dtype=torch.float64))
+
+
+def test_the_hessian_by_vmap_is_refused_and_the_jacobian_of_a_gradient_is_right(ranks: Ranks):
+    ranks.run(2, second_derivatives)

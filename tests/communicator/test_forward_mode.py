@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jvp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvideo_comm import DeviceCommunicatorBase, functions, ulysses_attention
 from fastvideo_comm.errors import MismatchError
@@ -365,6 +366,35 @@ def test_linearize_goes_through_attention(ranks: Ranks, pipeline):
     ranks.run(2, linearized_attention, pipeline)
 
 
+class Sent(TorchDispatchMode):
+    """How many elements each exchange of a graph sends."""
+
+    counts: tuple[int, ...] = ()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        if func is torch.ops._c10d_functional.all_to_all_single.default:
+            self.counts += (args[0].numel(),)
+        return func(*args, **(kwargs or {}))
+
+
+def sent_alone(communicator: DeviceCommunicatorBase) -> None:
+    query, key, tangent = of_rank(communicator, 3)
+
+    def apply(x: Tensor) -> tuple[Tensor, ...]:
+        return communicator.all_to_all_4D((x.sin(), key, key.half()))
+
+    derivative = linearize(apply, query)[1]
+    with Sent() as sent:
+        moved, *zeros = derivative(tangent)
+    assert sent.counts == (query.numel(),)
+    assert torch.equal(moved, communicator.all_to_all_4D(tangent * query.cos()))
+    assert all(each.count_nonzero() == 0 for each in zeros)
+
+
+def test_what_linearize_returns_exchanges_the_tangents_alone(ranks: Ranks):
+    ranks.run(2, sent_alone, ways=("messages",))
+
+
 def together(communicator: DeviceCommunicatorBase) -> None:
     q, k, v, along = of_rank(communicator, 4)
 
@@ -388,13 +418,17 @@ def test_values_and_tangents_travel_in_one_exchange(ranks: Ranks):
     ranks.run(2, together)
 
 
-def alone_with_a_tangent(communicator: DeviceCommunicatorBase) -> None:
+def alone_with_a_tangent(communicator: DeviceCommunicatorBase, memory: str) -> None:
     x, along = of_rank(communicator, 2)
+    own = DeviceCommunicatorBase(communicator.cpu_group, validate="always", memory=memory)
     with forward_ad.dual_level():
         given = forward_ad.make_dual(x, along) if communicator.rank else x
         with pytest.raises(MismatchError, match="tangents=True"):
-            communicator.all_to_all_4D(given)
+            own.all_to_all_4D(given)
+    assert own.all_reduce(torch.ones(1)).item() == 2, "still usable"
+    own.destroy()
 
 
-def test_a_tangent_on_some_ranks_alone_is_named(ranks: Ranks):
-    ranks.run(2, alone_with_a_tangent, ways=("memory",))
+@pytest.mark.parametrize("memory", ["off", "on"])
+def test_a_tangent_on_some_ranks_alone_is_named(ranks: Ranks, memory: str):
+    ranks.run(2, alone_with_a_tangent, memory, ways=("messages",))

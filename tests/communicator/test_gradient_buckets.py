@@ -100,11 +100,14 @@ def bad(communicator: DeviceCommunicatorBase) -> None:
     shared.grad = torch.ones(1, 3).expand(2, 3)
     twin = torch.zeros(2, requires_grad=True)
     twin.grad = good.grad
+    view = torch.zeros(1, 2, requires_grad=True)
+    view.grad = good.grad.view(1, 2)
     for parameters, error, words in (
         ([good, sparse.weight], TypeError, r"dense .*sparse_coo for parameter 1 of shape \[5, 3\]"),
         ([good, good, sharded], TypeError, r"own .*DTensor for parameter 2 of shape \[3\]"),
         ([shared], ValueError, r"strides \[0, 1\] for parameter 0 of shape \[2, 3\]"),
         ([good, twin], ValueError, r"tensor each, got one tensor for two .* shape \[2\]"),
+        ([good, view], ValueError, r"tensor each, got one tensor for two .* shape \[1, 2\]"),
         ([torch.ones(1, dtype=torch.int8)], TypeError, r"got torch.int8 for parameter 0"),
         ([good, "weight"], TypeError, "parameters must be tensors, got str at index 1"),
         (iter(()), ValueError, "parameters must hold at least one tensor, got none"),
