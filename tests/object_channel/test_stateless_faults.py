@@ -1,5 +1,6 @@
 """Ranks that are killed, stopped, interrupted or cut off; every wait ends, every death is known."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -221,7 +222,9 @@ def test_slow_ranks_change_nothing(delays):
     assert run_own(3, program, secret=SECRET) == expected
 
 
-def test_a_link_that_swallows_everything_ends_calls_in_time():
+@contextlib.contextmanager
+def behind_a_proxy(**closing):
+    """Rank 0, rank 1 whose connections go through a proxy, and the proxy."""
     with own_groups(2) as open_group:
         opened = {}
         thread = threading.Thread(target=lambda: opened.update({0: open_group(0)}))
@@ -229,60 +232,49 @@ def test_a_link_that_swallows_everything_ends_calls_in_time():
         with Proxy(open_group.port) as proxy:
             group = StatelessProcessGroup.create("127.0.0.1", proxy.port, 1, 2, timeout=20)
             thread.join()
-            group.send_obj("through", 0)
-            assert opened[0].recv_obj(1) == "through"
-            proxy.swallow = True
-            for op in ("send_obj", "recv_obj", "barrier"):
-                start = time.monotonic()
-                with pytest.raises(CommunicationTimeoutError, match=f"{op} in group"):
-                    call(group, op, 0.3)
-                assert time.monotonic() - start < 1.3
-            group.close(timeout=0.3)
-            opened[0].close(timeout=0.3)
+            yield opened[0], group, proxy
+            group.close(**closing)
+            opened[0].close(**closing)
+
+
+def test_a_link_that_swallows_everything_ends_calls_in_time():
+    with behind_a_proxy(timeout=0.3) as (first, group, proxy):
+        group.send_obj("through", 0)
+        assert first.recv_obj(1) == "through"
+        proxy.swallow = True
+        for op in ("send_obj", "recv_obj", "barrier"):
+            start = time.monotonic()
+            with pytest.raises(CommunicationTimeoutError, match=f"{op} in group"):
+                call(group, op, 0.3)
+            assert time.monotonic() - start < 1.3
 
 
 def test_a_message_that_could_not_be_sent_in_time_is_the_one_that_was_given():
     """The caller may change its object after a timeout, while the rest of it still leaves."""
-    with own_groups(2) as open_group:
-        opened = {}
-        thread = threading.Thread(target=lambda: opened.update({0: open_group(0)}))
-        thread.start()
-        with Proxy(open_group.port) as proxy:
-            group = StatelessProcessGroup.create("127.0.0.1", proxy.port, 1, 2, timeout=20)
-            thread.join()
-            proxy.swallow = True
-            data = bytearray(b"a" * 30_000_000)
-            with pytest.raises(CommunicationTimeoutError):
-                group.send_obj(data, 0, timeout=0.5)
-            data[:] = b"b" * len(data)
-            proxy.swallow = False
-            group.send_obj("next", 0)
-            assert opened[0].recv_obj(1) == b"a" * len(data)
-            assert opened[0].recv_obj(1) == "next"
-            group.close()
-            opened[0].close()
+    with behind_a_proxy() as (first, group, proxy):
+        proxy.swallow = True
+        data = bytearray(b"a" * 30_000_000)
+        with pytest.raises(CommunicationTimeoutError):
+            group.send_obj(data, 0, timeout=0.5)
+        data[:] = b"b" * len(data)
+        proxy.swallow = False
+        group.send_obj("next", 0)
+        assert first.recv_obj(1) == b"a" * len(data)
+        assert first.recv_obj(1) == "next"
 
 
 def test_a_message_whose_send_timed_out_and_that_arrived_expires_like_others():
-    with own_groups(2) as open_group:
-        opened = {}
-        thread = threading.Thread(target=lambda: opened.update({0: open_group(0)}))
-        thread.start()
-        with Proxy(open_group.port) as proxy:
-            group = StatelessProcessGroup.create("127.0.0.1", proxy.port, 1, 2, timeout=20)
-            thread.join()
-            proxy.swallow = True
-            with pytest.raises(CommunicationTimeoutError):
-                group.send_obj("late", 0, timeout=0.3)
-            proxy.swallow = False
-            assert group.store.num_keys() == 1
-            group.data_expiration_seconds = 0
-            group.expire_data()
-            assert group.store.num_keys() == 0
-            with pytest.raises(MessageExpiredError):
-                opened[0].recv_obj(1)
-            group.close()
-            opened[0].close()
+    with behind_a_proxy() as (first, group, proxy):
+        proxy.swallow = True
+        with pytest.raises(CommunicationTimeoutError):
+            group.send_obj("late", 0, timeout=0.3)
+        proxy.swallow = False
+        assert group.store.num_keys() == 1
+        group.data_expiration_seconds = 0
+        group.expire_data()
+        assert group.store.num_keys() == 0
+        with pytest.raises(MessageExpiredError):
+            first.recv_obj(1)
 
 
 HALF_OPEN = """
