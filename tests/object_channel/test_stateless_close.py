@@ -228,13 +228,15 @@ def join(rank):
 threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
 [t.start() for t in threads]; [t.join() for t in threads]
 threading.excepthook = lambda args: print(args.exc_type.__name__, flush=True)
-threading.Thread(target=groups[0].recv_obj, args=(0,), daemon=True).start()
+receiver = threading.Thread(target=groups[0].recv_obj, args=(0,), daemon=True)
+receiver.start()
 time.sleep(0.3)
 from multiprocessing import util
 groups[1].close()
 start = time.monotonic()
 util._exit_function()  # what an interpreter calls at its end, registered by multiprocessing
 print(time.monotonic() - start < 2, flush=True)
+receiver.join(10)  # its error is printed
 import os
 os._exit(0)
 """
