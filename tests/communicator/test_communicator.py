@@ -177,6 +177,7 @@ MISTAKES = [
     ("all_reduce", (X, dist.ReduceOp.BOR), TypeError, "must not be bitwise for torch.float32"),
     ("all_reduce", (X.int(), dist.ReduceOp.AVG), TypeError, "must not be AVG for torch.int32"),
     ("all_reduce", (X.to(torch.complex64), dist.ReduceOp.MAX), TypeError, "SUM or AVG for torch"),
+    ("all_reduce", (X.cfloat(), dist.ReduceOp.PRODUCT), TypeError, "SUM or AVG for torch"),
     ("all_reduce", (X.to(torch.float8_e4m3fn),), TypeError, "backends reduce, got torch.float8"),
     ("all_reduce", (X.to(torch.int16),), TypeError, "backends reduce, got torch.int16"),
     ("reduce_scatter", (X, 2), ValueError, r"size at dim=2 that world_size=4 divides, got 6"),

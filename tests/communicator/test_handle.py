@@ -12,6 +12,8 @@ from ranks import Ranks
 from test_collectives import same, values
 
 from fastvideo_comm import DeviceCommunicatorBase
+from fastvideo_comm.errors import CollectiveError
+from fastvideo_comm.handle import AsyncHandle
 
 
 def several_in_flight(communicator: DeviceCommunicatorBase) -> None:
@@ -103,3 +105,21 @@ def _order_of_backward(communicator: DeviceCommunicatorBase) -> None:
 
 def test_communication_overlaps_with_computation_in_the_backward_too(ranks: Ranks):
     ranks.run(2, order_of_backward, ways=["messages"])
+
+
+def test_a_wait_that_failed_is_a_wait_and_the_next_one_says_so(recwarn):
+    def fail() -> None:
+        raise CollectiveError("the backend failed")
+
+    handle = AsyncHandle("all_to_all_4D", "rank 0 of 2 in group 'sp'", fail, lambda: True)
+    with pytest.raises(CollectiveError, match="the backend failed"):
+        handle.wait()
+    for _ in range(2):
+        message = (
+            "^all_to_all_4D on rank 0 of 2 in group 'sp' failed when it was waited for before$"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            handle.wait()
+    assert handle.is_completed()
+    del handle
+    assert not recwarn.list

@@ -172,6 +172,7 @@ def test_a_close_below_a_transfer_says_goodbye_when_the_call_ends(closing, trans
             with pytest.raises(ClosedError, match="the group is closed"):
                 group.send_obj("on its way", 1 - closing)
             assert inside.closes
+            assert not group.store.client._pair.is_open, "it has left"
         else:
             with pytest.raises(PeerLostError, match=rf"rank\(s\) \[{closing}\] left the group"):
                 [group.recv_obj(closing, timeout=10) for _ in range(2)]  # one may have arrived
