@@ -201,7 +201,6 @@ def sent_to_others(communicator: DeviceCommunicatorBase) -> None:
         same(rows, expected)
     if communicator.rank == 0:
         context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch"])
         tensors, answer = context.Queue(), context.Queue()
         child = context.Process(target=other_process, args=(tensors, answer))
         child.start()

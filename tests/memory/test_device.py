@@ -312,7 +312,7 @@ class TestStreams:
             )
             memory._stream = kernels
             streams = {communicator.rank: main}
-            memory.current_stream = lambda: streams[communicator.rank]  # type: ignore[method-assign]
+            memory.current_stream = lambda: streams[communicator.rank]
             x = integers(communicator, 0, 1, 2, 2, 2)
 
             first = communicator.all_to_all_4D(x)

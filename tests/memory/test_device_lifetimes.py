@@ -192,7 +192,7 @@ class TestStreams:
                 del side.record_event
                 raise KeyboardInterrupt
 
-            side.record_event = interrupted  # type: ignore[method-assign]
+            side.record_event = interrupted
             with pytest.raises(KeyboardInterrupt):
                 communicator.all_to_all_4D(torch.ones(1, 2, 2, 2))
             log.clear()

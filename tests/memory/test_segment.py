@@ -199,7 +199,7 @@ def test_the_block_that_was_freed_last_is_handed_out_first(pool):
     runs = [pool.allocate([5000]) for _ in range(8)]
     wanted = [runs[index].offset for index in (5, 1, 3)]
     for index in (3, 1, 5):
-        runs[index] = None  # type: ignore[call-overload]
+        runs[index] = None
     held = [pool.allocate([5000]) for _ in range(3)]
     assert [run.offset for run in held] == wanted
 

@@ -78,7 +78,7 @@ def test_it_may_be_closed_in_its_own_thread():
             return torch.zeros(2)
 
     closed: list[threading.Thread] = []
-    watch = Watch(Host(), timeout=TIMEOUT, name="sp")  # type: ignore[arg-type]
+    watch = Watch(Host(), timeout=TIMEOUT, name="sp")
     made.set()
     watch._thread.join(10)
     assert closed == [watch._thread]
