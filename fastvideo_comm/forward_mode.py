@@ -10,7 +10,7 @@ transforms take, costs milliseconds, and there the values travel before the tang
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
-from .collective.group import AnyGroup
+from .collective.group import AnyGroup, Group
 from .collective.layout import Splits
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
@@ -32,11 +32,13 @@ class Arrived(NamedTuple):
         splits: what was traded.
         outputs: what arrived; it is taken away when it is recorded.
         of: "values" or "tangents".
+        call: the number of the call; None where calls have no number.
     """
 
     splits: Splits
     outputs: list[Tensor]
     of: str
+    call: int | None
 
 
 def run_on_duals(function: Any, group: AnyGroup, arguments: Sequence[Any]) -> Any:
@@ -52,24 +54,78 @@ def run_on_duals(function: Any, group: AnyGroup, arguments: Sequence[Any]) -> An
 
 def run_on_eager_duals(function: Any, group: AnyGroup, arguments: Sequence[Any]) -> Any:
     """In eager code: as `run_on_duals`; NotImplemented where torch's way must be taken."""
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    if len(stack) > 1 or (stack and stack[0].key().name != "Jvp"):
+    duals = EagerDuals.of(arguments)
+    if duals is None:
         return NotImplemented
-    values, tangents, is_dual = _apart(arguments)
-    if not is_dual:
-        return NotImplemented
-    below: Any = contextlib.nullcontext()
-    if stack:
-        level = stack[0].level()
-        values = [_below(value, level) for value in values]
-        tangents = [_below(tangent, level) for tangent in tangents]
-        below = retrieve_current_functorch_interpreter().lower()
-    with below, forward_ad._set_fwd_grad_enabled(False):
+    values, tangents = duals.values, duals.tangents
+    with duals.below():
         if isinstance(values[0], Splits):
             outputs, derivatives = _exchanged(function, group, values, tangents)
         else:
             outputs, derivatives = _one_after_the_other(function.eager, group, values, tangents)
     return _together(outputs, derivatives)
+
+
+class EagerDuals(NamedTuple):
+    """Arguments in eager code that one transform of forward mode, alone, gave tangents.
+
+    Attributes:
+        values: the arguments below the transform.
+        tangents: their tangents, zeros where a tensor has none.
+        level: what `forward_ad` and `torch.func` call the transform.
+    """
+
+    values: list[Any]
+    tangents: list[Any]
+    level: tuple[int, int]
+
+    @staticmethod
+    def of(arguments: Sequence[Any]) -> EagerDuals | None:
+        """None if no argument has a tangent, or if there are several transforms."""
+        if forward_ad._current_level < 0 or not torch._C._is_fwd_grad_enabled():
+            return None
+        stack = torch._C._functorch.get_interpreter_stack() or ()
+        if len(stack) > 1 or (stack and stack[0].key().name != "Jvp"):
+            return None
+        values, tangents, is_dual = _apart(arguments)
+        if not is_dual:
+            return None
+        if stack:
+            level = stack[0].level()
+            values = [_below(value, level) for value in values]
+            tangents = [_below(tangent, level) for tangent in tangents]
+        return EagerDuals(values, tangents, _level())
+
+    @contextlib.contextmanager
+    def below(self) -> Iterator[None]:
+        """What runs inside is below the transform."""
+        lower: Any = contextlib.nullcontext()
+        if _functorch_is_active():
+            lower = retrieve_current_functorch_interpreter().lower()
+        with lower, forward_ad._set_fwd_grad_enabled(False):
+            yield
+
+    def start(self, function: Any, group: AnyGroup, exchange: Any) -> None:
+        """Starts an exchange of the values and of the tangents, with `StartAllToAll`."""
+        with self.below():
+            function.forward(group, exchange, *_both(self.values, self.tangents))
+
+    def finish(self, function: Any, group: AnyGroup, exchange: Any) -> tuple[Tensor, ...]:
+        """Waits for the dual tensors; autograd records the exchange as `AllToAll`.
+
+        Raises:
+            RuntimeError: the transform is not around this call.
+        """
+        if _level() != self.level:
+            raise RuntimeError(
+                "wait() must be called inside the torch.func.jvp or forward_ad.dual_level in which "
+                "tensors with tangents were given to the exchange, got a call outside"
+            )
+        with self.below():
+            arrived = exchange.land()
+            halves = _recorded(function, group, self.values, self.tangents, arrived, exchange.call)
+        together: tuple[Tensor, ...] = _together(*halves)
+        return together
 
 
 def _apart(arguments: Sequence[Any]) -> tuple[list[Any], list[Any], bool]:
@@ -105,15 +161,31 @@ def _exchanged(
     function: Any, group: AnyGroup, values: Sequence[Any], tangents: Sequence[Any]
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The same of `AllToAll`, in one call; each of the two has a gradient of its own."""
+    arrived = function.forward(group, values[0].with_tangents(), *_both(values, tangents))
+    return _recorded(function, group, values, tangents, arrived, last_call(group))
+
+
+def _both(values: Sequence[Any], tangents: Sequence[Any]) -> list[Tensor]:
+    """What an exchange takes that autograd records when it has taken place."""
+    return [value.detach() for value in (*values[1:], *tangents[1:])]
+
+
+def _recorded(
+    function: Any,
+    group: AnyGroup,
+    values: Sequence[Any],
+    tangents: Sequence[Any],
+    arrived: Sequence[Tensor],
+    call: int | None,
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """What arrived of the values and of the tangents; autograd records the exchange of each."""
     splits = values[0]
-    both = [value.detach() for value in (*values[1:], *tangents[1:])]
-    arrived = function.forward(group, splits.with_tangents(), *both)
     count = len(values) - 1
     found = [arrived[:count], arrived[count:]]
     for index, (inputs, of) in enumerate(((values, "values"), (tangents, "tangents"))):
         if requires_grad(inputs):
             exact = splits.exact() if index else splits
-            exchange = Arrived(exact, list(found[index]), of)
+            exchange = Arrived(exact, list(found[index]), of, call)
             found[index] = function.arrived.apply(group, exchange, *inputs[1:])
     return found[0], found[1]
 
@@ -144,6 +216,11 @@ class _Context:
     def save_for_forward(self, *tensors: Tensor) -> None:
         """Keeps the tensors that the tangent needs."""
         self.saved_tensors = tensors
+
+
+def last_call(group: AnyGroup) -> int | None:
+    """The number of the last call, which a backward names; None where calls have no number."""
+    return group.last_call if isinstance(group, Group) else None
 
 
 def requires_grad(arguments: Sequence[Any]) -> bool:
@@ -193,6 +270,11 @@ def _below(argument: Any, level: int) -> Any:
     """What the transform of this level, the innermost one, wraps."""
     is_tensor = isinstance(argument, Tensor)
     return torch._C._functorch._unwrap_for_grad(argument, level) if is_tensor else argument
+
+
+def _level() -> tuple[int, int]:
+    """The numbers of the innermost transforms of forward_ad and of torch.func."""
+    return forward_ad._current_level, torch._C._functorch.maybe_current_level() or 0
 
 
 def _transforms() -> tuple[str, ...]:

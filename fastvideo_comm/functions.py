@@ -20,7 +20,7 @@ from .collective import quantised
 from .collective.group import AnyGroup, Group
 from .collective.layout import Split, Splits
 from .collective.route import route
-from .forward_mode import primals
+from .forward_mode import last_call, primals
 from .kernels import contiguous_copy
 from .recording import (
     AsyncExchange,
@@ -28,7 +28,6 @@ from .recording import (
     before_backward,
     before_backward_of_exchange,
     before_backward_of_part,
-    last_call,
     op,
     run,
 )

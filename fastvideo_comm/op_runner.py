@@ -21,7 +21,7 @@ from .collective.group import Group
 from .collective.layout import Split, Splits
 from .collective.route import is_recording, route, route_of_pair, traced_form
 from .errors import ClosedError, CommunicationError
-from .forward_mode import check_tangents
+from .forward_mode import EagerDuals, check_tangents
 from .gradient_buckets import agreed_gradients
 from .handle import AsyncHandle
 from .profiling import Stats, span
@@ -211,14 +211,20 @@ class OpCall:
         if self._is_traced or group.size() == 1:
             outputs = self.run(functions.AllToAll, splits, *inputs, alone=inputs)
             return AsyncHandle.done(result(outputs))
-        exchange = AsyncExchange(splits)
-        token = run(functions.StartAllToAll, group, exchange, *inputs)
-        return AsyncHandle(
-            self.op,
-            group.place,
-            lambda: result(run(functions.FinishAllToAll, group, exchange, token)),
-            exchange.is_completed,
-        )
+        duals = EagerDuals.of((splits, *inputs))
+        if duals is None:
+            exchange = AsyncExchange(splits)
+            token = run(functions.StartAllToAll, group, exchange, *inputs)
+        else:
+            exchange = AsyncExchange(splits.with_tangents())
+            duals.start(functions.StartAllToAll, group, exchange)
+
+        def finish() -> Any:
+            if duals is None:
+                return result(run(functions.FinishAllToAll, group, exchange, token))
+            return result(duals.finish(functions.AllToAll, group, exchange))
+
+        return AsyncHandle(self.op, group.place, finish, exchange.is_completed)
 
     def run_unrecorded(self, name: str, *arguments: Any) -> Any:
         """Calls a collective without a gradient with the group and `arguments`."""

@@ -105,11 +105,10 @@ def _arrived(function: Any) -> Any:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _: tuple[Tensor, ...]) -> None:
         ctx.group, ctx.exchange = inputs[:2]
-        ctx.call = last_call(ctx.group)
 
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        splits, _, of = ctx.exchange
-        before_backward_of_exchange(ctx.group, gradients, splits, of_call=ctx.call, of=of)
+        splits, _, of, call = ctx.exchange
+        before_backward_of_exchange(ctx.group, gradients, splits, of_call=call, of=of)
         return None, None, *run(function, ctx.group, splits.reverse(), *gradients)
 
     methods = {each.__name__: staticmethod(each) for each in (forward, setup_context, backward)}
@@ -144,11 +143,6 @@ def _of_many(
 def _apart(batch: Tensor, number: int) -> Tensor:
     """The inverse of `flatten(0, 1)`."""
     return batch.view(number, batch.shape[0] // number, *batch.shape[1:])
-
-
-def last_call(group: AnyGroup) -> int | None:
-    """The number of the last call, which a backward names; None where calls have no number."""
-    return group.last_call if isinstance(group, Group) else None
 
 
 def before_backward(

@@ -56,13 +56,17 @@ def test_jacfwd_gives_the_columns_of_jvp(ranks: Ranks, size, op):
 def exchanges_of(call: Callable[[], Any]) -> list[list[torch.Size]]:
     """What each exchange of a call takes."""
     taken: list[list[torch.Size]] = []
-    forward = functions.AllToAll.forward
 
-    def counting(group: Any, splits: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        taken.append([each.shape for each in inputs])
-        return forward(group, splits, *inputs)
+    def counted(function: Any) -> Any:
+        forward = function.forward
 
-    with mock.patch.object(functions.AllToAll, "forward", staticmethod(counting)):
+        def counting(group: Any, exchange: Any, *inputs: Tensor) -> Any:
+            taken.append([each.shape for each in inputs])
+            return forward(group, exchange, *inputs)
+
+        return mock.patch.object(function, "forward", staticmethod(counting))
+
+    with counted(functions.AllToAll), counted(functions.StartAllToAll):
         call()
     return taken
 
@@ -337,6 +341,52 @@ def together(communicator: DeviceCommunicatorBase) -> None:
 
 def test_values_and_tangents_travel_in_one_exchange(ranks: Ranks):
     ranks.run(2, together)
+
+
+def started_together(communicator: DeviceCommunicatorBase) -> None:
+    q, k, along, other = of_rank(communicator, 4)
+
+    def op(x: Tensor) -> Tensor:
+        first = communicator.all_to_all_4D(x, async_op=True)
+        second = communicator.all_to_all_4D((k, x.sin()), async_op=True)
+        return first.wait() * second.wait()[1]
+
+    def blocking(x: Tensor) -> Tensor:
+        return communicator.all_to_all_4D(x) * communicator.all_to_all_4D(x.sin())
+
+    assert exchanges_of(partial(jvp, op, (q,), (along,))) == [[SHAPE] * 2, [SHAPE] * 4]
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, along)
+        assert exchanges_of(lambda: op(dual)) == [[SHAPE] * 2, [SHAPE] * 4]
+    gradients = []
+    for function in (op, blocking):
+        leaf, tangent = q.clone().requires_grad_(), along.clone().requires_grad_()
+        values, derivatives = jvp(function, (leaf,), (tangent,))
+        loss = (values * other.mean() + derivatives.square()).sum()
+        gradients.append([values, derivatives, *torch.autograd.grad(loss, (leaf, tangent))])
+    for each, expected in zip(*gradients, strict=True):
+        # In fp64; gradients are added in another order.
+        torch.testing.assert_close(each, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_started_values_and_tangents_travel_in_one_exchange(ranks: Ranks):
+    ranks.run(2, started_together)
+
+
+def waited_for_outside(communicator: DeviceCommunicatorBase) -> None:
+    x, along = of_rank(communicator, 2)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, along)
+        handle = communicator.all_to_all_4D(dual, async_op=True)
+        inside = communicator.all_to_all_4D(dual, async_op=True)
+        inside.wait()
+    with pytest.raises(RuntimeError, match=r"wait\(\) must be called inside the torch.func.jvp or"):
+        handle.wait()
+    assert communicator.all_reduce(torch.ones(1)).item() == 2, "still usable"
+
+
+def test_a_wait_outside_the_transform_is_refused(ranks: Ranks):
+    ranks.run(2, waited_for_outside)
 
 
 def alone_with_a_tangent(communicator: DeviceCommunicatorBase, memory: str) -> None:
