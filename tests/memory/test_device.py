@@ -167,6 +167,22 @@ class TestOutputs:
         staged = device_ranks.run(2, job, segment_bytes=1 << 13, staging_bytes=1 << 11)
         assert staged[0] == 0 < staged[1] < 12
 
+    def test_in_the_staging_lie_behind_the_words_of_all_ranks(self, twins):
+        """Five ranks have more words than one unit of alignment holds."""
+
+        def job(communicator: DeviceCommunicatorBase) -> int:
+            for call in range(3):
+                x = integers(communicator, call, 1, 2, 5, 16)
+                whole = by_messages(communicator, functools.partial(communicator.all_to_all_4D, x))
+                assert torch.equal(communicator.all_to_all_4D(x), whole)
+            return device_memory_of(communicator).num_staged
+
+        segment_bytes, staging_bytes = (1 << 11) + (1 << 8), 1 << 11  # no room for a block
+        staged = device_ranks.run(
+            5, job, segment_bytes=segment_bytes, staging_bytes=staging_bytes, timeout=5
+        )
+        assert staged == [3] * 5
+
     def test_that_no_staging_holds_go_by_messages_on_all_ranks(self, twins):
         """Rank 0's outputs would fit, those of rank 2 do not."""
 

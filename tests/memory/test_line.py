@@ -144,6 +144,21 @@ def test_descriptors_travel_and_those_that_nobody_took_are_closed(pair):
     assert num_descriptors() == before - 2
 
 
+def test_a_mapped_segment_of_another_rank_has_the_descriptor_of_its_map_alone():
+    def job(memory: HostMemory) -> None:
+        memory.pool._segment_bytes = 1 << 16
+        exchange(memory)
+        before, segments = num_descriptors(), len(memory.pool.segments)
+        held = [exchange(memory, size=20_000 << call) for call in range(3)]
+        new = len(memory.pool.segments) - segments
+        assert new >= 2
+        # Python's map keeps one. A rank needs another to give back pages of its own segments.
+        assert num_descriptors() - before == (2 + 1) * new
+        held.clear()
+
+    in_processes(2, job)
+
+
 # Who may connect
 
 

@@ -45,6 +45,13 @@ def test_keys_that_collide_cost_no_more_than_others(keys, code):
     assert cpu_seconds(data, best_of=3) < 2 * (0.02 + SECONDS_PER_BYTE * len(data)) + 0.1
 
 
+def test_many_containers_of_keys_that_collide_share_one_limit():
+    """Each alone is within what a message of this length may take."""
+    sets = [long_array(same_hash(2500), SET)] * 60
+    data = padded(long_array(sets), 64 * 2500 * 60)
+    assert cpu_seconds(data, best_of=3) < 2 * (0.02 + SECONDS_PER_BYTE * len(data)) + 0.1
+
+
 def test_keys_that_collide_are_refused():
     refused(
         padded(long_array(same_hash(30_000), SET), 4 * MIB), "the keys of a set or dict collide"

@@ -155,6 +155,22 @@ def test_what_the_receiver_knows_besides_the_address_is_covered(seal):
             seal.open(ADDRESS, message, about)
 
 
+def test_no_byte_moves_between_a_body_and_what_the_receiver_knows(seal):
+    sealed = b"".join(seal.seal(ADDRESS, [b"bc"], b"a"))
+    head, body = sealed[:TAG_BYTES], sealed[TAG_BYTES:]
+    assert not is_opened_about(seal, head + body[1:], b"a" + body[:1])
+    assert not is_opened_about(seal, head + b"a" + body, b"")
+    assert is_opened_about(seal, sealed, b"a")
+
+
+def is_opened_about(seal, message, about):
+    try:
+        seal.open(ADDRESS, message, about)
+    except AuthenticationError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("size", [1000, 100_000])
 @pytest.mark.parametrize("session", [b"session", b""])
 def test_an_encrypted_body_cannot_be_read(size, session):
