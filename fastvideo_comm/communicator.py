@@ -587,13 +587,18 @@ class DeviceCommunicatorBase:
             ValueError: no parameters (an iterator that is used up has none), a tensor on another
                 device, a gradient whose elements share memory, or a call that is compiled.
             TypeError: a gradient that is sparse, a DTensor, or a dtype that the backends cannot
-                add; the error names index and shape of the parameter.
-            MismatchError: the ranks gave different parameters.
+                add, unless the parameter is frozen; the error names index and shape of the
+                parameter.
+            MismatchError: the ranks gave different parameters, or another rank gave bad ones.
         """
         with self._runner.call("reduce_gradients") as call:
             call.check_open()
             call.check_not_compiled()
-            checked = gradient_buckets.checked_parameters(parameters, self.device)
+            try:
+                checked = gradient_buckets.checked_parameters(parameters, self.device)
+            except (TypeError, ValueError):
+                call.bring_no_gradients()
+                raise
             call.compare((), (), average=average or None)
             if self.world_size == 1:
                 return

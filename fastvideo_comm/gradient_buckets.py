@@ -24,6 +24,9 @@ BUCKET_BYTES = 25 << 20
 # `everyone(numbers)`: for each of this rank's numbers, what it is on every rank.
 Everyone = Callable[[list[int]], list[list[int]]]
 
+# What a rank whose parameters are bad brings in the place of their number and of two digests.
+NO_GRADIENTS = [-1, 0, 0]
+
 # The dtypes that gradients have.
 _DTYPES = sorted([d for d in REDUCED if d.is_floating_point or d.is_complex], key=str)
 
@@ -34,8 +37,8 @@ def checked_parameters(parameters: Tensor | Iterable[Tensor], device: torch.devi
     Raises:
         ValueError: none, on another device, a gradient that shares memory with itself, or that two
             parameters have.
-        TypeError: no tensor, a DTensor, or a gradient that is sparse or has a dtype that backends
-            do not add.
+        TypeError: no tensor, a DTensor, a gradient that is sparse, or a dtype that backends do not
+            add where there is, or may be, a gradient.
     """
     if not isinstance(parameters, Iterable):
         raise TypeError(
@@ -50,9 +53,11 @@ def checked_parameters(parameters: Tensor | Iterable[Tensor], device: torch.devi
             raise TypeError(
                 f"parameters must be tensors, got {type(parameter).__name__} at index {index}"
             )
+        name = f"parameter {index} of shape {list(parameter.shape)}"
+        is_frozen = parameter.grad is None and not parameter.requires_grad
         for tensor in (parameter, parameter.grad):
             if tensor is not None:
-                _check(tensor, f"parameter {index} of shape {list(parameter.shape)}", device)
+                _check(tensor, name, device, may_have_any_dtype=is_frozen)
     parameters = list({id(parameter): parameter for parameter in given}.values())
     holders: dict[int, int] = {}  # by the address of the first element
     for index, parameter in enumerate(parameters):
@@ -66,7 +71,7 @@ def checked_parameters(parameters: Tensor | Iterable[Tensor], device: torch.devi
     return parameters
 
 
-def _check(tensor: Tensor, name: str, device: torch.device) -> None:
+def _check(tensor: Tensor, name: str, device: torch.device, *, may_have_any_dtype: bool) -> None:
     """A dense tensor of this rank that can be added up and written."""
     if hasattr(tensor, "to_local"):  # of torch.distributed.tensor, which takes long to import
         raise TypeError(
@@ -75,7 +80,7 @@ def _check(tensor: Tensor, name: str, device: torch.device) -> None:
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"parameters must have dense gradients, got {tensor.layout} for {name}")
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in _DTYPES and not may_have_any_dtype:
         raise TypeError(
             f"parameters must have a floating-point dtype that backends reduce, "
             f"got {tensor.dtype} for {name}"
@@ -101,8 +106,14 @@ def agreed_gradients(parameters: Sequence[Tensor], everyone: Everyone, where: st
         MismatchError: the ranks have different parameters, or gradients of different dtypes.
     """
     codes = [_code(parameter.grad) for parameter in parameters]
-    shapes = [_digest([*p.shape, _DTYPES.index(p.dtype), p.requires_grad]) for p in parameters]
+    shapes = [_digest([*p.shape, str(p.dtype), p.requires_grad]) for p in parameters]
     counts, of_shapes, of_codes = everyone([len(parameters), _digest(shapes), _digest(codes)])
+    if -1 in counts:
+        bad = ", ".join(str(rank) for rank, count in enumerate(counts) if count == -1)
+        raise MismatchError(
+            f"{where}: parameters must be good on every rank, got bad ones on rank {bad}, which "
+            "raises what is wrong with them"
+        )
     if len(set(counts)) > 1:
         raise MismatchError(
             f"{where}: parameters must be the same on every rank, got {counts} of them on the ranks"
@@ -141,9 +152,9 @@ def _code(gradient: Tensor | None) -> int:
     return 0 if gradient is None else 1 + _DTYPES.index(gradient.dtype)
 
 
-def _digest(numbers: Sequence[int]) -> int:
-    """A number of 63 bits, the same for the same numbers in every process."""
-    text = repr([int(number) for number in numbers]).encode()
+def _digest(facts: Sequence[int | str]) -> int:
+    """A number of 63 bits, the same for the same facts in every process."""
+    text = repr(list(facts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from . import functions
+from . import functions, gradient_buckets
 from .collective import memory, validation
 from .collective.group import Group
 from .collective.layout import Split, Splits
 from .collective.route import is_recording, route, route_of_pair, traced_form
 from .errors import ClosedError, CommunicationError
 from .forward_mode import EagerDuals, check_tangents
-from .gradient_buckets import agreed_gradients
 from .handle import AsyncHandle
 from .profiling import Stats, span
 from .recording import AsyncExchange, run
@@ -177,7 +176,15 @@ class OpCall:
         """This rank's gradients of the parameters that have one on some rank."""
         runner = self._runner
         where = runner.group.where(self.op)
-        return agreed_gradients(parameters, runner.numbers_of_all_ranks, where)
+        everyone = runner.numbers_of_all_ranks
+        return gradient_buckets.agreed_gradients(parameters, everyone, where)
+
+    def bring_no_gradients(self) -> None:
+        """Tells the others that this rank's parameters are bad, where no comparison tells them."""
+        group = self._runner.group
+        if group.size() > 1 and not group.compares_next():
+            with contextlib.suppress(CommunicationError):
+                self._runner.numbers_of_all_ranks(gradient_buckets.NO_GRADIENTS)
 
     def count(self, tensor: Tensor) -> None:
         """Adds to the bytes of this call."""

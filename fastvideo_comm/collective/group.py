@@ -263,6 +263,11 @@ class Group:
         elif self.diagnosis is not None:
             self.diagnosis.failed(op, error)
 
+    def compares_next(self) -> bool:
+        """Whether the ranks compare the next call before they send anything of it."""
+        diagnosis = self.diagnosis
+        return self.memory is not None or (diagnosis is not None and diagnosis.compares_next())
+
     def _compares_what_sends_nothing(self) -> bool:
         """Whether the op that begins now and sends nothing is compared; counts it."""
         diagnosis = self.diagnosis

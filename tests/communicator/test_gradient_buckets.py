@@ -102,13 +102,15 @@ def bad(communicator: DeviceCommunicatorBase) -> None:
     twin.grad = good.grad
     view = torch.zeros(1, 2, requires_grad=True)
     view.grad = good.grad.view(1, 2)
+    whole_numbers = torch.ones(1, dtype=torch.int8)
+    whole_numbers.grad = torch.ones(1, dtype=torch.int8)
     for parameters, error, words in (
         ([good, sparse.weight], TypeError, r"dense .*sparse_coo for parameter 1 of shape \[5, 3\]"),
         ([good, good, sharded], TypeError, r"own .*DTensor for parameter 2 of shape \[3\]"),
         ([shared], ValueError, r"strides \[0, 1\] for parameter 0 of shape \[2, 3\]"),
         ([good, twin], ValueError, r"tensor each, got one tensor for two .* shape \[2\]"),
         ([good, view], ValueError, r"tensor each, got one tensor for two .* shape \[1, 2\]"),
-        ([torch.ones(1, dtype=torch.int8)], TypeError, r"got torch.int8 for parameter 0"),
+        ([whole_numbers], TypeError, r"got torch.int8 for parameter 0"),
         ([good, "weight"], TypeError, "parameters must be tensors, got str at index 1"),
         (iter(()), ValueError, "parameters must hold at least one tensor, got none"),
         ([torch.ones(2, device="meta")], ValueError, "communicator's cpu, got meta"),
@@ -123,6 +125,46 @@ def bad(communicator: DeviceCommunicatorBase) -> None:
 
 def test_what_cannot_be_reduced_is_named_before_anything_is_sent(ranks: Ranks):
     ranks.run(2, bad)
+
+
+def bad_on_one_rank(communicator: DeviceCommunicatorBase, validate: str) -> None:
+    own = DeviceCommunicatorBase(communicator.cpu_group, memory="off", validate=validate)
+    good = torch.zeros(2, requires_grad=True)
+    for call in range(40):  # "auto" compares some of them before they begin
+        good.grad = torch.ones(2)
+        if call % 2 == 0:
+            own.reduce_gradients(good)
+            assert good.grad.tolist() == [3, 3]
+        elif own.rank == call % 3:
+            with pytest.raises(TypeError, match="parameters must be tensors, got int at index 1"):
+                own.reduce_gradients([good, 5])
+        else:
+            words = rf"(good on every rank, got bad ones on rank {call % 3}|got int at index 1)"
+            with pytest.raises(MismatchError, match=words):
+                own.reduce_gradients(good)
+            assert good.grad.tolist() == [1, 1]
+    own.destroy()
+
+
+@pytest.mark.parametrize("validate", ["auto", "always", "off"])
+def test_bad_parameters_of_one_rank_are_told_in_every_call(ranks: Ranks, validate: str):
+    ranks.run(3, bad_on_one_rank, validate, ways=("messages",))
+
+
+def frozen(communicator: DeviceCommunicatorBase) -> None:
+    trained = torch.zeros(2, requires_grad=True)
+    trained.grad = torch.ones(2)
+    quantised = [torch.ones(3, dtype=dtype) for dtype in (torch.int8, torch.float8_e4m3fn)]
+    communicator.reduce_gradients([quantised[0], trained, quantised[1]])
+    assert trained.grad.tolist() == [2, 2]
+    assert [each.grad for each in quantised] == [None, None]
+    other = quantised[communicator.rank]
+    with pytest.raises(MismatchError, match="same shapes, dtypes and requires_grad on every rank"):
+        communicator.reduce_gradients([trained, other])
+
+
+def test_frozen_parameters_may_have_any_dtype(ranks: Ranks):
+    ranks.run(2, frozen)
 
 
 def different(communicator: DeviceCommunicatorBase) -> None:
