@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from attention_case import TOLERANCE, Case, attend, in_one_process, restrided
+from attention_case import TOLERANCE, Case, attend, in_one_process
 from hypothesis import example, given
 from hypothesis import strategies as st
 from ranks import Ranks
 from test_autograd import one_function
-from test_collectives import GROUPS
+from test_collectives import GROUPS, restride, same
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -33,8 +33,8 @@ def on_ranks(
     ranks, rank = communicator.world_size, communicator.rank
     rows = case.rows(ranks)
     tensors = case.tensors(ranks)
-    mine = [restrided(t.split(rows, 1)[rank]).requires_grad_() for t in tensors[:3]]
-    text = [tensor.requires_grad_() for tensor in tensors[3:]]
+    mine = [restride(t.split(rows, 1)[rank], case.strides).requires_grad_() for t in tensors[:3]]
+    text = [restride(tensor, case.strides).requires_grad_() for tensor in tensors[3:]]
 
     gather_sizes = case.gather_sizes(ranks)
 
@@ -87,6 +87,7 @@ CASES = st.builds(
     joint=st.integers(-1, 3),
     pipeline=st.integers(1, 4),
     seed=st.integers(0, 99),
+    strides=st.sampled_from(("contiguous", "chunk", "transposed", "stepped", "offset")),
 )
 
 
@@ -135,20 +136,70 @@ def test_compiled_it_is_one_graph_and_equal(ranks: Ranks, case: Case, size, back
     ranks.run(size, compiled, case, backend, ways=(way,))
 
 
-def growing(communicator: DeviceCommunicatorBase) -> None:
+def growing(communicator: DeviceCommunicatorBase, dynamic: bool | None) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    call = torch.compile(ulysses_attention, backend=counter, fullgraph=True)
+    call = torch.compile(ulysses_attention, backend=counter, fullgraph=True, dynamic=dynamic)
     for length in (3, 4, 5, 6):
         q, k, v = (torch.rand(1, length, 4, 2, dtype=torch.float64) for _ in range(3))
         expected = ulysses_attention(communicator, q, k, v)
         # The compiler fuses and reorders arithmetic in fp64.
         torch.testing.assert_close(call(communicator, q, k, v), expected, **TOLERANCE)
-    assert counter.frame_count == 2  # the second is for every length
+    assert counter.frame_count == (1 if dynamic else 2)  # the last one is for every length
 
 
-def test_another_length_does_not_compile_again(ranks: Ranks):
-    ranks.run(2, growing)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_another_length_does_not_compile_again(ranks: Ranks, dynamic: bool | None):
+    ranks.run(2, growing, dynamic)
+
+
+def in_half_precision(communicator: DeviceCommunicatorBase, case: Case, dtype: torch.dtype) -> None:
+    """The arithmetic is in float64 on both sides, and is rounded once."""
+    ranks, rank = communicator.world_size, communicator.rank
+    rows = case.rows(ranks)
+
+    def attention(*tensors: Tensor) -> Tensor:
+        return attend(*(each.double() for each in tensors)).to(dtype)
+
+    whole = [tensor.to(dtype).requires_grad_() for tensor in case.tensors(ranks)]
+    mine = [
+        restride(tensor.detach().split(rows, 1)[rank], case.strides).requires_grad_()
+        for tensor in whole
+    ]
+    of_video, _ = case.weights(ranks)
+    expected = attention(*whole)
+    (expected * of_video.to(dtype)).sum().backward()
+    output = ulysses_attention(
+        communicator,
+        *mine,
+        attention,
+        pipeline=case.pipeline,
+        gather_sizes=case.gather_sizes(ranks),
+    )
+    (output * of_video.to(dtype).split(rows, 1)[rank]).sum().backward()
+    for ours, theirs in zip(
+        (output, *(each.grad for each in mine)),
+        (expected, *(each.grad for each in whole)),
+        strict=True,
+    ):
+        same(ours.detach(), theirs.detach().split(rows, 1)[rank])
+
+
+@given(
+    group=GROUPS,
+    key_heads=st.integers(4, 6),  # no fewer than ranks: the gradient of a key is one rank's
+    per_key=st.integers(1, 2),
+    uneven=st.sampled_from(("", "list")),
+    pipeline=st.integers(1, 2),
+    strides=st.sampled_from(("chunk", "transposed", "stepped")),
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+)
+def test_in_half_precision_it_is_bit_for_bit_that_of_one_process(
+    ranks: Ranks, group, key_heads, per_key, uneven, pipeline, strides, dtype
+):
+    heads = key_heads * per_key
+    case = Case(heads, key_heads, uneven=uneven, joint=-1, pipeline=pipeline, strides=strides)
+    ranks.run(group, in_half_precision, case, dtype)
 
 
 def checkpointed(communicator: DeviceCommunicatorBase, case: Case, use_reentrant: bool) -> None:

@@ -26,6 +26,7 @@ class Case(NamedTuple):
     joint: int = 0  # text tokens; -1: no joint at all
     pipeline: int = 1
     seed: int = 0
+    strides: str = "stepped"
 
     def rows(self, ranks: int) -> list[int]:
         if not self.uneven:
@@ -83,8 +84,3 @@ def in_one_process(case: Case, ranks: int) -> list[Tensor]:
         loss = loss + (outputs[1] * of_text).sum()
     loss.backward()
     return [*[output.detach() for output in outputs], *[leaf.grad for leaf in leaves]]
-
-
-def restrided(tensor: Tensor) -> Tensor:
-    """The same values as they stand in a fused projection."""
-    return torch.stack((tensor, tensor), -1)[..., 0]
