@@ -82,7 +82,7 @@ def post_and_done(world_size: int) -> Callable[[int], None]:
     alone = Words(
         *[each[:1].clone() for each in words[0][:3]], torch.zeros(2).long().pin_memory(), 0
     )
-    launch_post(alone, 256)  # loads the kernels, which may not happen while others wait
+    launch_post(alone, 256, 0)  # loads the kernels, which may not happen while others wait
     launch_done(alone)
     torch.cuda.synchronize()
 
@@ -92,7 +92,7 @@ def post_and_done(world_size: int) -> Callable[[int], None]:
         for stream, each, _segment in zip(streams, words, segments, strict=True):
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                launch_post(each, 256)
+                launch_post(each, 256, 0)
                 launch_done(each)
         for stream in streams:
             current.wait_stream(stream)

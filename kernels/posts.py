@@ -6,7 +6,9 @@ Rank r writes to the words in column r of the others' segments, and reads all wo
 
 A call has three launches in one stream: `post`, the copy (`deliver.py`), `done`. A post says where
 this rank's outputs are. It holds the number of the call too, so a post of an earlier call is never
-taken for one of this call. A done says that this rank has written its part.
+taken for one of this call. And it holds a digest of what the rank asks for: nothing is written for
+a rank that asks for something else, whose outputs may be smaller. A done says that this rank has
+written its part.
 
 Memory order: a post and a done are released at the scope of the system, and acquired by whoever
 waits for them. So a rank writes to an output only after its owner's earlier accesses to that
@@ -20,8 +22,10 @@ Calls are counted on the device. So a captured CUDA graph can be replayed: every
 
 A wait ends without the other rank when the host sets a word (`host[0]`). Each program writes its
 step into another word that the host can see (`host[1 + peer]`). The step is odd while the program
-waits, so the host knows which ranks have not come, and for how long. A kernel does not end a wait
-by a trap, because a trap would end everything on the device.
+waits, so the host knows which ranks have not come, and for how long. It is negative, the number of
+the call, if the other rank asks for something else; `done` then sets `host[0]`, so that nothing
+more is posted. A kernel does not end a wait by a trap, because a trap would end everything on the
+device.
 
 This module is imported at the first launch, so the package can be imported without triton.
 """
@@ -29,6 +33,7 @@ This module is imported at the first launch, so the package can be imported with
 from __future__ import annotations
 
 import functools
+import hashlib
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +45,12 @@ from .loading import load
 
 # Bytes of a unit in which a post counts; the widest access of one thread.
 PLACE_BYTES = tl.constexpr(16)
-# Bits of a post that hold the place; those above hold the number of the call.
-_PLACE_BITS = tl.constexpr(36)
-# Numbers of calls that a post tells apart.
-_CALLS = tl.constexpr(1 << 27)
+# Bits of a post that hold the place, and above them the digest. The others hold the call's number.
+_PLACE_BITS = tl.constexpr(35)
+_DIGEST_BITS = tl.constexpr(20)
+_CALL_SHIFT = tl.constexpr(35 + 20)
+# Numbers of calls that a post tells apart; a word never holds a post older than the call before.
+_CALLS = tl.constexpr(1 << 8)
 # A wait looks at the host's word once in so many rounds: it is not in the device's memory.
 _ROUNDS = tl.constexpr(64)
 _POINTERS = ["bases", "places", "counts", "host"]
@@ -65,16 +72,20 @@ class Words(NamedTuple):
     rank: int
 
 
-@triton.jit(do_not_specialize=["rank", "offset"], do_not_specialize_on_alignment=_POINTERS)
-def post(bases, places, counts, host, rank, offset: tl.int64):
+@triton.jit(
+    do_not_specialize=["rank", "offset", "digest"], do_not_specialize_on_alignment=_POINTERS
+)
+def post(bases, places, counts, host, rank, offset: tl.int64, digest: tl.int64):
     """Tells one rank where this rank's outputs are, and waits for its place: a program for each.
 
-    `offset` counts from the start of this rank's segment, in bytes, a multiple of 16.
+    `offset` counts from the start of this rank's segment, in bytes, a multiple of 16. `digest` has
+    20 bits.
 
-    Example, checked by hand: rank 0 of 2 posts offset 256 in call 3. Its program for rank 1 writes
-    (3 << 36) + 16 to the first word of rank 1's segment. If rank 1 posts offset 64, the program
-    finds (3 << 36) + 4 in the second word of its own segment, and writes `bases[1] + 64` to
-    `places[1]`. Its program for rank 0 writes `bases[0] + 256` to `places[0]`.
+    Example, checked by hand: rank 0 of 2 posts offset 256 in call 3, with the digest 9. Its program
+    for rank 1 writes (3 << 55) + (9 << 35) + 16 to the first word of rank 1's segment. If rank 1
+    posts offset 64 with the same digest, the program finds (3 << 55) + (9 << 35) + 4 in the second
+    word of its own segment, and writes `bases[1] + 64` to `places[1]`. With another digest it
+    writes 0 there. Its program for rank 0 writes `bases[0] + 256` to `places[0]`.
     """
     peer = tl.program_id(0)
     base = tl.load(bases + peer)
@@ -87,31 +98,37 @@ def post(bases, places, counts, host, rank, offset: tl.int64):
         wanted = call % _CALLS
         tl.store(host + 1 + peer, 4 * call + 1)
         if tl.load(host, volatile=True) == 0:
-            word = (wanted << _PLACE_BITS) + offset // PLACE_BYTES
+            word = (wanted << _CALL_SHIFT) + (digest << _PLACE_BITS) + offset // PLACE_BYTES
             tl.atomic_xchg(_words(base) + rank, word, sem="release", scope="sys")
-        word, came = _wait(_words(tl.load(bases + rank)) + peer, wanted, host, _PLACE_BITS)
+        word, came = _wait(_words(tl.load(bases + rank)) + peer, wanted, host, _CALL_SHIFT)
         if came:
-            place = (word & ((1 << _PLACE_BITS) - 1)) * PLACE_BYTES
-            tl.store(places + peer, base + place)
-            tl.store(host + 1 + peer, 4 * call + 2)
+            if (word >> _PLACE_BITS) & ((1 << _DIGEST_BITS) - 1) == digest:
+                place = (word & ((1 << _PLACE_BITS) - 1)) * PLACE_BYTES
+                tl.store(places + peer, base + place)
+                tl.store(host + 1 + peer, 4 * call + 2)
+            else:
+                tl.store(host + 1 + peer, -call)
 
 
 @triton.jit(do_not_specialize=["rank", "world"], do_not_specialize_on_alignment=_POINTERS)
 def done(bases, places, counts, host, rank, world):
     """Tells one rank that its outputs are written, and waits for the same: a program for each.
 
-    It tells only a rank that has come, because nothing was written elsewhere.
+    A rank that did not come, or that asks for something else, has nothing from this rank: it is
+    told nothing, and no later call is posted.
     """
     peer = tl.program_id(0)
     if peer != rank:
-        call = tl.load(counts + peer)
-        tl.store(host + 1 + peer, 4 * call + 3)
-        if tl.load(places + peer) != 0:
+        if tl.load(places + peer) == 0:
+            tl.store(host, 1)
+        else:
+            call = tl.load(counts + peer)
+            tl.store(host + 1 + peer, 4 * call + 3)
             told = _words(tl.load(bases + peer)) + world + rank
             tl.atomic_xchg(told, call, sem="release", scope="sys")
-        _, came = _wait(_words(tl.load(bases + rank)) + world + peer, call, host, 0)
-        if came:
-            tl.store(host + 1 + peer, 4 * call + 4)
+            _, came = _wait(_words(tl.load(bases + rank)) + world + peer, call, host, 0)
+            if came:
+                tl.store(host + 1 + peer, 4 * call + 4)
 
 
 @triton.jit
@@ -133,12 +150,27 @@ def _wait(word, wanted, host, SHIFT: tl.constexpr):
     return value, (value >> SHIFT) == wanted
 
 
-def launch_post(words: Words, offset: int) -> None:
+def digest_of(question: bytes) -> int:
+    """The bits of a post that say what a rank asks for.
+
+    Two different questions have the same bits once in a million.
+    """
+    digest = hashlib.blake2b(question, digest_size=8).digest()
+    number = int.from_bytes(digest, "little")
+    return number % (1 << int(_DIGEST_BITS.value))
+
+
+def launch_post(words: Words, offset: int, digest: int) -> None:
     """Posts that this rank's outputs are `offset` bytes behind the start of its segment; waits.
 
     The current stream waits, not the caller.
+
+    Args:
+        words: of this rank.
+        offset: a multiple of 16.
+        digest: of what this rank asks for, by `digest_of`.
     """
-    _launch(post, words, offset)
+    _launch(post, words, offset, digest)
 
 
 def launch_done(words: Words) -> None:
@@ -149,16 +181,21 @@ def launch_done(words: Words) -> None:
     _launch(done, words, words.bases.numel())
 
 
-def _launch(kernel: Any, words: Words, number: int) -> None:
+def _launch(kernel: Any, words: Words, *numbers: int) -> None:
     *tensors, rank = words
     device = words.bases.device.index
     with torch.accelerator.device_index(device):  # None, on the CPU: no change
-        launch = _loaded(kernel, device)[(words.bases.numel(), 1, 1)]
-        launch(*[tensor.data_ptr() for tensor in tensors], rank, number)
+        launch = _loaded(kernel, device, 1 + len(numbers))[(words.bases.numel(), 1, 1)]
+        launch(*[tensor.data_ptr() for tensor in tensors], rank, *numbers)
 
 
 # The code depends on none of the arguments. A search for it by the arguments takes longer than the
 # launch.
 @functools.cache
-def _loaded(kernel: Any, device: int | None) -> Any:  # noqa: ARG001 - the current device
-    return load(kernel, *[torch.int64] * len(_POINTERS), 0, 0, grid=(1, 1, 1), num_warps=1)
+def _loaded(
+    kernel: Any,
+    device: int | None,  # noqa: ARG001 - the current device
+    num_numbers: int,
+) -> Any:
+    arguments = [*[torch.int64] * len(_POINTERS), *[0] * num_numbers]
+    return load(kernel, *arguments, grid=(1, 1, 1), num_warps=1)

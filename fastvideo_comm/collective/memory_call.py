@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -118,7 +119,10 @@ def start_call(
     on_gpu, op = group.device_memory, facts[0]
     if on_gpu is not None:
         try:
-            launched = on_gpu.start(facts, inputs, specs_of, copies, targets, async_op=async_op)
+            agreed = functools.partial(question_of, facts, strict=False)
+            launched = on_gpu.start(
+                facts, inputs, agreed, specs_of, copies, targets, async_op=async_op
+            )
         except CommunicationError as error:
             raise group.named(op, error) from None
         return launched.outputs, launched

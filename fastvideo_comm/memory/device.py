@@ -153,7 +153,7 @@ class DeviceMemory:
         )
         # The streams of blocks that came back: a later call may overwrite what they still read.
         self._released: deque[Any] = deque()
-        self._plans: dict[Hashable, Plan] = {}
+        self._plans: dict[Hashable, tuple[Plan, int]] = {}  # with the digests of the questions
         self.num_staged = 0  # calls whose outputs were copied out of the staging
 
     def check(self) -> None:
@@ -162,6 +162,7 @@ class DeviceMemory:
         Raises:
             ClosedError: it was closed.
             CommunicationTimeoutError: a rank did not come to an earlier call.
+            MismatchError: a rank asked for something else in an earlier call.
             CollectiveError: this rank was interrupted in the middle of an earlier call.
         """
         if not self._let_go.alive:
@@ -171,10 +172,11 @@ class DeviceMemory:
             raise CollectiveError(self._broken)
 
     def check_waits(self) -> None:
-        """Raises if a wait for another rank was ended.
+        """Raises if a wait for another rank was ended, or a rank asked for something else.
 
         Raises:
             CommunicationTimeoutError: a rank did not come to an earlier call.
+            MismatchError: a rank asked for something else in an earlier call.
         """
         self._watch.check()
 
@@ -182,6 +184,7 @@ class DeviceMemory:
         self,
         asked: Hashable,
         inputs: Sequence[Tensor],
+        question: Callable[[], bytes],
         specs_of: SpecsOf,
         copies_of: CopiesOf,
         targets: Sequence[int],
@@ -191,9 +194,10 @@ class DeviceMemory:
         """Launches a call of all ranks: post, deliver, done.
 
         Args:
-            asked: what is asked for. The three arguments behind `inputs` are looked at once for
+            asked: what is asked for. The four arguments behind `inputs` are looked at once for
                 each `asked` and strides of the inputs.
             inputs: what this rank sends.
+            question: `question()` gives what must be the same on all ranks.
             specs_of: `specs_of(rank)` gives shape and dtype of the outputs of a rank.
             copies_of: `copies_of(target, outputs)` gives pairs (to, from): what this rank copies
                 into the outputs of a target. `outputs` have no memory, only layouts. The first pair
@@ -203,10 +207,10 @@ class DeviceMemory:
                 read lives long enough.
 
         Raises:
-            ClosedError, CommunicationTimeoutError, CollectiveError: as `check`.
+            ClosedError, CommunicationTimeoutError, MismatchError, CollectiveError: as `check`.
         """
         from ..kernels.deliver import launch_deliveries
-        from ..kernels.posts import launch_done, launch_post
+        from ..kernels.posts import digest_of, launch_done, launch_post
 
         with self._lock:
             self.check()
@@ -217,17 +221,18 @@ class DeviceMemory:
                         f"{each.device}"
                     )
             layout = asked, tuple([each.stride() for each in inputs])
-            plan = self._plans.get(layout)
-            if plan is None:
+            planned = self._plans.get(layout)
+            if planned is None:
                 if len(self._plans) >= _MAX_PLANS:
                     self._plans.clear()
                 plan = plan_of(inputs, specs_of, copies_of, targets, self.rank, self.world)
-                self._plans[layout] = plan
+                planned = self._plans[layout] = plan, digest_of(question())
+            plan, digest = planned
             deliveries = deliveries_of(plan, inputs, self.rank, self.world)
             flight, offset, staged = self._allocated(plan.specs)
             self._begin_after(self.current_stream())
             with self._module.stream(self._stream), self._in_one_piece():
-                launch_post(self._words, offset)
+                launch_post(self._words, offset, digest)
                 launch_deliveries(self._words.places, deliveries)
                 launch_done(self._words)
                 for output, arrived in zip(flight.outputs, staged, strict=False):

@@ -1,9 +1,12 @@
-"""Notices that a rank does not come, while kernels wait for it on the device.
+"""Notices that a rank does not come, or asks for something else, while kernels run on the device.
 
 The host does not wait with them. A thread looks at the words in which these kernels write their
 steps (`kernels/posts.py`). It ends the waits that last too long: it sets the word that every wait
 looks at. So the device goes on, and the next use of the memory raises an error that names the rank.
 This covers the replays of a captured graph too, of which the host knows nothing.
+
+A rank that asks for something else has been found by the kernels, which then write nothing for it
+and post no more.
 
 After a wait was ended, the memory cannot be used again: a rank that comes late may still write to
 what was posted, and the counts of the ranks differ.
@@ -17,7 +20,7 @@ import time
 
 from torch import Tensor
 
-from ..errors import CommunicationTimeoutError
+from ..errors import CommunicationError, CommunicationTimeoutError, MismatchError
 
 logger = logging.getLogger("fastvideo_comm")
 
@@ -55,20 +58,21 @@ rank 1 did not come
         self._host = host
         self._timeout = timeout
         self._name = name
-        self._failure: tuple[str, tuple[int, ...]] | None = None
+        self._failure: tuple[type[CommunicationError], str, tuple[int, ...]] | None = None
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fastvideo_comm watch", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raises if a wait was ended.
+        """Raises if a wait was ended, or a rank asked for something else.
 
         Raises:
             CommunicationTimeoutError: A rank did not come in time, or came and did not finish.
+            MismatchError: A rank asked for something else in a call; nothing was written for it.
         """
         if self._failure is not None:
-            text, peers = self._failure
-            raise CommunicationTimeoutError(text, peers=peers)
+            kind, text, peers = self._failure
+            raise kind(text, peers=peers)
 
     def close(self) -> None:
         """Stops watching; the device must have finished its work before."""
@@ -85,13 +89,26 @@ rank 1 did not come
             for rank, step in enumerate(self._host[1:].tolist()):
                 if step != steps[rank]:
                     steps[rank], since[rank] = step, now
+            others = {rank: -step for rank, step in enumerate(steps) if step < 0}
+            if others:
+                self._mismatch(others)
+                return
             waiting = [rank for rank, step in enumerate(steps) if step % 2]
             if any(now - since[rank] >= self._timeout for rank in waiting):
-                self._fail({rank: steps[rank] for rank in waiting})
+                self._time_out({rank: steps[rank] for rank in waiting})
                 return
 
-    def _fail(self, waiting: dict[int, int]) -> None:
-        """Ends the waits. `waiting` has the steps of the waits that have not ended, by rank."""
+    def _mismatch(self, calls: dict[int, int]) -> None:
+        """`calls` has, for each rank that asked for something else, the number of the call."""
+        text = (
+            f"the ranks must ask for the same thing in call {min(calls.values())} of group "
+            f"{self._name!r}, got something else from {_ranks(list(calls))}; a communicator with "
+            "validate='always' says what"
+        )
+        self._fail(MismatchError, text, tuple(calls))
+
+    def _time_out(self, waiting: dict[int, int]) -> None:
+        """`waiting` has the steps of the waits that have not ended, by rank."""
         absent = [rank for rank, step in waiting.items() if step % 4 == 1]
         undone = [rank for rank, step in waiting.items() if step % 4 == 3]
         parts = [f"{_ranks(absent)} did not come"] if absent else []
@@ -99,7 +116,11 @@ rank 1 did not come
         call = max(waiting.values()) // 4
         text = f"call {call} of group {self._name!r} waited {self._timeout:g} s: "
         text += " and ".join(parts)
-        self._failure = text, (*absent, *undone)
+        self._fail(CommunicationTimeoutError, text, (*absent, *undone))
+
+    def _fail(self, kind: type[CommunicationError], text: str, peers: tuple[int, ...]) -> None:
+        """Ends all waits."""
+        self._failure = kind, text, peers
         self._host[0] = 1
         # No call may follow that raises it.
         logger.error("%s; what was computed since that call is wrong", text)

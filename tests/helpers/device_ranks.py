@@ -37,7 +37,7 @@ from fastvideo_comm.memory.shared import Shared
 
 # A rank that does not come is given up after this time, unless a test says otherwise.
 TIMEOUT = 20.0
-_PLACE_BITS, _CALLS = 36, 1 << 27
+_PLACE_BITS, _DIGEST_BITS, _CALLS = 35, 20, 1 << 8
 
 
 class PlainShared(Shared):
@@ -193,7 +193,7 @@ class Twins:
     def num_posts(self) -> int:
         return self.posts_of.total()
 
-    def launch_post(self, words: posts.Words, offset: int) -> None:
+    def launch_post(self, words: posts.Words, offset: int, digest: int) -> None:
         def step() -> None:
             *_, rank = words
             bases = words.bases.tolist()
@@ -207,14 +207,18 @@ class Twins:
                 call = int(words.counts[peer])
                 words.host[1 + peer] = 4 * call + 1
                 if not words.host[0]:
-                    word = ((call % _CALLS) << _PLACE_BITS) + offset // 16
-                    _word(bases[peer], rank).value = word
+                    asked = ((call % _CALLS) << _DIGEST_BITS) + digest
+                    _word(bases[peer], rank).value = (asked << _PLACE_BITS) + offset // 16
             for peer in peers:
                 call = int(words.counts[peer])
-                word = _waited(words, bases[rank], peer, call % _CALLS, _PLACE_BITS)
-                if word >> _PLACE_BITS == call % _CALLS:
-                    words.places[peer] = bases[peer] + word % (1 << _PLACE_BITS) * 16
-                    words.host[1 + peer] = 4 * call + 2
+                shift = _PLACE_BITS + _DIGEST_BITS
+                word = _waited(words, bases[rank], peer, call % _CALLS, shift)
+                if word >> shift == call % _CALLS:
+                    if (word >> _PLACE_BITS) % (1 << _DIGEST_BITS) == digest:
+                        words.places[peer] = bases[peer] + word % (1 << _PLACE_BITS) * 16
+                        words.host[1 + peer] = 4 * call + 2
+                    else:
+                        words.host[1 + peer] = -call
 
         run_and_record(step)
 
@@ -241,12 +245,14 @@ class Twins:
             bases = words.bases.tolist()
             world = len(bases)
             peers = [peer for peer in range(world) if peer != rank]
-            for peer in peers:
+            came = [peer for peer in peers if words.places[peer]]
+            if len(came) < len(peers):
+                words.host[0] = 1
+            for peer in came:
                 call = int(words.counts[peer])
                 words.host[1 + peer] = 4 * call + 3
-                if words.places[peer]:
-                    _word(bases[peer], world + rank).value = call
-            for peer in peers:
+                _word(bases[peer], world + rank).value = call
+            for peer in came:
                 call = int(words.counts[peer])
                 if _waited(words, bases[rank], world + peer, call, 0) == call:
                     words.host[1 + peer] = 4 * call + 4
@@ -309,10 +315,10 @@ def emulated_kernels(gpu: EmulatedGPU) -> Iterator[None]:
             readable = [*own, *map(bytes_of, sources), *shared]
             return gpu.accesses(readable, [*own, *shared], segments.memories[here.words.rank])
 
-        def post(words: Any, offset: int) -> None:
+        def post(words: Any, offset: int, digest: int) -> None:
             here.words = words
             with accesses([], words=True):
-                launch_post(words, offset)
+                launch_post(words, offset, digest)
 
         def done(words: Any) -> None:
             with accesses([], words=True):

@@ -72,11 +72,11 @@ class PostedRank:
         self.segment[offset : offset + num_bytes].fill_(_POISON)
         return Block(offset, num_bytes)
 
-    def post(self, block: Block) -> None:
+    def post(self, block: Block, digest: int = 0xFFFFF) -> None:
         """Tells the others of a block, and waits for theirs."""
         self.ranks.blocks[self.rank] = block
         with self._exchanges_words():
-            self.ranks.kernels.posts.launch_post(self.words, block.offset)
+            self.ranks.kernels.posts.launch_post(self.words, block.offset, digest)
 
     def deliver(self, deliveries: Sequence[Any]) -> None:
         """Copies; reads its sources, writes to what was posted."""

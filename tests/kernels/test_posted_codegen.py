@@ -112,13 +112,16 @@ def code_of(kernels: Kernels, launch: Any) -> Any:
 @pytest.fixture(scope="module")
 def words(kernels: Kernels) -> dict[str, Any]:
     """The code of a post and of a done."""
-    return {name: words_code(kernels, name, 0, 0) for name in ("post", "done")}
+    numbers = {"post": (0, 0), "done": (0,)}
+    return {name: words_code(kernels, name, 0, *numbers[name]) for name in numbers}
 
 
-def words_code(kernels: Kernels, name: str, rank: int, number: int, places: Tensor = INT64) -> Any:
+def words_code(
+    kernels: Kernels, name: str, rank: int, *numbers: int, places: Tensor = INT64
+) -> Any:
     kernel = getattr(kernels.posts, name)
     options = {"grid": (16, 1, 1), "num_warps": 1, "enable_fp_fusion": False}
-    return kernel.warmup(INT64, places, INT64, INT64, rank, number, **options)
+    return kernel.warmup(INT64, places, INT64, INT64, rank, *numbers, **options)
 
 
 def test_every_access_of_a_delivery_is_16_bytes_wide(deliveries):
@@ -171,7 +174,9 @@ def test_a_word_is_released_and_acquired_at_the_scope_of_the_system(words):
         assert not re.findall(r"\b(?:trap|brkpt|exit)\b", ptx), name
 
 
-def test_another_rank_group_and_place_compile_nothing(kernels, words):
-    for rank, world, offset in ((1, 1, 0), (0, 2, 2**33 + 16), (16, 16, 1)):
-        assert words_code(kernels, "post", rank, offset, INT64[1:]) is words["post"]
-        assert words_code(kernels, "done", rank, world, INT64[1:]) is words["done"]
+def test_another_rank_group_place_and_question_compile_nothing(kernels, words):
+    places = INT64[1:]
+    for rank, world, offset, digest in ((1, 1, 0, 1), (0, 2, 2**33 + 16, 16), (16, 16, 1, 0xFFFFF)):
+        post = words_code(kernels, "post", rank, offset, digest, places=places)
+        assert post is words["post"]
+        assert words_code(kernels, "done", rank, world, places=places) is words["done"]

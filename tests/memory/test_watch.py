@@ -13,7 +13,7 @@ from emulated_gpu import emulated_gpu
 from posted_ranks import FIRST_BLOCK, Exchange, PostedRank, PostedRanks, imported_kernels
 from torch import Tensor
 
-from fastvideo_comm.errors import CommunicationTimeoutError
+from fastvideo_comm.errors import CommunicationTimeoutError, MismatchError
 from fastvideo_comm.memory.watch import Watch
 
 TIMEOUT = 0.2
@@ -39,6 +39,18 @@ def until_stopped(host: Tensor) -> float:
         assert time.monotonic() - begin < 60, "the waits were not ended"
         time.sleep(0.005)
     return time.monotonic() - begin
+
+
+def test_a_rank_that_asks_for_something_else_is_named_at_once(host):
+    watch = Watch(host, timeout=1000, name="sp")
+    host[1:] = torch.tensor([0, 40, -11, -11])
+    assert until_stopped(host) < 30
+    text = "ask for the same thing in call 11 of group 'sp', got something else from ranks 2, 3; a"
+    for _ in range(2):
+        with pytest.raises(MismatchError, match=text) as caught:
+            watch.check()
+        assert caught.value.peers == (2, 3)
+    watch.close()
 
 
 @pytest.mark.parametrize(
