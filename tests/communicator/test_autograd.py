@@ -207,8 +207,16 @@ def applied_directly(communicator: DeviceCommunicatorBase) -> None:
     (y.sum() + total.sum() + part.sum()).backward()
     # 1 from the exchange, P from the sum, 1/P from the scaled slice
     assert torch.allclose(x.grad, torch.full_like(x, 1 + size + 1 / size), rtol=1e-6)
-    with pytest.raises(ValueError, match=rf"world_size must be the group's {size}, got {size + 1}"):
-        DistributedAutograd.AllToAll4D.apply(group, x, size + 1, 2, 1)
+    for function, arguments in (
+        (DistributedAutograd.AllToAll4D, (2, 1)),
+        (DistributedAutograd.AllGather, (1,)),
+        (DistributedAutograd.ReduceScatter, (2,)),
+        (DistributedAutograd.Slice, (2, True)),
+    ):
+        for wrong in (1, size + 1):
+            error = rf"world_size must be the group's {size}, got {wrong}"
+            with pytest.raises(ValueError, match=error):
+                function.apply(group, x, wrong, *arguments)
     wrapped = Group(group)
     assert torch.equal(DistributedAutograd.AllToAll4D.apply(wrapped, x, size, 2, 1), y)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -121,6 +123,12 @@ def bad(communicator: DeviceCommunicatorBase) -> None:
     assert torch.equal(good.grad, torch.ones(2)), "nothing was sent"
     communicator.reduce_gradients(good)
     assert torch.equal(good.grad, torch.full((2,), 2.0)), "still usable"
+    empty = [torch.zeros(0, 3, requires_grad=True) for _ in range(2)]
+    for each in empty:
+        each.grad = torch.zeros(0, 3)
+    assert empty[0].grad.data_ptr() == empty[1].grad.data_ptr(), "but they share no element"
+    communicator.reduce_gradients([*empty, good])
+    assert torch.equal(good.grad, torch.full((2,), 4.0))
 
 
 def test_what_cannot_be_reduced_is_named_before_anything_is_sent(ranks: Ranks):
@@ -213,3 +221,11 @@ def test_buckets_hold_one_dtype_and_no_more_than_their_bytes():
         assert len({gradient.dtype for gradient in bucket}) == 1
         assert len(bucket) == 1 or sum(gradient.nbytes for gradient in bucket) <= 40
     assert len(made) == 1 + 3
+
+
+@given(st.lists(st.integers(0, 12), max_size=30))
+def test_no_two_buckets_after_each_other_would_fit_into_one(sizes):
+    made = gradient_buckets.buckets([torch.zeros(size) for size in sizes], 40)
+    assert [each.numel() for bucket in made for each in bucket] == sizes
+    for bucket, (first, *_) in itertools.pairwise(made):
+        assert sum(each.nbytes for each in bucket) + first.nbytes > 40
