@@ -14,7 +14,7 @@ demo: $(READY)  ## train a small video transformer in one process, then over 2 r
 # The peers are optional: without them their tests are skipped, and say so.
 test: $(READY)  ## every test that needs no GPU
 	@$(MAKE) --no-print-directory wheels || echo "no wheels of the peers: their tests are skipped"
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 versions: $(READY)  ## the same on every supported pair of torch and triton
 	@$(MAKE) --no-print-directory wheels || echo "no wheels of the peers: their tests are skipped"

@@ -22,4 +22,6 @@ PAIRS = {
 def suite(session: nox.Session, pair: tuple[str, ...]) -> None:
     session.install("pip==26.3")  # 25.1 is the first that reads dependency groups
     session.install(*pair, "--group", "test", "--group", "demo", "-e", ".")
-    session.run("pytest", "-n", "2", "--dist", "loadfile", *session.posargs)
+    session.run(
+        "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *session.posargs
+    )

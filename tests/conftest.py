@@ -36,6 +36,26 @@ hypothesis.settings.register_profile("thorough", max_examples=1000, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# A worker takes whole files. The longest begin first, so that no worker is left with one alone.
+_LONGEST_FIRST = [
+    "test_example.py",
+    "test_native_kernel.py",
+    "test_forward_mode.py",
+    "test_codegen.py",
+    "test_attention.py",
+    "test_integration_diffusers.py",
+    "test_traced.py",
+    "test_every_dtype.py",
+    "test_stateless_faults.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts by file; the tests of a file stay in their order."""
+    places = {name: place for place, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 def pytest_collection_finish() -> None:
     """Tests that collect garbage do not look at all that was imported."""
     gc.freeze()
