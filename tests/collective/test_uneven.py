@@ -213,24 +213,6 @@ def alone(communicator: DeviceCommunicatorBase) -> None:
         communicator.all_gather(x, 1, gather_sizes=[4])
 
 
-def lazy_parts(communicator: DeviceCommunicatorBase) -> None:
-    """Contiguous tensors whose memory does not hold their values."""
-    ranks, rank = communicator.world_size, communicator.rank
-    sizes, heads = SIZES[:ranks], near_even_sizes(4, ranks)
-    number = values([1, sum(sizes), heads[rank], 2], torch.complex64, rank)
-    for lazy in (number.conj(), torch._neg_view(number.real.contiguous())):
-        assert lazy.is_contiguous()
-        got, expected = (
-            communicator.all_to_all_4D(each, 1, 2, scatter_sizes=sizes, gather_sizes=heads)
-            for each in (lazy, lazy.resolve_conj().resolve_neg())
-        )
-        same(got, expected)
-
-
-def test_lazily_conjugated_and_negated_parts_are_sent_with_their_values(ranks: Ranks):
-    ranks.run(3, lazy_parts)
-
-
 def test_world_size_1_validates_and_then_returns_the_input_itself(ranks: Ranks):
     ranks.run((2,), alone)
 

@@ -21,6 +21,7 @@ from fastvideo_comm.collective.validation import check_device
 from fastvideo_comm.device_communicators import base_device_communicator
 from fastvideo_comm.errors import ClosedError, CommunicationError
 from fastvideo_comm.kernels import strided_copy_
+from fastvideo_comm.utils import near_even_sizes
 
 
 def attributes(communicator: DeviceCommunicatorBase) -> dict[str, Any]:
@@ -345,6 +346,24 @@ def layouts(communicator: DeviceCommunicatorBase) -> None:
 
 def test_channels_last_and_lazily_negated_inputs_give_the_same_values(ranks: Ranks):
     ranks.run(2, layouts)
+
+
+def lazy_parts(communicator: DeviceCommunicatorBase) -> None:
+    """Contiguous tensors whose memory does not hold their values."""
+    ranks, rank = communicator.world_size, communicator.rank
+    sizes, heads = [3, 0, 2][:ranks], near_even_sizes(4, ranks)
+    number = torch.complex(*(torch.rand(1, sum(sizes), heads[rank], 2) for _ in range(2)))
+    for lazy in (number.conj(), torch._neg_view(number.real.contiguous())):
+        assert lazy.is_contiguous()
+        got, expected = (
+            communicator.all_to_all_4D(each, 1, 2, scatter_sizes=sizes, gather_sizes=heads)
+            for each in (lazy, lazy.resolve_conj().resolve_neg())
+        )
+        assert torch.equal(got, expected)
+
+
+def test_lazily_conjugated_and_negated_parts_are_sent_with_their_values(ranks: Ranks):
+    ranks.run(3, lazy_parts)
 
 
 def raises(communicator: DeviceCommunicatorBase) -> None:

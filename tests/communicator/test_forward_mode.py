@@ -373,22 +373,6 @@ def test_started_values_and_tangents_travel_in_one_exchange(ranks: Ranks):
     ranks.run(2, started_together)
 
 
-def waited_for_outside(communicator: DeviceCommunicatorBase) -> None:
-    x, along = of_rank(communicator, 2)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, along)
-        handle = communicator.all_to_all_4D(dual, async_op=True)
-        inside = communicator.all_to_all_4D(dual, async_op=True)
-        inside.wait()
-    with pytest.raises(RuntimeError, match=r"wait\(\) must be called inside the torch.func.jvp or"):
-        handle.wait()
-    assert communicator.all_reduce(torch.ones(1)).item() == 2, "still usable"
-
-
-def test_a_wait_outside_the_transform_is_refused(ranks: Ranks):
-    ranks.run(2, waited_for_outside)
-
-
 def alone_with_a_tangent(communicator: DeviceCommunicatorBase, memory: str) -> None:
     x, along = of_rank(communicator, 2)
     own = DeviceCommunicatorBase(communicator.cpu_group, validate="always", memory=memory)

@@ -10,6 +10,7 @@ import torch
 from large_tensors import entry_by_entry
 from ranks import Ranks
 from test_collectives import same, values
+from torch.autograd import forward_ad
 
 from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.errors import CollectiveError
@@ -123,3 +124,19 @@ def test_a_wait_that_failed_is_a_wait_and_the_next_one_says_so(recwarn):
     assert handle.is_completed()
     del handle
     assert not recwarn.list
+
+
+def waited_for_outside(communicator: DeviceCommunicatorBase) -> None:
+    x, along = (values([1, 2, 4, 3], torch.float64, seed) for seed in range(2))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, along)
+        handle = communicator.all_to_all_4D(dual, async_op=True)
+        inside = communicator.all_to_all_4D(dual, async_op=True)
+        inside.wait()
+    with pytest.raises(RuntimeError, match=r"wait\(\) must be called inside the torch.func.jvp or"):
+        handle.wait()
+    assert communicator.all_reduce(torch.ones(1)).item() == 2, "still usable"
+
+
+def test_a_wait_outside_the_transform_is_refused(ranks: Ranks):
+    ranks.run(2, waited_for_outside)

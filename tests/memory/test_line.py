@@ -8,6 +8,7 @@ import resource
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_worlds import exchange, in_processes, in_threads, num_descriptors
+from memory_worlds import ask_all, exchange, in_processes, in_threads, num_descriptors
 
 from fastvideo_comm.errors import CollectiveError
 from fastvideo_comm.memory import introduction, line, memfd
@@ -157,6 +158,42 @@ def test_a_mapped_segment_of_another_rank_has_the_descriptor_of_its_map_alone():
         held.clear()
 
     in_processes(2, job)
+
+
+class FullSocket:
+    """A socket that takes nothing for a while."""
+
+    def __init__(self, link: Any, seconds: float) -> None:
+        self._link, self._until = link, time.monotonic() + seconds
+
+    def send(self, *arguments: Any) -> int:
+        if time.monotonic() < self._until:
+            raise BlockingIOError
+        return self._link.send(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._link, name)
+
+
+def test_what_a_full_socket_did_not_take_is_sent_though_nobody_waits_any_more():
+    is_done = threading.Event()
+
+    def job(memory: HostMemory) -> None:
+        def copy(part: torch.Tensor, number: int, target: int) -> None:
+            part.fill_(number)
+            if memory.rank == 1 and target == 0:  # DONE comes next
+                to = memory._engine._lines[0]
+                to._link = FullSocket(to._link, 0.2)
+
+        exchange(memory)
+        ask = ask_all(memory, 1, copy=copy)
+        memory.start(ask).wait()
+        if memory.rank == 0:
+            is_done.set()
+        else:  # this rank makes no other call
+            assert is_done.wait(20)
+
+    in_threads(2, job)
 
 
 # Who may connect
