@@ -128,7 +128,9 @@ def test_the_bytes_of_version_2_are_those_of_every_build(monkeypatch, secret):
 # Whom the store refuses
 
 
-@pytest.mark.parametrize("data", [b"G", b"FVCOMM\r\r", b"FVCOMM\r\n".lower(), bytes(HELLO_BYTES)])
+@pytest.mark.parametrize(
+    "data", [b"G", b"FVCOMM\r\r", b"FVCOMM\r\n".lower(), bytes(HELLO_BYTES)], ids=range(4)
+)
 def test_a_stranger_is_refused_at_its_first_wrong_byte_and_told_nothing(data):
     with pytest.raises(HandshakeError) as caught:
         a_store().feed(data)
@@ -144,6 +146,7 @@ def test_a_stranger_is_refused_at_its_first_wrong_byte_and_told_nothing(data):
         (SECRET, of_version(1, make_hello(SECRET)), "it speaks protocol version 1"),
         (None, of_version(770, make_hello(SECRET)), "it speaks protocol version 770"),
     ],
+    ids=range(4),  # no id holds the random bytes of a greeting
 )
 def test_a_rank_of_another_kind_is_refused_and_told_what_the_store_is(store_secret, hello, text):
     with pytest.raises(HandshakeError) as caught:
@@ -208,6 +211,7 @@ OF_SECRET = make_hello(SECRET) + SESSION
         ),
         (None, b"", EOFError, "the connection was closed"),
     ],
+    ids=range(6),
 )
 def test_a_rank_says_why_it_does_not_join(secret, greeting, kind, text):
     with pytest.raises(kind) as caught:
