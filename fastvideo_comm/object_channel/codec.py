@@ -135,7 +135,7 @@ class ObjectCodec:
         except UnsupportedError as error:
             path = "obj" + "".join(reversed(error.steps))
             raise TypeError(f"{path} {error.reason}") from None
-        return encoder, msgpack.packb(lowered, default=encoder.lower_big_int, strict_types=True)
+        return encoder, msgpack.packb(lowered, default=encoder.lower_big_int)
 
     def decode(self, data: Buffer) -> Any:
         """Return the object; its large arrays share `data` where `data` is writable.

@@ -37,16 +37,14 @@ ANSWER_BYTES = _GREETING.size + SESSION_BYTES
 class Greeting(NamedTuple):
     """What one side says of itself before it has proved anything."""
 
-    magic: bytes
     version: int
     has_secret: bool
-    nonce: bytes
 
     @classmethod
     def parse(cls, data: bytes) -> Greeting:
         """Read the first bytes of a HELLO or an ANSWER."""
-        magic, version, has_secret, nonce = _GREETING.unpack_from(data)
-        return cls(magic, version, bool(has_secret), nonce)
+        _magic, version, has_secret, _nonce = _GREETING.unpack_from(data)
+        return cls(version, bool(has_secret))
 
 
 def make_hello(secret: bytes | None) -> bytes:
