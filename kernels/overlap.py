@@ -17,17 +17,20 @@ def overlaps_itself(tensor: Tensor) -> bool:
         >>> overlaps_itself(torch.empty(3, 1).expand(3, 2)), overlaps_itself(torch.empty(3, 2).T)
         (True, False)
     """
-    if tensor.is_contiguous() or tensor.numel() < 2:
+    if tensor.is_contiguous():
         return False
     dims = sorted(
-        (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        (stride, size)
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        if size > 1
     )
     reach = 0
     for stride, size in dims:
-        if size > 1:
-            if stride <= reach or stride == 0:
-                break
-            reach += stride * (size - 1)
+        if not stride:
+            return True
+        if stride <= reach:
+            break
+        reach += stride * (size - 1)
     else:
         return False  # every stride is larger than the extent of the inner dims: the usual case
     # Differences of two indices, shifted to start at 0. Every index gives difference 0 with itself.
@@ -57,17 +60,19 @@ def overlap(dst: Tensor, src: Tensor) -> bool:
     for size, *strides in zip(dst.shape, dst.stride(), src.stride(), strict=True):
         target += strides[1] * (size - 1)
         for stride in strides:
-            sizes[stride] = sizes.get(stride, 1) + size - 1
+            if stride:  # an expanded dim adds nothing to an address
+                sizes[stride] = sizes.get(stride, 1) + size - 1
     return _count_ways(target, sorted(sizes.items(), reverse=True), 1) > 0
 
 
 def _count_ways(target: int, dims: list[tuple[int, int]], limit: int) -> int:
-    """Counts, up to `limit`, how `target` is a sum of `stride * index`, `0 <= index < size`."""
+    """Counts, up to `limit`, how `target` is a sum of `stride * index`, `0 <= index < size`.
+
+    The dims are (stride, size), with the largest stride first and no stride 0.
+    """
     if not dims:
         return int(target == 0)
     (stride, size), *inner = dims
-    if stride == 0:
-        return min(limit, size * _count_ways(target, inner, limit))
     reach = sum(inner_stride * (inner_size - 1) for inner_stride, inner_size in inner)
     ways = 0
     for index in range(max(0, -((reach - target) // stride)), min(size - 1, target // stride) + 1):

@@ -111,7 +111,7 @@ def _plan_runs(dims: list[Dim], run: int, granule: int) -> Plan:
     element_bytes = min(granule, 8)
     vector = granule // element_bytes
     dims = [(size, dst // granule, src // granule) for size, dst, src in dims]
-    rows = max(dims, key=lambda dim: dim[0], default=(1, 0, 0))
+    rows = max(dims, default=(1, 0, 0))  # of the largest size, then of dst's largest stride
     outer = dims[::-1]
     if dims:
         outer.remove(rows)
@@ -124,7 +124,7 @@ def _plan_runs(dims: list[Dim], run: int, granule: int) -> Plan:
 
 def _plan_elements(dims: list[Dim], element_bytes: int, address: int) -> Plan:
     """Plans a copy without a common run: columns are dst's innermost dim, rows are src's."""
-    if element_bytes > 8:  # one granule of 16 bytes is two elements of 8
+    if element_bytes == ACCESS_BYTES:  # it is two elements of 8
         return _plan_runs(dims, element_bytes, element_bytes)
     dims = [(size, dst // element_bytes, src // element_bytes) for size, dst, src in dims]
     columns = min(dims, key=lambda dim: dim[1])
@@ -164,8 +164,8 @@ def _fitting_block(columns: int, limit: int) -> int:
     run of 80 granules takes 5 blocks of 16 without an idle lane, and not one block of 128 with 48
     idle lanes.
     """
-    best, best_lanes = 1, math.inf
     block = min(8, _next_power_of_2(columns))
+    best, best_lanes = block, math.inf
     while block <= min(limit, _next_power_of_2(columns)):
         lanes = math.ceil(columns / block) * block
         # A long block may have a few idle lanes: it needs fewer programs and has longer bursts.

@@ -45,7 +45,7 @@ class WireBuffers:
                 if self._free:  # all are too small: drop one for the larger one
                     self._free.pop()
                 storage = torch.UntypedStorage(num_bytes)
-        return tensor_in(storage, 0, shape, like.dtype)
+        return _tensor_in(storage, shape, like.dtype)
 
     def give_back(self, wire: Tensor) -> None:
         """Takes a tensor of `take` back; no exchange may use the tensor any more."""
@@ -59,12 +59,10 @@ class WireBuffers:
             self._free.clear()
 
 
-def tensor_in(
-    storage: torch.UntypedStorage, offset: int, shape: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    """Returns a contiguous tensor that starts at byte `offset` of a storage."""
+def _tensor_in(storage: torch.UntypedStorage, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Returns a contiguous tensor at the front of a storage."""
     # A tensor that is made in inference mode cannot be written outside inference mode.
     with torch.inference_mode(False):
         tensor = torch.empty(0, dtype=dtype, device="cpu")
-        strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-        return tensor.set_(storage, offset // dtype.itemsize, tuple(shape), strides)
+        tensor.set_(storage, 0, tuple(shape))  # type: ignore[call-overload] # strides are optional
+        return tensor

@@ -65,7 +65,7 @@ def check_world_size(group: AnyGroup, world_size: int) -> None:
 
 def check_int(name: str, value: int) -> None:
     """Checks for an int that is not a bool."""
-    if type(value) is not int and (not isinstance(value, int) or isinstance(value, bool)):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
@@ -93,9 +93,8 @@ def check_divisible(input_: Tensor, name: str, dim: int, world_size: int, remedy
 
 def all_to_all_4D_dims(input_: Tensor, scatter_dim: int, gather_dim: int) -> tuple[int, int]:
     """Checks that a tensor has 4 dims, and the given two; returns these counted from the front."""
-    if not type(scatter_dim) is type(gather_dim) is int:
-        check_int("scatter_dim", scatter_dim)
-        check_int("gather_dim", gather_dim)
+    check_int("scatter_dim", scatter_dim)
+    check_int("gather_dim", gather_dim)
     if input_.dim() != 4:
         raise ValueError(f"input_ must have 4 dims [B, S, H, D], got shape {list(input_.shape)}")
     dims = (
@@ -279,8 +278,8 @@ def _given_scatter_split(input_: Tensor, name: str, dim: int, sizes: Any, world_
     """Checks that sizes add up to the size of `dim`; errors call the dim `name`."""
     size = input_.shape[dim]
     if sizes == "auto":
-        return uneven_split("scatter_sizes", dim, near_even_sizes(size, world_size), world_size)
-    if sum(sizes) != size:
+        sizes = near_even_sizes(size, world_size)
+    elif sum(sizes) != size:
         raise ValueError(
             f"scatter_sizes must add up to the {size} at {name}={dim} of shape "
             f"{list(input_.shape)}, got {list(sizes)}"

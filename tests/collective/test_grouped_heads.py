@@ -15,7 +15,7 @@ from test_collectives import GROUPS, same
 from test_exchange import finish, sizes_of
 
 from fastvideo_comm import DeviceCommunicatorBase
-from fastvideo_comm.collective.grouped_heads import grouped_splits
+from fastvideo_comm.collective.grouped_heads import form_groups, grouped_splits
 from fastvideo_comm.collective.layout import Split
 
 
@@ -125,6 +125,31 @@ def test_every_rank_has_the_key_heads_of_its_query_heads_and_no_head_is_lost(wor
             start = sum(query_parts[:rank])
             used = {head // group for head in range(start, start + query_parts[rank])}
             assert used <= set(range(starts[rank], starts[rank] + key_parts[rank]))
+
+
+@pytest.mark.parametrize(
+    ("heads", "world_size", "splits"),
+    [
+        ((12, 4), 2, [Split(2), Split(2)]),
+        ((12, 4), 3, [Split(2, (6, 3, 3)), Split(2, (2, 1, 1))]),
+        ((12, 2), 3, [Split(2, (6, 6, 0)), Split(2, (1, 1, 0))]),
+        ((12, 2), 4, [Split(2), Split(2, None, 2)]),
+        ((6, 2), 4, [Split(2, (2, 1, 2, 1)), Split(2, None, 2)]),
+        ((4, 4), 8, [Split(2, (1, 1, 1, 1, 0, 0, 0, 0))] * 2),
+    ],
+)
+def test_a_group_is_on_one_rank_or_on_as_many_ranks_as_every_other(heads, world_size, splits):
+    assert grouped_splits(heads, world_size) == splits
+
+
+@pytest.mark.parametrize("heads", [[12, 4, 4], [12, 0], [4, 12], [0, 0], []])
+def test_multiples_of_the_smallest_count_form_groups(heads):
+    assert form_groups(heads)
+
+
+@pytest.mark.parametrize("heads", [[12, 5], [12, 6, 4], [0, 3, 2]])
+def test_counts_that_are_no_multiples_form_no_groups(heads):
+    assert not form_groups(heads)
 
 
 def test_heads_of_one_count_are_not_replicated():

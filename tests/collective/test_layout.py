@@ -16,6 +16,8 @@ from fastvideo_comm.collective.layout import (
     Split,
     concatenate_messages,
     message_view,
+    near_even_sizes,
+    padded_pairs,
     replicated_view,
 )
 from fastvideo_comm.kernels import strided_copy_
@@ -308,3 +310,46 @@ def test_a_share_says_what_each_rank_has_and_where_its_message_is(share, shape, 
     for rank in range(world_size):
         start = rank // share.replicas if share.replicas > 1 else sum(parts[:rank])
         assert torch.equal(messages[rank], x.narrow(share.dim, start, parts[rank]))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("sizes", "pairs"),
+    [((2, 2, 2), 1), ((3, 3, 1), 2), ((1, 0, 0, 2, 2), 2), ((0, 4, 0), 1), ((0, 0), 0)],
+)
+def test_parts_fill_the_front_of_their_messages(sizes, pairs, dim):
+    shape = [2, 3, 5]
+    shape[dim] = sum(sizes)
+    x = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    parts = x.split(sizes, dim)
+    slot = max(part.numel() for part in parts)
+    messages = torch.full((len(sizes), slot), -1)
+    found = padded_pairs(x, dim, sizes, messages)
+    assert len(found) == pairs  # a run of equal sizes is one copy
+    for part, message in found:
+        message.copy_(part)
+    for part, message in zip(parts, messages, strict=True):
+        assert message[: part.numel()].tolist() == part.flatten().tolist()
+        assert (message[part.numel() :] == -1).all()
+    there = torch.full_like(x, -1)
+    for part, message in padded_pairs(there, dim, sizes, messages):
+        part.copy_(message)
+    assert torch.equal(there, x)
+
+
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_near_even_sizes_are_those_of_tensor_split(size, num_parts):
+    expected = [len(part) for part in torch.empty(size).tensor_split(num_parts)]
+    assert near_even_sizes(size, num_parts) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 3), "size must not be negative, got -1"),
+        ((3, 0), "num_parts must be at least 1, got 0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_named(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        near_even_sizes(*arguments)

@@ -171,6 +171,89 @@ def test_threads_that_take_at_once_never_hold_one_buffer():
     assert failures == []
 
 
+BYTE = torch.empty(0, dtype=torch.uint8)
+
+
+def _taken_and_given_back(buffers: WireBuffers, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    wires = [buffers.take(shape, BYTE) for shape in shapes]
+    for wire in wires:
+        buffers.give_back(wire)
+    return wires
+
+
+@pytest.mark.parametrize(("size", "kept"), [(1, False), (65_535, False), (65_536, True)])
+def test_a_buffer_is_kept_from_64_KiB_on(size, kept):
+    buffers = WireBuffers()
+    (wire,) = _taken_and_given_back(buffers, (size,))
+    assert (wire.shape, wire.dtype, wire.is_cpu) == ((size,), torch.uint8, True)
+    assert len(buffers._free) == kept
+    assert (buffers.take((size,), BYTE) is wire) == kept
+    assert buffers._free == []
+
+
+@pytest.mark.parametrize("like", [torch.empty(0), torch.empty(0, dtype=torch.int64)])
+def test_the_size_that_counts_is_in_bytes(like):
+    buffers = WireBuffers()
+    wire = buffers.take((65_536 // like.itemsize,), like)
+    assert wire.untyped_storage().nbytes() == 65_536
+    buffers.give_back(wire)
+    assert len(buffers._free) == 1
+
+
+def test_memory_of_an_accelerator_is_not_kept():
+    buffers = WireBuffers()
+    wire = buffers.take((100_000,), BYTE.to("meta"))
+    assert wire.device.type == "meta"
+    buffers.give_back(wire)
+    assert buffers._free == []
+
+
+def test_a_buffer_of_the_same_shape_and_dtype_is_taken_as_it_is():
+    buffers = WireBuffers()
+    wires = _taken_and_given_back(buffers, (4, 50_000), (200_000,), (2, 100_000))
+    for wire in wires:
+        assert buffers.take(tuple(wire.shape), BYTE) is wire
+    assert buffers._free == []
+
+
+def test_the_smallest_buffer_that_is_large_enough_is_taken():
+    buffers = WireBuffers()
+    wires = _taken_and_given_back(buffers, (100_000,), (300_000,), (200_000,), (400_000,))
+    addresses = [wire.data_ptr() for wire in wires]
+    middle = buffers.take((5, 10_000, 3), BYTE)
+    assert (middle.data_ptr(), middle.shape) == (addresses[2], (5, 10_000, 3))
+    assert middle.is_contiguous()
+    assert middle.untyped_storage().nbytes() == 200_000
+    # As large as asked for, in another shape and dtype.
+    words = buffers.take((25, 3_000), torch.empty(0, dtype=torch.int32))
+    assert (words.data_ptr(), words.shape, words.dtype) == (addresses[1], (25, 3_000), torch.int32)
+    assert [wire.data_ptr() for wire in buffers._free] == [addresses[0], addresses[3]]
+
+
+def test_a_larger_buffer_replaces_one_that_is_too_small():
+    buffers = WireBuffers()
+    smaller, _ = _taken_and_given_back(buffers, (100_000,), (100_001,))
+    larger = buffers.take((100_002,), BYTE)
+    assert larger.untyped_storage().nbytes() == 100_002
+    (left,) = buffers._free
+    assert left is smaller
+
+
+def test_cleared_buffers_hold_nothing():
+    buffers = WireBuffers()
+    _taken_and_given_back(buffers, (100_000,), (200_000,))
+    buffers.clear()
+    assert buffers._free == []
+
+
+def test_a_buffer_is_for_every_mode_and_on_the_cpu():
+    with torch.inference_mode(), torch.device("meta"):
+        wire = WireBuffers().take((2, 1, 50_000), BYTE)
+    assert not wire.is_inference()
+    assert wire.is_cpu
+    assert wire.stride() == (50_000, 50_000, 1)
+
+
 def under_poison(
     communicator: DeviceCommunicatorBase, module: str, job: str, arguments: list[Any]
 ) -> None:

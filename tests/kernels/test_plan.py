@@ -233,12 +233,13 @@ def test_the_programs_of_a_transpose_write_neighbouring_memory():
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("layouts", NAMED_PAIRS.values(), ids=NAMED_PAIRS)
-def test_a_plan_holds_integers(layouts, itemsize):
+def test_a_plan_holds_integers_and_a_bool(layouts, itemsize):
     """Triton compiles for the type of a number: 2.0 is another kernel than 2."""
     plan = _plan(*layouts, itemsize)
     dims = [*plan.rows, *plan.columns, *(number for dim in plan.outer for number in dim)]
     numbers = [*dims, plan.element_bytes, plan.vector, plan.block_rows, plan.block_columns]
     assert {type(number) for number in [*numbers, plan.num_programs]} == {int}
+    assert type(plan.transposed) is bool
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
@@ -261,6 +262,20 @@ def test_a_transpose_beside_an_expanded_dim_is_planned_like_one_alone(position):
 )
 def test_a_run_is_cut_into_blocks_that_leave_no_lane_idle(granules, block):
     """Runs of h*D elements: 80 granules of 16 bytes are 5 heads of 128 in bf16."""
+    row = 16 * granules
+    plan = plan_copy([(1000, row, 2 * row)], row, 0)
+    assert plan.block_columns == block * plan.vector
+
+
+@pytest.mark.parametrize(
+    ("granules", "block"),
+    [
+        (9, 16),  # 16 lanes, as with blocks of 8
+        (72, 8),  # 80 lanes with blocks of 16: more than 76
+        (136, 16),  # 144 lanes, which is the most for 136
+    ],
+)
+def test_a_longer_block_has_one_lane_in_16_idle_or_no_more_than_a_shorter_one(granules, block):
     row = 16 * granules
     plan = plan_copy([(1000, row, 2 * row)], row, 0)
     assert plan.block_columns == block * plan.vector
