@@ -52,6 +52,8 @@ class AsyncHandle(Generic[T]):
 
         Raises:
             CollectiveError: the backend failed, or its timeout ran out.
+            RuntimeError: it failed before; or the exchange was given tensors with tangents, and
+                this call is outside their `torch.func.jvp` or `forward_ad.dual_level`.
         """
         if self._finish is not None:
             finish, self._finish = self._finish, None
