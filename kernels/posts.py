@@ -48,7 +48,7 @@ PLACE_BYTES = tl.constexpr(16)
 # Bits of a post that hold the place, and above them the digest. The others hold the call's number.
 _PLACE_BITS = tl.constexpr(35)
 _DIGEST_BITS = tl.constexpr(20)
-_CALL_SHIFT = tl.constexpr(35 + 20)
+_CALL_SHIFT = tl.constexpr(_PLACE_BITS.value + _DIGEST_BITS.value)
 # Numbers of calls that a post tells apart; a word never holds a post older than the call before.
 _CALLS = tl.constexpr(1 << 8)
 # A wait looks at the host's word once in so many rounds: it is not in the device's memory.
