@@ -20,6 +20,7 @@ from .collective.validation import Rounding, WireDtypes
 from .communicator import DeviceCommunicatorBase
 from .handle import AsyncHandle
 from .head_plan import HeadPlan, plan_heads, uneven
+from .op_runner import OpCall
 
 # query [B, S, h, D], key and value [B, S, k, D] -> [B, S, h, D]
 Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -149,7 +150,7 @@ def ulysses_attention(
         raise TypeError(
             f"communicator must be a DeviceCommunicatorBase, got {type(communicator).__name__}"
         )
-    with communicator._runner.call(_OP):
+    with OpCall(communicator._runner, _OP):
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             _check_tensor(name, tensor, "s", communicator.device)
         _check_video(query, key, value)

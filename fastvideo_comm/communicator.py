@@ -25,7 +25,7 @@ from .collective.route import memory_mode
 from .collective.validation import Rounding, Sizes, WireDtypes
 from .diagnosis import Diagnosis, Validate
 from .handle import AsyncHandle
-from .op_runner import OpRunner
+from .op_runner import OpCall, OpRunner
 from .profiling import MemoryStats, OpStats
 from .reduce_ops import ReduceOp as AnyReduceOp
 
@@ -342,7 +342,7 @@ class DeviceCommunicatorBase:
                 fp8, or a D that 16 does not divide with `wire_dtype` or `grad_wire_dtype`.
             TypeError: not a dense tensor, or a dtype that is not rounded to fp8.
         """
-        with self._runner.call("all_to_all_4D") as call:
+        with OpCall(self._runner, "all_to_all_4D") as call:
             plain = scatter_sizes is None and gather_sizes is None and not async_op
             plain = plain and wire_dtype is None and grad_wire_dtype is None
             plain = plain and rounding == "nearest" and generator is None
@@ -423,7 +423,7 @@ class DeviceCommunicatorBase:
                 another `grad`, or another device.
             TypeError: not a dense tensor.
         """
-        with self._runner.call("all_gather") as call:
+        with OpCall(self._runner, "all_gather") as call:
             call.check("input_", input_)
             validation.choice("grad", grad, ("reduce_scatter", "slice"))
             split = validation.all_gather(input_, dim)
@@ -479,7 +479,7 @@ class DeviceCommunicatorBase:
             ValueError: another op or `grad`, or a tensor on another device.
             TypeError: not a dense tensor, or a dtype that `op` or the backends cannot reduce.
         """
-        with self._runner.call("all_reduce") as call:
+        with OpCall(self._runner, "all_reduce") as call:
             call.check("input_", input_)
             validation.choice("grad", grad, ("all_reduce", "identity"))
             name = validation.all_reduce(input_, op)
@@ -518,7 +518,7 @@ class DeviceCommunicatorBase:
                 of range, another device.
             TypeError: not a dense tensor, or a dtype that the backends cannot add.
         """
-        with self._runner.call("reduce_scatter") as call:
+        with OpCall(self._runner, "reduce_scatter") as call:
             call.check("input_", input_)
             split = validation.reduce_scatter(input_, dim, scatter_sizes, self.world_size)
             call.compare(input_, (dim,), scatter_sizes=scatter_sizes)
@@ -548,7 +548,7 @@ class DeviceCommunicatorBase:
             ValueError: `src` is out of range, or a tensor on another device.
             TypeError: not a dense tensor, or `src` is not an int.
         """
-        with self._runner.call("broadcast") as call:
+        with OpCall(self._runner, "broadcast") as call:
             call.check("input_", input_)
             validation.peer("src", src, self.rank, self.world_size, others_only=False)
             call.compare(input_, (src,))
@@ -591,7 +591,7 @@ class DeviceCommunicatorBase:
                 parameter.
             MismatchError: the ranks gave different parameters, or another rank gave bad ones.
         """
-        with self._runner.call("reduce_gradients") as call:
+        with OpCall(self._runner, "reduce_gradients") as call:
             call.check_open()
             call.check_not_compiled()
             try:
@@ -645,7 +645,7 @@ class DeviceCommunicatorBase:
                 of range, another device.
             TypeError: not a dense tensor.
         """
-        with self._runner.call("slice") as call:
+        with OpCall(self._runner, "slice") as call:
             call.check("input_", input_)
             split = validation.slice_sizes(input_, dim, scatter_sizes, self.world_size)
             call.compare(
@@ -679,7 +679,7 @@ class DeviceCommunicatorBase:
                 compiled.
             TypeError: not a dense tensor.
         """
-        with self._runner.call("gather") as call:
+        with OpCall(self._runner, "gather") as call:
             call.check("input_", input_)
             dim = validation.all_gather(input_, dim).dim
             validation.peer("dst", dst, self.rank, self.world_size, others_only=False)
@@ -707,7 +707,7 @@ class DeviceCommunicatorBase:
                 compiled.
             TypeError: not a dense tensor.
         """
-        with self._runner.call("send") as call:
+        with OpCall(self._runner, "send") as call:
             call.check("tensor", tensor)
             dst = (self.rank + 1) % self.world_size if dst is None else dst
             validation.peer("dst", dst, self.rank, self.world_size, others_only=True)
@@ -737,7 +737,7 @@ class DeviceCommunicatorBase:
             ValueError: `src` is out of range or this rank itself, or a call that is compiled.
             TypeError: `dtype` is not a dtype.
         """
-        with self._runner.call("recv") as call:
+        with OpCall(self._runner, "recv") as call:
             call.check_open()
             src = (self.rank - 1) % self.world_size if src is None else src
             validation.peer("src", src, self.rank, self.world_size, others_only=True)
@@ -761,7 +761,7 @@ class DeviceCommunicatorBase:
             ValueError: the call is compiled; a graph has no place for it.
             CollectiveError: a rank died or did not come in time.
         """
-        with self._runner.call("barrier") as call:
+        with OpCall(self._runner, "barrier") as call:
             call.check_open()
             call.check_not_compiled()
             call.compare((), ())
@@ -805,7 +805,7 @@ class DeviceCommunicatorBase:
             ValueError: a shape that is not 4 sizes; with a wire dtype, what `all_to_all_4D` says.
             TypeError: one shape instead of several of them, or one dtype.
         """
-        with self._runner.call("warmup"):
+        with OpCall(self._runner, "warmup"):
             calls = warm_up.checked_calls(shapes, dtypes)
         own = DeviceCommunicatorBase  # a subclass may take fewer arguments
         exchange = functools.partial(

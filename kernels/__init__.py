@@ -6,13 +6,20 @@ neither a GPU nor triton: a kernel compiles at its first launch.
 """
 
 from .quantise import dequantise_, quantise_
-from .strided_copy import contiguous_copy, copy_all_valid_, copy_valid_, strided_copy_
+from .strided_copy import (
+    contiguous_copy,
+    copy_all_valid_,
+    copy_valid_,
+    implementation_on_cpu,
+    strided_copy_,
+)
 
 __all__ = [
     "contiguous_copy",
     "copy_all_valid_",
     "copy_valid_",
     "dequantise_",
+    "implementation_on_cpu",
     "quantise_",
     "strided_copy_",
 ]

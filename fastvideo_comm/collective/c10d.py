@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import (
 
 from ..errors import ClosedError, CollectiveError, where
 from ..reduce_ops import ReduceOp
-from .wire import moved, moved_counts, reduced
+from .wire import MOVED, moved, moved_counts, reduced
 
 T = TypeVar("T")
 Works: TypeAlias = "list[dist.Work | None]"
@@ -101,10 +101,12 @@ class C10d:
         return self._named("all_to_all", start_grouped)
 
     def all_to_all_one(self, output: Tensor, input_: Tensor) -> None:
-        """Makes one even transfer and waits for it."""
-        output, input_ = moved(output), moved(input_)
+        """Makes one even transfer of contiguous `[P, ..]` and waits for it."""
+        if output.dtype not in MOVED:
+            output, input_ = moved(output), moved(input_)
         try:
-            work = self.process_group.alltoall_base(output, input_, [], [], self._waiting)
+            group = self._process_group or self.process_group  # which raises; saves a call
+            work = group.alltoall_base(output, input_, [], [], self._waiting)
             if work is not None:
                 work.wait()
         except RuntimeError as error:

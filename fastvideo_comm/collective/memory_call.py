@@ -130,7 +130,8 @@ def start_call(
     posted = allocate(group, op, specs_of(group.rank()))
 
     def deliver(target: int, place: Place) -> None:
-        copy_all_valid_(copies(target, memory.tensors_at(target, place, specs_of(target))))
+        outputs = memory.tensors_at(target, place, specs_of(target))
+        copy_all_valid_(copies(target, outputs), impl=group.copies_on_cpu)
 
     asked, asked_of = group.take_asked() or facts, group.take_asked_of()
     question = question_of(asked, strict=group.is_strict)

@@ -17,13 +17,14 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import profiler
 
 from ..kernels import copy_valid_
 from ..profiling import span
 from ..reduce_ops import REDUCE_OPS
 from .c10d import Transfer
 from .group import Group
-from .layout import Split, Splits, message_view
+from .layout import Split, Splits, even_exchange, message_view
 from .message import Message, SummedMessage, pack, unpack
 
 # If the whole tensor has at most so many bytes for each rank, all batch entries travel in one
@@ -69,33 +70,37 @@ class Work:
 
 def all_to_all(group: Group, inputs: Sequence[Tensor], splits: Splits) -> list[Tensor]:
     """Trades `inputs` and waits for the outputs, each contiguous."""
-    if len(inputs) == 1 and splits.is_even:
+    if len(inputs) == 1 and splits.is_even and not profiler._is_profiler_enabled:
         (input_,) = inputs
-        if input_.shape[0] == 1 or _travels_together(input_, splits.gather[0], group.size()):
+        is_one = input_.shape[0] == 1 or _travels_together(input_, splits.gather[0], group.size())
+        if is_one and not (input_.is_conj() or input_.is_neg()):
             return [_all_to_all_as_one(group, input_, splits.scatter[0].dim, splits.gather[0].dim)]
     return start_all_to_all(group, inputs, splits, async_op=False).wait()
 
 
 def _all_to_all_as_one(group: Group, input_: Tensor, scatter_dim: int, gather_dim: int) -> Tensor:
-    """Trades one tensor in one exchange: as `start_all_to_all`, with less host time."""
-    size, shape = group.size(), list(input_.shape)
-    shape[scatter_dim] //= size
-    shape[gather_dim] *= size
-    output = input_.new_empty(shape)
+    """Trades one tensor in one exchange: as `start_all_to_all`, with less host time.
+
+    It makes no `Message`, and no ranges for a profiler: both cost more than a small copy.
+    """
+    plan = even_exchange(input_.shape, input_.stride(), scatter_dim, gather_dim, group.size())
+    output = input_.new_empty(plan.output_shape)
     if not output.numel():
         return output
-    # For a batch of one, both positions give the same order, and position 1 costs less.
-    position = 1 if shape[0] == 1 else 0
-    sent = Message.of(group.buffers, message_view(input_, scatter_dim, size, position))
-    received = Message.of(group.buffers, message_view(output, gather_dim, size, position))
-    if sent.pairs:
-        with span("pack", group.name):
-            copy_valid_(sent.wire, sent.pairs[0][0])
-    with span("exchange", group.name):
-        group.c10d.all_to_all_one(received.wire, sent.wire)
-    sent.release()
-    if received.pairs:
-        unpack([received], group.name)
+    buffers, shape = group.buffers, plan.message_shape
+    impl = group.copies_on_cpu if input_.is_cpu else "auto"
+    sent = source = input_.as_strided(shape, plan.sent_strides)
+    received = target = output.as_strided(shape, plan.received_strides)
+    if plan.packs:
+        sent = copy_valid_(buffers.take(shape, input_), source, impl=impl)
+    if plan.unpacks:
+        received = buffers.take(shape, input_)
+    group.c10d.all_to_all_one(received, sent)
+    if plan.packs:
+        buffers.give_back(sent)
+    if plan.unpacks:
+        copy_valid_(target, received, impl=impl)
+        buffers.give_back(received)
     return output
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGER = (torch.uint8, torch.int8, torch.int32, torch.int64)
 # gloo and NCCL both move these dtypes. The other dtypes are viewed as one of them.
-_MOVED = frozenset({torch.bool, *_INTEGER, *_REAL})
+MOVED = frozenset({torch.bool, *_INTEGER, *_REAL})
 # gloo and NCCL both reduce these dtypes; complex numbers as pairs of real numbers.
 REDUCED = frozenset({*_INTEGER, *_REAL, torch.complex64, torch.complex128})
 
@@ -44,7 +44,7 @@ def moved(tensor: Tensor) -> Tensor:
         torch.uint8
     """
     flat = tensor.view(-1)
-    if tensor.dtype in _MOVED:
+    if tensor.dtype in MOVED:
         return flat
     if tensor.is_complex():
         return torch.view_as_real(flat).view(-1)
@@ -62,7 +62,7 @@ def moved_back(flat: Tensor, dtype: torch.dtype) -> Tensor:
         >>> moved_back(moved(x), torch.int16)
         tensor([ 1, -2], dtype=torch.int16)
     """
-    if dtype in _MOVED:
+    if dtype in MOVED:
         return flat
     if dtype.is_complex:
         return torch.view_as_complex(flat.view(-1, 2))
@@ -71,7 +71,7 @@ def moved_back(flat: Tensor, dtype: torch.dtype) -> Tensor:
 
 def moved_counts(dtype: torch.dtype, counts: Sequence[int]) -> list[int]:
     """Turns counts of elements into counts of the elements that `moved` gives."""
-    if dtype in _MOVED:
+    if dtype in MOVED:
         return list(counts)
     each = 2 if dtype.is_complex else dtype.itemsize
     return [count * each for count in counts]

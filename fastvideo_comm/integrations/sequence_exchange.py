@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvideo_comm.communicator import DeviceCommunicatorBase
+from fastvideo_comm.op_runner import OpCall
 
 from .installation import Installation, installed_on, looked_up
 
@@ -59,7 +60,7 @@ def check_shared(
         ValueError: P does not divide the size. The other ranks are told.
     """
     if input_.dim() == 4 and input_.shape[dim] % communicator.world_size:
-        with communicator._runner.call("all_to_all_4D"):
+        with OpCall(communicator._runner, "all_to_all_4D"):
             raise ValueError(
                 f"input_ must have a size at scatter_dim={dim} that "
                 f"world_size={communicator.world_size} divides, got {input_.shape[dim]} of shape "
