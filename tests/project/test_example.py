@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_sequence_parallel.py"
 # A demo that is well is done in 15 s; one that hangs ends here, not with the whole session.
@@ -45,7 +47,38 @@ def read_table(output):
 @pytest.fixture(scope="module")
 def three_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("three_steps")
-    return folder, run_example(folder, "--steps", "3")
+    return folder, run_example(folder, "--steps", "3", "--fused", "--async")
+
+
+def demo(*arguments):
+    """The example as a module, and the options that it reads from these arguments."""
+    if str(EXAMPLE.parent) not in sys.path:
+        sys.path.append(str(EXAMPLE.parent))
+    import launch
+    import train_sequence_parallel
+
+    with mock.patch.object(sys, "argv", [str(EXAMPLE), *arguments]):
+        return train_sequence_parallel, launch.parse_arguments(None)[1]
+
+
+def train_as_rank(communicator, *arguments):
+    """What a rank of the example does; rank 0 returns its run."""
+    module, options = demo(*arguments)
+    group, cpu = communicator.cpu_group, torch.device("cpu")
+    metered = module.MeteredCommunicator(group, device=cpu, device_group=group, unique_name="sp")
+    run = module.train("2 ranks", options, cpu, metered)
+    metered.destroy()
+    return run.__dict__ if communicator.rank == 0 else None
+
+
+def run_in_ranks(ranks, folder, *arguments):
+    """As `run_example` in ranks that have started, without the figure; returns the exit status."""
+    arguments = (*arguments, f"--output={folder}")
+    run, _ = ranks.run(2, train_as_rank, *arguments, ways=["messages"])
+    module, options = demo(*arguments)
+    reference = module.train("one process", options, torch.device("cpu"))
+    with mock.patch.object(module, "save_figure"):
+        return module.report(reference, module.Run(**run), options)
 
 
 def test_both_runs_learn_the_same(three_steps):
@@ -79,27 +112,35 @@ def test_the_table_counts_every_byte_and_the_time(three_steps):
     assert 0 < communication < milliseconds[1]
 
 
-def test_stages_of_the_fused_projection_learn_the_same(tmp_path):
-    result = run_example(tmp_path, "--steps", "2", "--fused", "--async")
-    assert result.returncode == 0, result.stdout + result.stderr
-    table = read_table(result.stdout)
+def test_stages_of_the_fused_projection_send_what_one_exchange_sends(three_steps):
+    _, result = three_steps
+    assert headings_of_the_ranks(result.stdout) == ["2 ranks", "fused", "async"]
+
+
+def test_whole_exchanges_learn_the_same(ranks, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run_in_ranks(ranks, tmp_path, "--steps", "2") == 0
+    output = capfd.readouterr().out
+    table = read_table(output)
     assert float(table["gradients, first step"][2]) < 1e-5
     assert float(table["gradients, last step"][2]) < 1e-3
-    assert headings_of_the_ranks(result.stdout) == ["2 ranks", "fused", "async"]
-    # Two stages send what one exchange sends.
+    assert headings_of_the_ranks(output) == ["2 ranks"]
     assert table["sent by a rank each step"][1] == f"{(exchanged() + reduced()) / 1e6:.1f} MB"
 
 
-def test_an_exchange_as_fp8_learns_nearly_the_same_with_fewer_bytes(tmp_path):
-    result = run_example(tmp_path, "--steps", "2", "--fp8", "stochastic")
+def test_an_exchange_as_fp8_learns_nearly_the_same_with_fewer_bytes(
+    ranks, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "100")
     # What it loses is above the tolerance, which fails and says so.
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "The runs differ by more than the tolerance of 0.001." in result.stdout
-    table = read_table(result.stdout)
+    assert run_in_ranks(ranks, tmp_path, "--steps", "2", "--fp8", "stochastic") == 1
+    output = capfd.readouterr().out
+    assert "The runs differ by more than the tolerance of 0.001." in output
+    table = read_table(output)
     # Rounding to three bits moves gradients by hundredths, and losses by less.
     assert 1e-3 < float(table["gradients, first step"][2]) < 0.5
     assert float(table["largest of all 2 losses"][2]) < 0.05
-    assert headings_of_the_ranks(result.stdout) == ["2 ranks", "fp8=stochastic"]
+    assert headings_of_the_ranks(output) == ["2 ranks", "fp8=stochastic"]
     # A byte for each element, and four for each row of 48.
     num_bytes = exchanged(2, 48, 1 + 4 / 48) + reduced(2, 48)
     assert table["sent by a rank each step"][1] == f"{num_bytes / 1e6:.1f} MB"
