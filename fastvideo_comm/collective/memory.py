@@ -85,7 +85,11 @@ def start_all_to_all(
             (splits,),
             uneven_dim=splits.gather[0].dim if uneven else None,
         )
-    received, flight = start_call(group, facts, inputs, specs_of, copies, async_op=async_op)
+    # The facts of a backward do not say how many ranks hold a head.
+    layout = splits.scatter, splits.gather
+    received, flight = start_call(
+        group, facts, inputs, specs_of, copies, layout=layout, async_op=async_op
+    )
     if is_even:
         return Work(group, "all_to_all_4D", flight, received)
     outputs = list(received)

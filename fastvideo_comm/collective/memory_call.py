@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -94,6 +94,7 @@ def start_call(
     targets: Sequence[int] | None = None,
     sources: Sequence[int] | None = None,
     *,
+    layout: Hashable = None,
     async_op: bool = False,
 ) -> tuple[list[Tensor], AnyFlight]:
     """A call of all ranks. What the op's caller asked for is compared, where it is known.
@@ -101,13 +102,14 @@ def start_call(
     Args:
         group: the group.
         facts: what the ranks compare.
-        inputs: what this rank sends. On GPUs, calls with the same `facts` and the same strides of
-            the inputs copy the same parts.
+        inputs: what this rank sends. Calls with the same `facts`, `layout` and strides of the
+            inputs copy the same parts.
         specs_of: `specs_of(rank)` gives shape and dtype of the outputs of a rank.
         copies: `copies(target, outputs)` gives what this rank copies into the outputs of a target:
             a part of the first input, and so on.
         targets: the ranks that this rank writes to; None: all.
         sources: the ranks that write to this rank; None: all.
+        layout: what decides on the copies and is not among the facts.
         async_op: a thread copies, whether or not somebody waits.
 
     Returns:
@@ -116,22 +118,22 @@ def start_call(
     everyone = range(group.size())
     if targets is None:
         targets = everyone
-    on_gpu, op = group.device_memory, facts[0]
+    on_gpu, op, key = group.device_memory, facts[0], (facts, layout)
     if on_gpu is not None:
         try:
             agreed = functools.partial(question_of, facts, strict=False)
             launched = on_gpu.start(
-                facts, inputs, agreed, specs_of, copies, targets, async_op=async_op
+                key, inputs, agreed, specs_of, copies, targets, async_op=async_op
             )
         except CommunicationError as error:
             raise group.named(op, error) from None
         return launched.outputs, launched
     memory = memory_of(group)
-    posted = allocate(group, op, specs_of(group.rank()))
+    plan = memory.plan(key, inputs, specs_of, copies, targets)
+    posted = allocate(group, op, plan.specs)
 
     def deliver(target: int, place: Place) -> None:
-        outputs = memory.tensors_at(target, place, specs_of(target))
-        copy_all_valid_(copies(target, outputs), impl=group.copies_on_cpu)
+        copy_all_valid_(memory.pairs(plan, inputs, target, place), impl=group.copies_on_cpu)
 
     asked, asked_of = group.take_asked() or facts, group.take_asked_of()
     question = question_of(asked, strict=group.is_strict)

@@ -1,9 +1,9 @@
-"""From the copies of a call to the arguments of the kernel that makes them."""
+"""What the copies of a call have in common with those of later calls, planned once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -51,6 +51,40 @@ class Plan(NamedTuple):
     parts: list[tuple[int, Part]]
 
 
+def layout_of(inputs: Sequence[Tensor]) -> Hashable:
+    """What a plan depends on of the inputs."""
+    return tuple([(each.shape, each.stride(), each.dtype) for each in inputs])
+
+
+def parts_of(
+    inputs: Sequence[Tensor], specs_of: SpecsOf, copies_of: CopiesOf, targets: Sequence[int]
+) -> dict[int, list[tuple[int, Part]]]:
+    """For each target, the parts that it is given, each with the number of its input.
+
+    Example:
+        >>> x = torch.arange(4).view(2, 2)  # a row for each rank; its output is its row, twice
+        >>> def copies_of(target, outputs):
+        ...     return [(outputs[0][0], x[target])]
+        >>> parts = parts_of([x], lambda _: [((2, 2), x.dtype)], copies_of, range(2))
+        >>> [(number, part.start, part.shape) for number, part in parts[1]]
+        [(0, 2, torch.Size([2]))]
+    """
+    parts: dict[int, list[tuple[int, Part]]] = {}
+    specs: list[Spec] | None = None
+    outputs: list[Tensor] = []
+    for target in sorted(targets):
+        wanted = specs_of(target)
+        if wanted is not specs:  # even calls have one list for all ranks
+            specs, outputs = wanted, _layouts(wanted)
+        parts[target] = []
+        for index, (to, src) in enumerate(copies_of(target, outputs)):
+            start = int(src.storage_offset() - inputs[index].storage_offset())
+            offset = int(to.storage_offset()) * to.element_size()
+            part = Part(src.shape, src.stride(), start, target, offset, to.stride())
+            parts[target].append((index, part))
+    return parts
+
+
 def plan_of(
     inputs: Sequence[Tensor],
     specs_of: SpecsOf,
@@ -73,16 +107,8 @@ def plan_of(
         [([[0, 1], [2, 3]], 1)]
     """
     by_input: dict[int, list[Part]] = {}
-    specs: list[Spec] | None = None
-    outputs: list[Tensor] = []
-    for target in sorted(targets):
-        wanted = specs_of(target)
-        if wanted is not specs:  # even calls have one list for all ranks
-            specs, outputs = wanted, _layouts(wanted)
-        for index, (to, src) in enumerate(copies_of(target, outputs)):
-            start = int(src.storage_offset() - inputs[index].storage_offset())
-            offset = int(to.storage_offset()) * to.element_size()
-            part = Part(src.shape, src.stride(), start, target, offset, to.stride())
+    for parts_of_target in parts_of(inputs, specs_of, copies_of, targets).values():
+        for index, part in parts_of_target:
             by_input.setdefault(index, []).append(part)
     merged: list[tuple[int, Part]] = []
     single: list[tuple[int, Part]] = []

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from ..errors import ClosedError, CollectiveError
 from ..kernels import copy_valid_
-from .deliveries import CopiesOf, Plan, Spec, SpecsOf, deliveries_of, plan_of
+from .deliveries import CopiesOf, Plan, Spec, SpecsOf, deliveries_of, layout_of, plan_of
 from .memfd import aligned
 from .segment import Pool
 from .shared import Region, Shared
@@ -195,7 +195,7 @@ class DeviceMemory:
 
         Args:
             asked: what is asked for. The four arguments behind `inputs` are looked at once for
-                each `asked` and strides of the inputs.
+                each `asked` and layout of the inputs.
             inputs: what this rank sends.
             question: `question()` gives what must be the same on all ranks.
             specs_of: `specs_of(rank)` gives shape and dtype of the outputs of a rank.
@@ -220,7 +220,7 @@ class DeviceMemory:
                         f"tensors must be on {self._device}, where the first call was, got "
                         f"{each.device}"
                     )
-            layout = asked, tuple([each.stride() for each in inputs])
+            layout = asked, layout_of(inputs)
             planned = self._plans.get(layout)
             if planned is None:
                 if len(self._plans) >= _MAX_PLANS:

@@ -6,6 +6,8 @@ The interface:
   `(memory, "")` on all ranks, or `(None, refusal)` on all ranks; the refusal names a rank and why.
 - `memory.allocate(specs)`: outputs that the others can write to, `Posted(tensors, place)`.
 - `memory.tensors_at(rank, place, specs)`: the outputs of a rank as this rank sees them.
+- `memory.plan(asked, inputs, specs_of, copies_of, targets)`: what a call, and later ones like it,
+  copy; `memory.pairs(plan, inputs, rank, place)`: those copies into the outputs of a rank.
 - `memory.start(ask, background=False)`: posts a call (`Ask`, in `flight.py`) and returns its
   `Flight`. It raises nothing but ClosedError and interrupts; `flight.wait()` raises the rest. With
   `background=True` a thread moves the flight on, so it need not be waited for.
@@ -28,14 +30,15 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import CollectiveError
 from . import line, memfd
+from .deliveries import CopiesOf, Part, Spec, SpecsOf, layout_of, parts_of
 from .engine import Engine
 from .flight import Ask, Flight, Mismatch, Place, Posted
 from .introduction import Everyone, introduce
@@ -45,15 +48,27 @@ from .segment import RESERVE_BYTES, Pool
 
 __all__ = ["Ask", "Flight", "HostMemory", "Mismatch", "Place", "Posted", "Spec"]
 
-# Shape and dtype of an output.
-Spec: TypeAlias = "tuple[Sequence[int], torch.dtype]"
-
+# So many plans are kept: a model makes the same few calls again and again.
+_MAX_PLANS = 256
 # What `fail_next` may give as the reason.
 _FAILURES = {
     "arguments": line.ARGUMENTS,
     "interrupted": line.INTERRUPTED,
     "memory": line.MEMORY,
 }
+
+
+class Plan(NamedTuple):
+    """What all calls have in common that ask for the same with inputs of the same layout.
+
+    Attributes:
+        specs: shape and dtype of this rank's outputs.
+        parts: for each target the bytes of its outputs, and the parts that are not empty, each with
+            the number of its input.
+    """
+
+    specs: list[Spec]
+    parts: dict[int, tuple[int, list[tuple[int, Part]]]]
 
 
 class HostMemory:
@@ -126,6 +141,7 @@ class HostMemory:
         )
         self.pool = Pool(self._new_segment, reserve_bytes=reserve_bytes)
         self._segments: dict[tuple[int, int], _PeerSegment] = {}
+        self._plans: dict[Hashable, Plan] = {}
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forked(reference))
         self._at_exit = lambda: _close(reference)
@@ -158,16 +174,10 @@ class HostMemory:
         Raises:
             CollectiveError: This process could not map that memory; the message says why.
         """
-        number, start = place
-        sizes = [aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in specs]
-        stop = start + sum(sizes)
-        if stop == start:
+        sizes = _sizes(specs)
+        if not sum(sizes):
             return [_empty(shape, dtype) for shape, dtype in specs]
-        if rank == self.rank:
-            segment = self.pool.segments[number]
-        else:
-            segment = self._peer_segment(rank, number)
-            segment.populate(start, stop)
+        segment, start = self._segment_at(rank, place, sum(sizes)), place.offset
         tensors = []
         for (shape, dtype), num_bytes in zip(specs, sizes, strict=True):
             if num_bytes:
@@ -176,6 +186,59 @@ class HostMemory:
             else:
                 tensors.append(_empty(shape, dtype))
         return tensors
+
+    def plan(
+        self,
+        asked: Hashable,
+        inputs: Sequence[Tensor],
+        specs_of: SpecsOf,
+        copies_of: CopiesOf,
+        targets: Sequence[int],
+    ) -> Plan:
+        """Plans a call: what its copies have in common with those of later calls.
+
+        Args:
+            asked: What is asked for. The three arguments behind `inputs` are looked at once for
+                each `asked` and layout of the inputs.
+            inputs: What this rank sends.
+            specs_of: `specs_of(rank)` gives shape and dtype of the outputs of a rank.
+            copies_of: `copies_of(target, outputs)` gives pairs (to, from): what this rank copies
+                into the outputs of a target. `outputs` have no memory, only layouts. The first pair
+                is for a part of the first input, and so on.
+            targets: The ranks that this rank writes to.
+        """
+        key = asked, layout_of(inputs)
+        plan = self._plans.get(key)
+        if plan is None:
+            parts = {
+                target: (
+                    sum(_sizes(specs_of(target))),
+                    [each for each in parts if math.prod(each[1].shape)],
+                )
+                for target, parts in parts_of(inputs, specs_of, copies_of, targets).items()
+            }
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = Plan(specs_of(self.rank), parts)
+        return plan
+
+    def pairs(
+        self, plan: Plan, inputs: Sequence[Tensor], rank: int, place: Place
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What this rank copies into the outputs that a rank has posted: pairs (to, from).
+
+        Raises:
+            CollectiveError: This process could not map that memory; the message says why.
+        """
+        num_bytes, parts = plan.parts[rank]
+        if not parts:
+            return []
+        segment, pairs = self._segment_at(rank, place, num_bytes), []
+        for index, (shape, strides, begin, _, offset, target_strides) in parts:
+            input_ = inputs[index]
+            to = segment.strided(place.offset + offset, shape, target_strides, input_.dtype)
+            pairs.append((to, input_.as_strided(shape, strides, input_.storage_offset() + begin)))
+        return pairs
 
     def start(self, ask: Ask, *, background: bool = False) -> Flight:
         """Posts a call, and returns without waiting.
@@ -250,14 +313,20 @@ class HostMemory:
             known.close()
         self._segments[key] = _PeerSegment(descriptor, record.number)
 
-    def _peer_segment(self, rank: int, number: int) -> Segment:
+    def _segment_at(self, rank: int, place: Place, num_bytes: int) -> Segment:
+        """The segment of a place; the bytes there are mapped in this process."""
+        number, start = place
+        if rank == self.rank:
+            return self.pool.segments[number]
         try:
-            return self._segments[rank, number].mapped()
+            segment = self._segments[rank, number].mapped()
         except (OSError, KeyError) as error:
             raise CollectiveError(
                 f"rank {self.rank} cannot map segment {number} of rank {rank}: {error}",
                 peers=(rank,),
             ) from None
+        segment.populate(start, start + num_bytes)
+        return segment
 
 
 class _PeerSegment:
@@ -295,6 +364,11 @@ def _tensors(views: Sequence[memoryview | None], specs: Sequence[Spec]) -> list[
         else _empty(shape, dtype)
         for view, (shape, dtype) in zip(views, specs, strict=True)
     ]
+
+
+def _sizes(specs: Sequence[Spec]) -> list[int]:
+    """The bytes from each output to the next."""
+    return [aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in specs]
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -135,15 +135,21 @@ class Segment:
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor in the segment; its storage is the whole segment."""
+        strides = [1] * len(shape)
+        for dim in range(len(shape) - 1, 0, -1):
+            strides[dim - 1] = strides[dim] * shape[dim]
+        return self.strided(offset, shape, strides, dtype)
+
+    def strided(
+        self, offset: int, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        """As `tensor`, with these strides in elements."""
         whole = self._whole.get(dtype)
         if whole is None:
             # A tensor that is made in inference mode could not be written to outside of it.
             with torch.inference_mode(False):
                 whole = torch.frombuffer(self.view, dtype=dtype)
             self._whole[dtype] = whole
-        strides = [1] * len(shape)
-        for dim in range(len(shape) - 1, 0, -1):
-            strides[dim - 1] = strides[dim] * shape[dim]
         return torch.as_strided(whole, shape, strides, offset // dtype.itemsize)
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from ranks import Ranks
@@ -10,6 +12,7 @@ from test_collectives import WrittenBytes
 from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.collective import memory
 from fastvideo_comm.collective.layout import Split
+from fastvideo_comm.memory import host
 
 
 def count_copies(c: DeviceCommunicatorBase, batch: int) -> None:
@@ -63,3 +66,38 @@ def count_copies(c: DeviceCommunicatorBase, batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_byte_is_copied_once(ranks: Ranks, size, batch):
     ranks.run(size, count_copies, batch, ways=["memory"])
+
+
+def plan_once(c: DeviceCommunicatorBase) -> None:
+    row = torch.arange(960.0) + 1000 * c.rank
+    c.all_to_all_4D(row.view(1, 8, 4, 30))  # connects the memory
+    memory_of_group = c._runner.group.memory
+    assert memory_of_group is not None
+    plans = memory_of_group._plans
+    plans.clear()
+
+    def trade(start: int, length: int, *, batch: int = 1) -> int:
+        """Makes an exchange there and back, and a gather; returns how often it planned."""
+        with mock.patch.object(host, "parts_of", wraps=host.parts_of) as planning:
+            trade_of(start, length, batch)
+        return planning.call_count
+
+    def trade_of(start: int, length: int, batch: int) -> None:
+        x = row[start : start + batch * length * 24].view(batch, length, 4, 6)
+        y = c.all_to_all_4D(x)
+        assert torch.equal(c.all_to_all_4D(y, 1, 2), x)
+        same = c.all_gather(y, 2)[:, c.rank * length : (c.rank + 1) * length]
+        assert torch.equal(same, x)
+
+    assert trade(0, 3) == 3
+    assert trade(100, 3) == 0  # wherever the inputs are
+    assert trade(0, 4) == 3
+    assert trade(0, 3, batch=2) == 3
+    assert trade(0, 4) == 0
+    for length in range(5, 5 + host._MAX_PLANS):  # a length that grows does not fill the memory
+        c.all_gather(torch.arange(length))
+    assert len(plans) <= host._MAX_PLANS
+
+
+def test_a_call_is_planned_once_for_each_layout(ranks: Ranks):
+    ranks.run(2, plan_once, ways=["memory"])
