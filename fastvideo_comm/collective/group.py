@@ -202,8 +202,8 @@ class Group:
             By memory, the facts of an op that does not send (`sends` is False) and that is compared
             in a call of its own. Otherwise None.
         """
-        if self.device_memory is not None:
-            self._check_waits(self.device_memory, op)
+        if self.device_memory is not None:  # saves a call elsewhere
+            self._check_waits(op)
         if forward_ad._current_level >= 0:
             named["tangents"] = _has_tangents(tensors)
         if self.memory is None:
@@ -236,8 +236,7 @@ class Group:
         `of_call` is the number of the forward's call. If two backwards ask for the same, the ranks
         might begin with different ones: without the number, their gradients would be mixed up.
         """
-        if self.device_memory is not None:
-            self._check_waits(self.device_memory, f"{op} backward")
+        self._check_waits(f"{op} backward")
         if forward_ad._current_level >= 0:
             named["tangents"] = _has_tangents(gradients)
         if self.memory is not None:
@@ -252,8 +251,7 @@ class Group:
         self, op: Literal["send", "recv"], shape: Sequence[int], dtype: torch.dtype, peer: int
     ) -> None:
         """Lets two ranks compare a send with its recv. See `Diagnosis.before_pair`."""
-        if self.device_memory is not None:
-            self._check_waits(self.device_memory, op)
+        self._check_waits(op)
         if self.memory is None and self.diagnosis is not None:
             self.diagnosis.before_pair(op, shape, dtype, peer)
 
@@ -278,12 +276,13 @@ class Group:
         diagnosis = self.diagnosis
         return diagnosis is not None and diagnosis.validate != "off" and diagnosis.counted()
 
-    def _check_waits(self, memory: DeviceMemory, op: str) -> None:
+    def _check_waits(self, op: str) -> None:
         """Raises if a rank did not come to an earlier call on the GPUs, whose result is wrong."""
-        try:
-            memory.check_waits()
-        except CommunicationError as error:
-            raise self.named(op, error) from None
+        if self.device_memory is not None:
+            try:
+                self.device_memory.check_waits()
+            except CommunicationError as error:
+                raise self.named(op, error) from None
 
     def take_asked(self) -> Facts | None:
         """Returns what `before` was told about the call that begins now, and forgets it."""

