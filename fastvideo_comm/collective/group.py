@@ -24,6 +24,8 @@ from .device_connection import SEGMENT_BYTES, connect_device
 
 MemoryMode: TypeAlias = Literal["auto", "on", "off"]
 _VMAP = torch._C._functorch.TransformType.Vmap
+# What ranks on GPUs do by memory.
+_BY_DEVICE = ("all_to_all_4D", "all_gather", "reduce_scatter", "gather")
 MEMORY_MODES: tuple[MemoryMode, ...] = ("auto", "on", "off")
 
 
@@ -263,8 +265,13 @@ class Group:
             if op not in ("send", "recv") and not is_alone:
                 record = Record(op, error=f"{type(error).__name__}: {error}")
                 self.memory.fail_next(record.encode())
-        elif self.diagnosis is not None:
+            return
+        is_compared = self.compares_next()
+        if self.diagnosis is not None:
             self.diagnosis.failed(op, error)
+        memory = self.device_memory
+        if memory is not None and op in _BY_DEVICE and not is_compared:
+            memory.give_up(f"{type(error).__name__}: {error}")
 
     def compares_next(self) -> bool:
         """Whether the ranks compare the next call before they send anything of it."""

@@ -146,7 +146,7 @@ class DeviceMemory:
         self._watch = Watch(host, timeout=timeout, name=name)
         self._name = name
         self._lock = threading.Lock()
-        self._broken = ""
+        self._broken = self._gave_up = ""
         # Also where nobody calls `close`: kernels in flight still use the words and the segment.
         self._let_go = weakref.finalize(
             self, _let_go, synchronize, self._watch, self._words, shared
@@ -176,9 +176,36 @@ class DeviceMemory:
 
         Raises:
             CommunicationTimeoutError: a rank did not come to an earlier call.
-            MismatchError: a rank asked for something else in an earlier call.
+            MismatchError: a rank asked for something else in an earlier call, or gave it up.
+            CollectiveError: this rank gave an earlier call up.
         """
+        if self._gave_up:
+            raise CollectiveError(self._gave_up)
         self._watch.check()
+
+    def give_up(self, why: str) -> None:
+        """Fails this rank's next call, and lets the other ranks hear of it.
+
+        After this no rank can use the memory again.
+
+        Args:
+            why: what this rank's later calls say.
+
+        Raises:
+            ClosedError, CommunicationTimeoutError, MismatchError, CollectiveError: as `check`.
+        """
+        from ..kernels.posts import digest_of, launch_done, launch_post
+
+        with self._lock:
+            self.check()
+            if self.is_capturing():
+                return  # a graph must not hold this
+            # No rank asks for this, so nobody writes to the place.
+            digest = digest_of(b"gave up")
+            with self._module.stream(self._stream), self._in_one_piece():
+                launch_post(self._words, self._staging, digest)
+                launch_done(self._words)
+            self._gave_up = f"this rank gave an earlier call up: {why}"
 
     def start(
         self,

@@ -102,8 +102,8 @@ rank 1 did not come
         """`calls` has, for each rank that asked for something else, the number of the call."""
         text = (
             f"the ranks must ask for the same thing in call {min(calls.values())} of group "
-            f"{self._name!r}, got something else from {_ranks(list(calls))}; a communicator with "
-            "validate='always' says what"
+            f"{self._name!r}, got something else, or bad arguments, from {_ranks(list(calls))}; a "
+            "communicator with validate='always' says what"
         )
         self._fail(MismatchError, text, tuple(calls))
 
