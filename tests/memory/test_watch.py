@@ -45,7 +45,7 @@ def test_a_rank_that_asks_for_something_else_is_named_at_once(host):
     watch = Watch(host, timeout=1000, name="sp")
     host[1:] = torch.tensor([0, 40, -11, -11])
     assert until_stopped(host) < 30
-    text = "same thing in call 11 of group 'sp', got something else, or bad arguments, from ranks 2, 3;"
+    text = "thing in call 11 of group 'sp', got something else, or bad arguments, from ranks 2, 3;"
     for _ in range(2):
         with pytest.raises(MismatchError, match=text) as caught:
             watch.check()
