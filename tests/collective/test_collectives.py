@@ -281,11 +281,13 @@ def count_passes(communicator: DeviceCommunicatorBase, batch: int) -> None:
     unit = x.numel() * x.element_size()
     fused = torch.rand(batch, 6, 3 * 2 * ranks * 8).chunk(3, -1)[1].unflatten(-1, (-1, 8))
     by_head = torch.rand(batch, 2 * ranks, 6, 8).transpose(1, 2)
+    by_rank = torch.rand(ranks, batch, 6, 16).permute(1, 2, 0, 3)  # the messages, side by side
     gathers = batch == 1  # dims before dim 1 have size 1
     for count, call in (
         (1, lambda: communicator.all_to_all_4D(x)),
         (1, lambda: communicator.all_to_all_4D(fused)),  # read in place
         (1, lambda: communicator.all_to_all_4D(by_head)),
+        (0 if gathers else 1, lambda: communicator.all_to_all_4D(by_rank)),
         (1, lambda: communicator.all_to_all_4D(y, 1, 2)),
         (1, lambda: communicator.all_to_all_4D(y.detach(), 1, 2)),
         (0, lambda: communicator.all_gather(x, 0)),
