@@ -240,7 +240,7 @@ class ObjectStore:
         seconds = self._timeout if timeout is None else timeout.total_seconds()
         deadline = time.monotonic() + seconds
         for key in keys:
-            self._call(Kind.WAIT, _key(key), deadline=deadline)
+            self._call(Kind.WAIT, _key(key), deadline=deadline, seconds=seconds)
 
     def add(self, key: str, amount: int) -> int:
         """Add to the number under a key, 0 at first, and return the sum."""
@@ -263,12 +263,15 @@ class ObjectStore:
         kind: Kind,
         meta: bytes,
         parts: Sequence[bytes | memoryview] = (),
-        deadline: float | None = None,
         *,
+        seconds: float | None = None,
+        deadline: float | None = None,
         parse: Callable[[bytes], _T] = bytes,  # type: ignore[assignment] # the default of _T
     ) -> tuple[_T, memoryview]:
+        if seconds is None:
+            seconds = self._timeout
         if deadline is None:
-            deadline = time.monotonic() + self._timeout
+            deadline = time.monotonic() + seconds
         with self.client.turn(deadline):
             waits = kind in (Kind.GET, Kind.WAIT)
             ident = (
@@ -278,7 +281,7 @@ class ObjectStore:
                 if not waits:
                     self.client.forget(ident)
                 raise CommunicationTimeoutError(
-                    f"store.{kind.name.lower()} timed out after {self._timeout:g} s"
+                    f"store.{kind.name.lower()} timed out after {seconds:g} s"
                 )
             return self.client.read(
                 ident, lambda frame: (parse(frame.meta), memoryview(frame.body))

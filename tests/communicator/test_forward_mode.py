@@ -117,6 +117,26 @@ def test_complex_tensors_have_tangents(ranks: Ranks):
     ranks.run(2, of_complex_tensors)
 
 
+def beside_integers(communicator: DeviceCommunicatorBase, async_op: bool) -> None:
+    value, tangent = of_rank(communicator, 2)
+    tokens = torch.arange(value.numel()).view(SHAPE) + 1000 * communicator.rank
+
+    def function(x: Tensor) -> Any:
+        exchange = communicator.all_to_all_4D([x, tokens], async_op=async_op)
+        return exchange.wait() if async_op else exchange
+
+    moved, along, moved_tokens = jvp(function, (value,), (tangent,), has_aux=True)
+    expected = function(value)
+    assert torch.equal(moved, expected[0])
+    assert torch.equal(along, function(tangent)[0])
+    assert torch.equal(moved_tokens, expected[1])
+
+
+@pytest.mark.parametrize("async_op", [False, True])
+def test_integers_travel_beside_a_tensor_with_a_tangent(ranks: Ranks, async_op):
+    ranks.run(2, beside_integers, async_op)
+
+
 def batched(communicator: DeviceCommunicatorBase) -> None:
     value, tangent = of_rank(communicator, 2)
 

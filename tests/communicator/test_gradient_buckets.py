@@ -91,6 +91,21 @@ def test_a_rank_without_a_gradient_takes_part_in_the_dtype_of_the_others(ranks: 
     ranks.run(3, wide)
 
 
+def negated(communicator: DeviceCommunicatorBase) -> None:
+    """A single number is contiguous with any stride; its memory has the other sign."""
+    number = torch.complex(torch.zeros(1), torch.full((1,), 1.0 + communicator.rank))
+    parameter = torch.zeros(1, requires_grad=True)
+    parameter.grad = number.conj().imag
+    assert parameter.grad.is_neg()
+    assert parameter.grad.is_contiguous()
+    communicator.reduce_gradients([parameter])
+    assert parameter.grad.item() == -3
+
+
+def test_a_gradient_that_is_negated_lazily_is_summed_with_its_sign(ranks: Ranks):
+    ranks.run(2, negated)
+
+
 def bad(communicator: DeviceCommunicatorBase) -> None:
     good = torch.zeros(2, requires_grad=True)
     good.grad = torch.ones(2)

@@ -201,6 +201,28 @@ class TestOutputs:
         device_ranks.run(3, job, staging_bytes=5 * 3 * 2 * 16 * 8 - 1024)
         assert twins.num_posts == 3, "only reduce_scatter, of which each rank gets 3 * 640 bytes"
 
+    def test_that_are_sums_need_staging_for_each_term(self, twins):
+        """Two ranks read the key head: its gradient has two terms, each as large as the head."""
+
+        def job(communicator: DeviceCommunicatorBase) -> None:
+            query = integers(communicator, 0, 1, 4, 2, 16).requires_grad_()
+            key = integers(communicator, 1, 1, 4, 1, 16).requires_grad_()
+
+            def gradients() -> tuple[Tensor, ...]:
+                outputs = communicator.all_to_all_4D([query, key])
+                weights = [integers(communicator, 2, *each.shape) for each in outputs]
+                return torch.autograd.grad(outputs, [query, key], weights)
+
+            expected = by_messages(communicator, gradients)
+            for gradient, each in zip(gradients(), expected, strict=True):
+                assert torch.equal(gradient, each)
+
+        needed = 2 * 4 * 2 * 16 * 8  # as many bytes for the key as for the query
+        device_ranks.run(2, job, staging_bytes=needed)
+        assert twins.num_posts == 4, "the exchange and its gradients"
+        device_ranks.run(2, job, staging_bytes=needed - 64)
+        assert twins.num_posts == 4
+
     def test_of_a_compiled_operator_are_those_of_the_op(self, twins):
         def job(communicator: DeviceCommunicatorBase) -> None:
             x = integers(communicator, 0, 1, 3, 4, 2).requires_grad_()

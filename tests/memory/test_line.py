@@ -101,6 +101,18 @@ def test_what_the_socket_does_not_take_waits_in_a_queue(pair):
     assert not here.is_blocked
 
 
+def test_a_record_does_not_overtake_those_in_the_queue(pair):
+    here, there = pair
+    sent = 0
+    while not here.is_blocked:
+        here.send(line.pack_done(0, sent))
+        sent += 1
+    numbers = [record.number for record, _, _ in heard(there)]  # the socket has room again
+    here.send(line.pack_done(0, sent))
+    numbers += [record.number for record, _, _ in heard(there)]
+    assert numbers == list(range(sent + 1))
+
+
 def test_a_message_that_was_not_handled_is_there_again(pair):
     here, there = pair
     here.send(line.pack_done(0, 1))

@@ -204,6 +204,20 @@ def test_the_block_that_was_freed_last_is_handed_out_first(pool):
     assert [run.offset for run in held] == wanted
 
 
+@pytest.mark.parametrize("units", [64, 128, 1024])
+def test_a_free_block_that_is_a_little_too_small_is_not_handed_out(pool, units):
+    """It stands in the bin of the request's own size."""
+    small = units * memfd.ALIGNMENT
+    first, guard, second, other_guard = tensors(pool.allocate([small, 64, small, 64]))
+    guard.fill_(1)
+    other_guard.fill_(1)
+    del first, second
+    (taken,) = tensors(pool.allocate([small + 1]))
+    taken.fill_(2)
+    assert (guard == 1).all()
+    assert (other_guard == 1).all()
+
+
 def test_a_step_that_allocates_the_same_again_gets_the_same_pages(pool):
     def step() -> set[tuple[int, int]]:
         held = [pool.allocate([size]) for size in (9000, 70_000, 9000, 300_000, 128) * 4]

@@ -74,6 +74,28 @@ def test_the_verbs_of_a_torch_store(secret):
     run_own(2, program, secret=secret)
 
 
+def test_a_wait_for_keys_that_come_one_after_the_other_has_one_timeout():
+    keys = [f"key {number}" for number in range(50)]
+    has_ended = threading.Event()
+
+    def program(group):
+        group.barrier()
+        if group.rank == 0:
+            for key in keys:  # 5 s in all
+                if has_ended.wait(0.1):
+                    break
+                group.store.set(key, "value")
+        else:
+            timeout = timedelta(seconds=0.3)
+            with pytest.raises(
+                CommunicationTimeoutError, match=r"store\.wait timed out after 0\.3 s"
+            ):
+                group.store.wait(keys, timeout)
+            has_ended.set()
+
+    run_own(2, program)
+
+
 def test_a_get_is_answered_when_the_value_comes():
     def program(group):
         group.barrier()
