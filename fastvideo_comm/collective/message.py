@@ -48,7 +48,7 @@ class Message:
     @classmethod
     def of(cls, buffers: WireBuffers, view: Tensor) -> Message:
         """Makes a message of the elements of a view, in the order of the view."""
-        if view.is_contiguous() and not (view.is_conj() or view.is_neg()):
+        if is_message(view):
             return cls(view, [])
         wire = buffers.take(view.shape, view)
         return cls(wire, [(view, wire)], buffers)

@@ -27,6 +27,7 @@ from fastvideo_comm.errors import (
     CommunicationTimeoutError,
     PeerLostError,
 )
+from fastvideo_comm.memory.flight import ALL
 from fastvideo_comm.memory.host import HostMemory, Mismatch
 
 
@@ -115,8 +116,10 @@ def soak(ranks: int, rounds: int, num_calls: int) -> None:
         # Python's and torch's own heaps move by a few MB; a leak of one record a call would too.
         assert resident_bytes() - resident < 30 << 20
         assert len(memory.pool.segments) == 1
-        assert not memory._engine._ledger.flights
-        assert not memory._engine._ledger._early
+        ledger = memory._engine._ledger
+        assert not ledger.flights
+        # A rank that is ahead may have begun the last call.
+        assert set(ledger._early) <= {(ALL, ledger.next_numbers[ALL])}
         exchange(memory, 2)
 
     in_processes(ranks, job)
