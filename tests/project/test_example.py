@@ -1,5 +1,7 @@
 """The example as its user sees it: the table, the figure, the exit status."""
 
+import functools
+import importlib
 import os
 import re
 import subprocess
@@ -50,15 +52,23 @@ def three_steps(tmp_path_factory):
     return folder, run_example(folder, "--steps", "3", "--fused", "--async")
 
 
+@functools.cache
+def example():
+    """The example as a module; the benchmarks have modules of the same names."""
+    names = [path.stem for path in EXAMPLE.parent.glob("*.py")]
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    with mock.patch.object(sys, "path", [str(EXAMPLE.parent), *sys.path]):
+        module = importlib.import_module(EXAMPLE.stem)
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(others)
+    return module
+
+
 def demo(*arguments):
     """The example as a module, and the options that it reads from these arguments."""
-    if str(EXAMPLE.parent) not in sys.path:
-        sys.path.append(str(EXAMPLE.parent))
-    import launch
-    import train_sequence_parallel
-
     with mock.patch.object(sys, "argv", [str(EXAMPLE), *arguments]):
-        return train_sequence_parallel, launch.parse_arguments(None)[1]
+        return example(), example().parse_arguments(None)[1]
 
 
 def train_as_rank(communicator, *arguments):
