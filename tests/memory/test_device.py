@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.errors import ClosedError, CollectiveError, CommunicationTimeoutError
-from fastvideo_comm.memory import deliveries
 from fastvideo_comm.memory.device import DeviceMemory
 
 BY_MEMORY = ("all_to_all_4D", "all_gather", "reduce_scatter")
@@ -389,34 +388,3 @@ class TestDeliveries:
 
         device_ranks.run(3, job)
         assert twins.num_deliveries == 3 * 3
-
-    def test_parts_of_one_size_that_go_to_different_offsets_are_apart(self):
-        """Behind an output that has another size on each rank."""
-        x = torch.arange(6.0)
-        plan = deliveries.plan_of(
-            [x],
-            lambda owner: [((16 * owner,), x.dtype), ((2,), x.dtype)],
-            lambda target, outputs: [(outputs[1], x[2 * target : 2 * target + 2])],
-            range(3),
-            rank=2,
-            world=3,
-        )
-        made = deliveries.deliveries_of(plan, [x], rank=2, world=3)
-        assert [(each.first, each.offset) for each in made] == [(0, 0), (1, 64), (2, 128)]
-        assert [each.src.tolist() for each in made] == [[[0, 1]], [[2, 3]], [[4, 5]]]
-
-    def test_parts_that_differ_are_sent_in_the_order_of_the_ranks(self):
-        x = torch.arange(12.0)
-        parts = {0: x[:3], 1: x[3:7], 2: x[7:]}
-        plan = deliveries.plan_of(
-            [x],
-            lambda owner: [((2,), x.dtype), (parts[owner].shape, x.dtype)],
-            lambda target, outputs: [(outputs[1], parts[target])],
-            range(3),
-            rank=1,
-            world=3,
-        )
-        made = deliveries.deliveries_of(plan, [x], rank=1, world=3)
-        assert [each.first for each in made] == [2, 0, 1]
-        assert [each.src.tolist() for each in made] == [[parts[r].tolist()] for r in (2, 0, 1)]
-        assert {each.offset for each in made} == {64}, "an output begins at a multiple of 64"
