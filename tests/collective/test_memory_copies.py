@@ -18,6 +18,13 @@ from fastvideo_comm.memory import host
 def count_copies(c: DeviceCommunicatorBase, batch: int) -> None:
     """Bytes that a rank writes in a call, in units of the bytes of its input."""
     ranks, rank = c.world_size, c.rank
+    c.barrier()  # connects the memory
+    engine = c._runner.group.memory._engine
+    # `WrittenBytes` sees this thread only. After an earlier job's asynchronous calls the thread in
+    # the background may be about to work, and would take a part of the next call.
+    background, engine._background = engine._background, None
+    if background is not None:
+        background.stop()
     x = torch.rand(batch, 6, 2 * ranks, 8, requires_grad=True)
     y = torch.rand(batch, 6 * ranks, 2, 8, requires_grad=True)
     fused = torch.rand(batch, 6, 3 * 2 * ranks * 8).chunk(3, -1)[1].unflatten(-1, (-1, 8))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from op_table import OF_SHAPE
 from ranks import Ranks
-from test_forward_mode import OF_KIND, attention, of_rank
+from test_attention_tangents import attention
+from test_forward_mode import OF_KIND, of_rank
 from torch import Tensor
 from torch.func import grad, jvp
 from torch.utils._python_dispatch import TorchDispatchMode
