@@ -108,9 +108,7 @@ def copy_all_valid_(
         tensor([[0, 2],
                 [1, 3]])
     """
-    if len(pairs) == 1:
-        copy_valid_(*pairs[0], impl=impl)
-    elif triton_runs(impl, [dst for dst, _ in pairs]):
+    if impl != "torch" and triton_runs(impl, [dst for dst, _ in pairs]):
         _launch(pairs)
     else:
         for dst, src in pairs:

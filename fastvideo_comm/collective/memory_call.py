@@ -132,8 +132,10 @@ def start_call(
     plan = memory.plan(key, inputs, specs_of, copies, targets)
     posted = allocate(group, op, plan.specs)
 
+    impl = group.copies_on_cpu
+
     def deliver(target: int, place: Place) -> None:
-        copy_all_valid_(memory.pairs(plan, inputs, target, place))
+        copy_all_valid_(memory.pairs(plan, inputs, target, place), impl=impl)
 
     asked, asked_of = group.take_asked() or facts, group.take_asked_of()
     question = question_of(asked, strict=group.is_strict)

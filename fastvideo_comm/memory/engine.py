@@ -15,7 +15,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -121,7 +121,8 @@ class Engine:
         if not flight.is_over:
             self.check()
             try:
-                self._progress(flight, timeout)
+                with torch.no_grad():
+                    self._progress(flight, timeout)
             except BaseException as error:
                 with self._lock:
                     self._ledger.interrupt(flight, error)
@@ -134,8 +135,12 @@ class Engine:
         """Whether a flight is over; moves flights on as far as that needs no waiting."""
         if not flight.is_over and not flight.is_background:
             self.check()
-            waiter = Waiter()
-            self._turn(waiter, waiter.ready(self._lines, self._ledger.lost, 0))
+            waiter, lines, lost = Waiter(), self._lines, self._ledger.lost
+            ready = waiter.ready(lines, lost, 0)
+            with torch.no_grad():
+                self._turn(ready)
+                while not flight.is_over and (ready := waiter.ready(lines, lost, 0)):
+                    self._turn(ready)
         return flight.is_over
 
     def close(self) -> None:
@@ -181,7 +186,7 @@ class Engine:
         if self._foreground or not (in_background or self._flush()):
             waiter.sleep()
             return
-        self._turn(waiter, waiter.ready(self._lines, self._ledger.lost, 0))
+        self._turn(waiter.ready(self._lines, self._ledger.lost, 0))
         if self._is_closed:
             return
         # No flight is held here during the sleep: the error of one that failed holds its outputs.
@@ -189,7 +194,7 @@ class Engine:
         seconds = min(ends, default=time.monotonic() + _RETRY_SECONDS) - time.monotonic()
         ready = waiter.ready(self._lines, self._ledger.lost, self._rest(seconds))
         # A thread that reads must also copy: another thread may sleep and not see what was read.
-        self._turn(waiter, ready)
+        self._turn(ready)
         with self._lock:
             for flight in [*in_background.values()]:
                 self._ledger.expire(flight, flight.started + self._timeout, self._timeout)
@@ -207,7 +212,7 @@ class Engine:
             flight.waiters[me] = self._foreground[me] = waiter
             ready = waiter.ready(lines, lost, 0)
             while not flight.is_over:
-                self._turn(waiter, ready)
+                self._turn(ready)
                 if flight.is_over:
                     break
                 ready = waiter.look(lines, lost, _LOOKS)
@@ -229,8 +234,8 @@ class Engine:
         if not self._foreground and (self._ledger.in_background or self._flush()):
             self._wake_background()
 
-    def _turn(self, waiter: Waiter, ready: list[int]) -> None:
-        """Reads lines and copies parts, until there is nothing to copy."""
+    def _turn(self, ready: Sequence[int]) -> None:
+        """Reads one message of each line that is ready, and copies parts until none is ready."""
         token = object()
         job: tuple[Flight, int] | None = None
         ledger = self._ledger
@@ -246,7 +251,7 @@ class Engine:
                 if job is None:
                     return
                 self._copy(*job, token)
-                ready = waiter.ready(self._lines, ledger.lost, 0)
+                ready = ()
         except BaseException:
             with self._lock:
                 self._is_interrupted = True
@@ -282,11 +287,7 @@ class Engine:
             place = flight.places[rank]
             if place is None:
                 raise CollectiveError(f"rank {rank} has posted no outputs", peers=(rank,))
-            if torch.is_grad_enabled():
-                with torch.no_grad():
-                    ask.deliver(rank, place)
-            else:
-                ask.deliver(rank, place)
+            ask.deliver(rank, place)
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             failure = records.MEMORY if isinstance(error, MemoryError) else records.DELIVERY

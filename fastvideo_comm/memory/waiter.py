@@ -43,20 +43,16 @@ class Waiter:
         if len(lost) != self._num_lost:
             self._register(lines, lost)
         events = self._poll.poll(min(seconds, _SLEEP_SECONDS) * 1000)
-        if not events:
-            return []
-        ranks = self._ranks
-        ready = [ranks[descriptor] for descriptor, _ in events if descriptor in ranks]
-        if len(ready) < len(events):
-            self._drain()
-        return ready
+        return self._ranks_of(events) if events else []
 
     def look(self, lines: Mapping[int, Line], lost: Collection[int], times: int) -> list[int]:
         """Looks as `ready` does, so many times, without sleeping; other processes may run."""
+        if len(lost) != self._num_lost:
+            self._register(lines, lost)
         poll = self._poll.poll
         for _ in range(times):
-            if poll(0):
-                return self.ready(lines, lost, 0)
+            if events := poll(0):
+                return self._ranks_of(events)
             os.sched_yield()
         return []
 
@@ -76,6 +72,13 @@ class Waiter:
         for descriptor in self._ranks:
             self._poll.register(descriptor, select.POLLIN)
         self._num_lost = len(lost)
+
+    def _ranks_of(self, events: list[tuple[int, int]]) -> list[int]:
+        ranks = self._ranks
+        ready = [ranks[descriptor] for descriptor, _ in events if descriptor in ranks]
+        if len(ready) < len(events):
+            self._drain()
+        return ready
 
     def _drain(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -37,13 +37,13 @@ def in_the_copy(then: Callable[[], None]) -> Callable[..., None]:
     """A copy of parts that does something in the middle of the first of them, once."""
     copy, is_done = ops.copy_all_valid_, [False]
 
-    def copy_all(pairs: Any) -> None:
+    def copy_all(pairs: Any, **options: Any) -> None:
         if not is_done[0]:
             is_done[0] = True
             for output, input_ in pairs:
                 output[..., :1] = input_[..., :1] + 1
             then()
-        copy(pairs)
+        copy(pairs, **options)
 
     return copy_all
 

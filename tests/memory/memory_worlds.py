@@ -321,7 +321,7 @@ def settled(memory: HostMemory) -> int:
     deadline = time.monotonic() + 20
     while memory.pool.bytes_in_use and time.monotonic() < deadline:
         gc.collect()
-        engine._turn(waiter, waiter.ready(engine._lines, engine._ledger.lost, 0.001))
+        engine._turn(waiter.ready(engine._lines, engine._ledger.lost, 0.001))
     return memory.pool.bytes_in_use
 
 

@@ -108,7 +108,7 @@ def test_what_was_received_before_an_interrupt_is_not_forgotten():
             first.wait()
         while ledger._hear is not hear:  # the message came later than that of the first call
             with contextlib.suppress(KeyboardInterrupt):
-                memory._engine._turn(waiter, waiter.ready(ledger.lines, (), 0.01))
+                memory._engine._turn(waiter.ready(ledger.lines, (), 0.01))
         begin = time.monotonic()
         second.wait(10)
         assert time.monotonic() - begin < 1
