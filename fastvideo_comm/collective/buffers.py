@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # The C heap keeps blocks of up to this size ready: a fresh one costs no page faults.
-_SMALL_BYTES = 1 << 16
+SMALL_BYTES = 1 << 16
 
 
 class WireBuffers:
@@ -30,7 +30,7 @@ class WireBuffers:
     def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Returns a contiguous uninitialised tensor of `shape`, with `like`'s dtype and device."""
         num_bytes = math.prod(shape) * like.element_size()
-        if not like.is_cpu or num_bytes < _SMALL_BYTES:
+        if not like.is_cpu or num_bytes < SMALL_BYTES:
             return like.new_empty(shape)
         with self._lock:
             for index, wire in enumerate(self._free):
@@ -49,7 +49,7 @@ class WireBuffers:
 
     def give_back(self, wire: Tensor) -> None:
         """Takes a tensor of `take` back; no exchange may use the tensor any more."""
-        if wire.is_cpu and wire.nbytes >= _SMALL_BYTES:
+        if wire.is_cpu and wire.nbytes >= SMALL_BYTES:
             with self._lock:
                 self._free.append(wire)
 

@@ -22,6 +22,7 @@ from torch.autograd import profiler
 from ..kernels import copy_valid_
 from ..profiling import span
 from ..reduce_ops import REDUCE_OPS
+from .buffers import SMALL_BYTES
 from .c10d import Transfer
 from .group import Group
 from .layout import Split, Splits, even_exchange, message_view
@@ -89,18 +90,22 @@ def _all_to_all_as_one(group: Group, input_: Tensor, scatter_dim: int, gather_di
         return output
     buffers, shape = group.buffers, plan.message_shape
     impl = group.copies_on_cpu if input_.is_cpu else "auto"
+    # Whether `buffers` keeps messages of this size: to ask it costs more than the memory.
+    is_kept = input_.is_cpu and input_.nbytes >= SMALL_BYTES
     sent = source = input_.as_strided(shape, plan.sent_strides)
     received = target = output.as_strided(shape, plan.received_strides)
     if plan.packs:
-        sent = copy_valid_(buffers.take(shape, input_), source, impl=impl)
+        sent = buffers.take(shape, input_) if is_kept else input_.new_empty(shape)
+        copy_valid_(sent, source, impl=impl)
     if plan.unpacks:
-        received = buffers.take(shape, input_)
+        received = buffers.take(shape, input_) if is_kept else input_.new_empty(shape)
     group.c10d.all_to_all_one(received, sent)
-    if plan.packs:
+    if plan.packs and is_kept:
         buffers.give_back(sent)
     if plan.unpacks:
         copy_valid_(target, received, impl=impl)
-        buffers.give_back(received)
+        if is_kept:
+            buffers.give_back(received)
     return output
 
 
