@@ -130,3 +130,25 @@ def compiled_sizes(communicator: DeviceCommunicatorBase) -> None:
 
 def test_sizes_cannot_be_asked_in_compiled_code(ranks: Ranks):
     ranks.run(2, compiled_sizes, ways=("messages",))
+
+
+def settings(communicator: DeviceCommunicatorBase) -> None:
+    group = communicator.cpu_group
+    mesh: Any = types.SimpleNamespace(
+        ndim=1, device_type="cpu", mesh_dim_names=("sp",), get_group=lambda _: group
+    )
+    for make, given in ((Asked.from_group, group), (Asked.from_mesh, mesh)):
+        for validate in ("auto", "always", "off"):
+            made = make(given, validate=validate)
+            assert made._runner.group.diagnosis.validate == validate
+            made.destroy()
+        with pytest.raises(ValueError, match="validate must be one of auto, always, off"):
+            make(given, validate="never")
+    with pytest.raises(ValueError, match="memory_bytes must be a multiple of 4096 from 1 MiB on"):
+        DeviceCommunicatorBase(group, memory_bytes=4096)
+    with pytest.raises(ValueError, match=r"memory \(or .*\) must be one of auto, on, off"):
+        DeviceCommunicatorBase(group, memory="maybe")
+
+
+def test_every_way_to_make_one_takes_the_settings_and_checks_them(ranks: Ranks):
+    ranks.run(1, settings)

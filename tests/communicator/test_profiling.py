@@ -44,6 +44,23 @@ def test_a_range_encloses_what_happens_in_it():
     assert events["aten::add_"].cpu_parent is inner
 
 
+def failed(communicator: DeviceCommunicatorBase) -> None:
+    x = torch.zeros(3)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
+        with pytest.raises(ValueError, match="dim must be in"):
+            communicator.all_gather(x, 7)
+        x.add_(1)
+    events = {event.name: event for event in profile.events()}
+    assert "fastvideo_comm::all_gather[test]" in events
+    assert events["aten::add_"].cpu_parent is None
+
+
+def test_the_range_of_an_op_that_failed_ends_with_it(ranks: Ranks):
+    ranks.run(1, failed)
+
+
 class Unspoken:
     """A name that must not become a text."""
 
