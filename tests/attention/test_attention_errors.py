@@ -172,6 +172,18 @@ MISTAKES: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]
         (*X, lambda q, k, v: q.transpose(1, 2)),
         {},
     ),
+    "kind of the result": (
+        TypeError,
+        "attention must return a tensor, got tuple",
+        (*X, lambda q, k, v: (q, None)),
+        {},
+    ),
+    "dims of the result": (
+        ValueError,
+        "attention must return [B, S, h, E] for query of shape [1, 4, 2, 3], got shape [1, 4, 2]",
+        (*X, lambda q, k, v: q[..., 0]),
+        {},
+    ),
 }
 
 

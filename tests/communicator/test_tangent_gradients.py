@@ -11,10 +11,12 @@ import torch.distributed as dist
 from ranks import Ranks
 from test_forward_mode import of_rank
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import jacfwd, jvp
 
-from fastvideo_comm import DeviceCommunicatorBase
+from fastvideo_comm import DeviceCommunicatorBase, forward_mode
 from fastvideo_comm.errors import MismatchError
+from fastvideo_comm.forward_mode import check_tangents
 
 AVG = dist.ReduceOp.AVG
 Op = Callable[[DeviceCommunicatorBase, Tensor], Tensor]
@@ -99,3 +101,24 @@ def let_go(communicator: DeviceCommunicatorBase) -> None:
 
 def test_what_a_jvp_gave_is_freed_as_soon_as_nobody_holds_it(ranks: Ranks):
     ranks.run(2, let_go, ways=("memory",))
+
+
+def left_out(_: DeviceCommunicatorBase) -> None:
+    x = torch.ones(2)
+    words = "must get a tensor with a tangent in compiled code inside forward_ad.dual_level"
+    with forward_ad.dual_level(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_mode, "_LEAVES_OUT_TANGENTS", False)
+        check_tangents((x,))
+        patch.setattr(forward_mode, "_LEAVES_OUT_TANGENTS", True)
+        check_tangents((3, x, forward_ad.make_dual(x, x)))
+        with pytest.raises(RuntimeError, match=words):
+            check_tangents((3, x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_mode, "_LEAVES_OUT_TANGENTS", True)
+        check_tangents((3, x))
+        jvp(lambda y: (check_tangents((x,)), y)[1], (x,), (x,))
+
+
+def test_where_torch_leaves_tangents_out_a_call_without_any_is_refused(ranks: Ranks):
+    """torch before 2.15 does so in compiled code inside forward_ad.dual_level."""
+    ranks.run(1, left_out, ways=("messages",))

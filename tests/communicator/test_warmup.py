@@ -93,15 +93,15 @@ def test_it_runs_every_op_that_has_a_gradient(ranks: Ranks):
 def of_dtypes(communicator: DeviceCommunicatorBase) -> dict[str, int]:
     own = DeviceCommunicatorBase(communicator.cpu_group)
     own.warmup([(1, 2, 4, 16), [(1, 2, 4, 16), (1, 2, 1, 16)]], [torch.float8_e4m3fn, torch.int32])
-    own.warmup(iter([(1, 2, 4, 16)]), iter([torch.float32, torch.bfloat16]))
+    own.warmup(iter([(1, 2, 4, 16), (1, 2, 2, 16)]), iter([torch.float32, torch.bfloat16]))
     calls = own.stats()["all_to_all_4D"].calls
     own.destroy()
     return calls
 
 
 def test_every_shape_is_exchanged_in_every_dtype_also_in_those_without_a_gradient(ranks: Ranks):
-    # There and back, in two layouts: of two shapes in two dtypes, and of one in two.
-    assert ranks.run(2, of_dtypes) == [2 * 2 * (4 + 2)] * 2
+    # There and back, in two layouts, of two shapes in two dtypes, twice.
+    assert ranks.run(2, of_dtypes) == [2 * 2 * (2 * 2) * 2] * 2
 
 
 ONE = (1, 2, 4, 3)

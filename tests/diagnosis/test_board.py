@@ -80,6 +80,21 @@ def test_half_against_half_marks_everyone_and_a_majority_marks_the_others():
     assert [line.endswith("<- shape") for line in lines] == [False, True, False, False]
 
 
+def test_who_had_bad_arguments_is_marked_though_most_had_them():
+    bad, good = Record("all_gather", error="ValueError: dim"), Record("all_gather", "[2]")
+    lines = table({0: bad, 1: good, 2: bad}, strict=False).splitlines()[1:]
+    assert [line.partition("<- ")[2] for line in lines] == ["bad arguments", "", "bad arguments"]
+
+
+def test_a_send_and_its_recv_differ_in_what_they_are_called_alone():
+    send, recv = (Record(op, "[2]", "int8", arguments="0 -> 1") for op in ("send", "recv"))
+    assert table({0: send, 1: recv}, strict=False) is None
+    other = Record("recv", "[3]", "int8", arguments="0 -> 1")
+    assert table({0: send, 1: other}, strict=False).count("<- shape\n") == 1
+    assert table({0: recv, 1: recv}, strict=False).count("needs the other of send and recv") == 2
+    assert table({0: Record("barrier"), 1: recv}, strict=False).count("<- op, shape") == 2
+
+
 def test_processes_elsewhere_are_not_said_to_be_dead():
     here = own_process()
     assert process_state(here) == ""
