@@ -117,6 +117,8 @@ def unusual(communicator: DeviceCommunicatorBase) -> None:
     assert [watched.grad.item(), single.grad.item()] == [1, 1]
     communicator.reduce_gradients([watched, single])
     assert [watched.grad.item(), single.grad.item()] == [2, 2]
+    communicator.reduce_gradients([watched])
+    assert watched.grad.item() == 4
 
 
 def test_autograd_does_not_record_the_sum_and_one_element_may_have_any_stride(ranks: Ranks):
