@@ -107,9 +107,9 @@ def test_a_gradient_that_is_negated_lazily_is_summed_with_its_sign(ranks: Ranks)
 
 
 def unusual(communicator: DeviceCommunicatorBase) -> None:
-    """A gradient that is differentiated further, and one element with the stride of many."""
+    """A gradient that one rank differentiates further, and one element with the stride of many."""
     watched, single = (torch.zeros(1, requires_grad=True) for _ in range(2))
-    watched.grad = torch.ones(1, requires_grad=True)
+    watched.grad = torch.ones(1, requires_grad=communicator.rank == 0)
     single.grad = torch.ones(()).expand(1)
     assert single.grad.stride() == (0,)
     communicator.reduce_gradients([watched, single], average=True)
