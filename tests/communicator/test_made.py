@@ -152,3 +152,15 @@ def settings(communicator: DeviceCommunicatorBase) -> None:
 
 def test_every_way_to_make_one_takes_the_settings_and_checks_them(ranks: Ranks):
     ranks.run(1, settings)
+
+
+def used_by_another_stream(communicator: DeviceCommunicatorBase) -> None:
+    told: list[Any] = []
+    tensor: Any = types.SimpleNamespace(record_stream=told.append)
+    stream: Any = object()
+    communicator.record_stream(tensor, stream)
+    assert told == [stream]
+
+
+def test_torch_is_told_of_a_stream_where_gpus_do_not_exchange_by_memory(ranks: Ranks):
+    ranks.run(1, used_by_another_stream)
