@@ -252,7 +252,7 @@ class _Layer:
         except Exception:
             # Among others the one with which a checkpoint ends its recomputation.
             for handle in (*there, *back):
-                with contextlib.suppress(RuntimeError):
+                with contextlib.suppress(Exception):
                     handle.wait()
             raise
 

@@ -28,7 +28,7 @@ class Record:
     Attributes:
         op: the op's name.
         shape: the shape of each tensor; `*` stands for a size that may differ between ranks.
-        dtype: the dtype of the tensors.
+        dtype: the dtype of the tensors; that of each if they differ.
         strides: "contiguous" or "strided"; compared only if the caller asks for it.
         arguments: dims, reduce op and the like.
         requires_grad: whether there will be a backward.
@@ -124,7 +124,7 @@ def record_of(facts: Facts) -> Record:
     return Record(
         op,
         " ".join(shape_text(shape, uneven_dim) for shape in shapes),
-        " ".join(dict.fromkeys(dtype_text(dtype) for dtype in dtypes)),
+        " ".join(dtype_text(dtype) for dtype in (dtypes if len(set(dtypes)) > 1 else dtypes[:1])),
         "contiguous" if is_contiguous else "strided",
         ", ".join(
             [_word(argument, num_dims) for argument in arguments]

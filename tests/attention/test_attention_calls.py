@@ -181,3 +181,24 @@ def autocast(communicator: DeviceCommunicatorBase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_ranks_without_heads_send_what_autocast_makes_on_the_others(ranks: Ranks, dtype):
     ranks.run(4, autocast, dtype)
+
+
+def at_random(communicator: DeviceCommunicatorBase) -> None:
+    x = torch.rand(1, 8, 4, 16, requires_grad=True)
+    weight = torch.rand(1, 8, 4, 16)
+
+    def gradient(seed: int) -> Tensor:
+        out = ulysses_attention(
+            *(communicator, x, x.sin(), x.cos()),
+            grad_wire_dtype=torch.float8_e5m2,
+            rounding="stochastic",
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return torch.autograd.grad((out * weight).sum(), x)[0]
+
+    assert torch.equal(gradient(1), gradient(1))
+    assert not torch.equal(gradient(1), gradient(2))
+
+
+def test_gradients_are_rounded_with_the_random_numbers_of_the_generator(ranks: Ranks):
+    ranks.run(2, at_random)

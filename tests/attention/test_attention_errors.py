@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._dynamo.exc import Unsupported
 
 from fastvideo_comm import DeviceCommunicatorBase, ulysses_attention
-from fastvideo_comm.errors import MismatchError
+from fastvideo_comm.errors import MismatchError, PeerLostError
+from fastvideo_comm.handle import AsyncHandle
 
 ONE = torch.zeros(1, 2, 4, 3)
 X = (ONE, ONE, ONE)
@@ -42,6 +43,45 @@ MISTAKES: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]
         "value must have shape [1, 2, 4, E] for key of shape [1, 2, 4, 3], got [1, 2, 2, 3]",
         (ONE, ONE, ONE[:, :, :2]),
         {},
+    ),
+    "length of the key": (
+        ValueError,
+        "key must have shape [1, 2, K, 3] for query of shape [1, 2, 4, 3], got [1, 1, 4, 3]",
+        (ONE, ONE[:, :1], ONE[:, :1]),
+        {},
+    ),
+    "length of the value": (
+        ValueError,
+        "value must have shape [1, 2, 4, E] for key of shape [1, 2, 4, 3], got [1, 1, 4, 3]",
+        (ONE, ONE, ONE[:, :1]),
+        {},
+    ),
+    "batch of the value": (
+        ValueError,
+        "value must have shape [1, 2, 4, E] for key of shape [1, 2, 4, 3], got [2, 2, 4, 3]",
+        (ONE, ONE, torch.zeros(2, 2, 4, 3)),
+        {},
+    ),
+    "joint batch": (
+        ValueError,
+        "joint[0] must have shape [1, 2, 4, 3] beside [1, 2, 4, 3] of the sequence, "
+        "got [2, 2, 4, 3]",
+        X,
+        {"joint": (torch.zeros(2, 2, 4, 3), ONE, ONE)},
+    ),
+    "joint heads": (
+        ValueError,
+        "joint[1] must have shape [1, 2, 4, 3] beside [1, 2, 4, 3] of the sequence, "
+        "got [1, 2, 2, 3]",
+        X,
+        {"joint": (ONE, ONE[:, :, :2], ONE)},
+    ),
+    "joint width": (
+        ValueError,
+        "joint[2] must have shape [1, 2, 4, 3] beside [1, 2, 4, 3] of the sequence, "
+        "got [1, 2, 4, 2]",
+        X,
+        {"joint": (ONE, ONE, ONE[..., :2])},
     ),
     "no head": (
         ValueError,
@@ -130,6 +170,18 @@ MISTAKES: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]
         "attention must return [B, S, h, E] for query of shape [1, 4, 2, 3], "
         "got shape [1, 2, 4, 3]",
         (*X, lambda q, k, v: q.transpose(1, 2)),
+        {},
+    ),
+    "kind of the result": (
+        TypeError,
+        "attention must return a tensor, got tuple",
+        (*X, lambda q, k, v: (q, None)),
+        {},
+    ),
+    "dims of the result": (
+        ValueError,
+        "attention must return [B, S, h, E] for query of shape [1, 4, 2, 3], got shape [1, 4, 2]",
+        (*X, lambda q, k, v: q[..., 0]),
         {},
     ),
 }
@@ -234,3 +286,42 @@ def interrupted(communicator: DeviceCommunicatorBase) -> None:
 
 def test_an_attention_that_fails_leaves_nothing_in_flight(ranks: Ranks):
     ranks.run(2, interrupted)
+
+
+def interrupted_by_two(communicator: DeviceCommunicatorBase) -> None:
+    """The attention fails, and what is in flight then fails too."""
+    waited: list[int] = []
+    exchange = communicator.all_to_all_4D
+
+    def lost(number: int) -> Any:
+        def finish() -> Any:
+            waited.append(number)
+            raise PeerLostError("rank 1 is dead", peers=(1,))
+
+        return AsyncHandle("all_to_all_4D", "", finish, lambda: False)
+
+    def kept(*arguments: Any, **options: Any) -> Any:
+        handle = exchange(*arguments, **options)
+        if len(handles) == 0:
+            handles.append(handle)
+            return handle
+        handle.wait()
+        handles.append(lost(len(handles)))
+        return handles[-1]
+
+    def attention(*_: Tensor) -> Tensor:
+        raise ArithmeticError("on purpose")
+
+    handles: list[Any] = []
+    x = torch.rand(1, 2, 6, 3)
+    communicator.all_to_all_4D = kept
+    try:
+        with pytest.raises(ArithmeticError, match="on purpose"):
+            ulysses_attention(communicator, x, x, x, attention, pipeline=3)
+    finally:
+        del communicator.all_to_all_4D
+    assert waited == [1]
+
+
+def test_the_error_of_an_attention_is_not_hidden_by_what_is_in_flight(ranks: Ranks):
+    ranks.run(2, interrupted_by_two)

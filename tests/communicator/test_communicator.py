@@ -118,6 +118,8 @@ def alone(communicator: DeviceCommunicatorBase) -> None:
         communicator.all_gather(x),
         communicator.all_reduce(x),
         communicator.slice(x, 1, scale_grad=True),
+        communicator.reduce_scatter(x, 1),
+        communicator.broadcast(x),
     ):
         assert output is x
     gathered = communicator.gather(x)
@@ -129,6 +131,8 @@ def alone(communicator: DeviceCommunicatorBase) -> None:
         communicator.all_to_all_4D(x[0])
     with pytest.raises(ValueError, match="dim must be in"):
         communicator.all_gather(x, 4)
+    with pytest.raises(ValueError, match="dst must be a rank of the group"):
+        communicator.gather(x, 1)
     with pytest.raises(TypeError, match="must be a tensor, got list"):
         communicator.all_reduce([1.0])
     with pytest.raises(ValueError, match="dst must be another rank than this one, got 0"):

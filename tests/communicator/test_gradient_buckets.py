@@ -106,6 +106,25 @@ def test_a_gradient_that_is_negated_lazily_is_summed_with_its_sign(ranks: Ranks)
     ranks.run(2, negated)
 
 
+def unusual(communicator: DeviceCommunicatorBase) -> None:
+    """A gradient that one rank differentiates further, and one element with the stride of many."""
+    watched, single = (torch.zeros(1, requires_grad=True) for _ in range(2))
+    watched.grad = torch.ones(1, requires_grad=communicator.rank == 0)
+    single.grad = torch.ones(()).expand(1)
+    assert single.grad.stride() == (0,)
+    communicator.reduce_gradients([watched, single], average=True)
+    assert watched.grad.is_leaf
+    assert [watched.grad.item(), single.grad.item()] == [1, 1]
+    communicator.reduce_gradients([watched, single])
+    assert [watched.grad.item(), single.grad.item()] == [2, 2]
+    communicator.reduce_gradients([watched])
+    assert watched.grad.item() == 4
+
+
+def test_autograd_does_not_record_the_sum_and_one_element_may_have_any_stride(ranks: Ranks):
+    ranks.run(2, unusual)
+
+
 def bad(communicator: DeviceCommunicatorBase) -> None:
     good = torch.zeros(2, requires_grad=True)
     good.grad = torch.ones(2)

@@ -140,3 +140,20 @@ def waited_for_outside(communicator: DeviceCommunicatorBase) -> None:
 
 def test_a_wait_outside_the_transform_is_refused(ranks: Ranks):
     ranks.run(2, waited_for_outside)
+
+
+def graph_without_result(communicator: DeviceCommunicatorBase) -> None:
+    x = torch.rand(1, 64, 4, 64, requires_grad=True)
+    communicator.all_to_all_4D(x.detach())
+    before = communicator.memory_stats().bytes_in_use
+    handle = communicator.all_to_all_4D(x, async_op=True)
+    loss = handle.wait().sum()
+    assert communicator.memory_stats().bytes_in_use > before
+    del handle
+    assert communicator.memory_stats().bytes_in_use == before
+    loss.backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_a_graph_holds_no_result_that_its_backward_does_not_need(ranks: Ranks):
+    ranks.run(2, graph_without_result, ways=("memory",))

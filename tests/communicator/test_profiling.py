@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import Ranks
 
-from fastvideo_comm import DeviceCommunicatorBase
+from fastvideo_comm import DeviceCommunicatorBase, op_runner
 from fastvideo_comm.profiling import Stats, span
 
 
@@ -42,6 +42,33 @@ def test_a_range_encloses_what_happens_in_it():
     outer, inner = events["fastvideo_comm::op[sp]"], events["fastvideo_comm::pack[sp]"]
     assert inner.cpu_parent is outer
     assert events["aten::add_"].cpu_parent is inner
+
+
+class Range:
+    """In the place of a range in a trace: keeps what it was told."""
+
+    def __init__(self, word: str, name: str) -> None:
+        self.told = [f"{word}[{name}]"]
+
+    def __enter__(self) -> None:
+        self.told.append("begins")
+
+    def __exit__(self, *error: object) -> None:
+        self.told.append("ends")
+
+
+def failed(communicator: DeviceCommunicatorBase) -> None:
+    ranges: list[Range] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op_runner.profiler, "_is_profiler_enabled", True)
+        patch.setattr(op_runner, "span", lambda *each: ranges.append(Range(*each)) or ranges[-1])
+        with pytest.raises(ValueError, match="dim must be in"):
+            communicator.all_gather(torch.zeros(3), 7)
+    assert [each.told for each in ranges] == [["all_gather[test]", "begins", "ends"]]
+
+
+def test_the_range_of_an_op_that_failed_ends_with_it(ranks: Ranks):
+    ranks.run(1, failed)
 
 
 class Unspoken:

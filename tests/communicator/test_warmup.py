@@ -88,3 +88,40 @@ def test_it_runs_every_op_that_has_a_gradient(ranks: Ranks):
     assert with_gradient == set(OPS) - WITHOUT_GRADIENT
     for called in ranks.run(2, ops_of_warmup):
         assert called >= with_gradient
+
+
+def of_dtypes(communicator: DeviceCommunicatorBase) -> dict[str, int]:
+    own = DeviceCommunicatorBase(communicator.cpu_group)
+    own.warmup([(1, 2, 4, 16), [(1, 2, 4, 16), (1, 2, 1, 16)]], [torch.float8_e4m3fn, torch.int32])
+    own.warmup(iter([(1, 2, 4, 16), (1, 2, 2, 16)]), iter([torch.float32, torch.bfloat16]))
+    calls = own.stats()["all_to_all_4D"].calls
+    own.destroy()
+    return calls
+
+
+def test_every_shape_is_exchanged_in_every_dtype_also_in_those_without_a_gradient(ranks: Ranks):
+    # There and back, in two layouts, of two shapes in two dtypes, twice.
+    assert ranks.run(2, of_dtypes) == [2 * 2 * (2 * 2) * 2] * 2
+
+
+ONE = (1, 2, 4, 3)
+MISTAKES: dict[str, tuple[Any, Any, type[Exception], str]] = {
+    "one shape": (ONE, [torch.half], TypeError, r"shapes must be several .*, got 1 for one of"),
+    "one dtype": ([ONE], torch.half, TypeError, r"dtypes must be several .*, such as .torch.float"),
+    "dims": ([ONE[1:]], [torch.half], ValueError, r"must be 4 sizes .* each, got \(2, 4, 3\)"),
+    "negative": ([(1, -2, 4, 3)], [torch.half], ValueError, r"each, got \(1, -2, 4, 3\)"),
+    "fraction": ([(1, 2.0, 4, 3)], [torch.half], ValueError, r"each, got \(1, 2.0, 4, 3\)"),
+    "second": ([ONE, [ONE, ONE[:3]]], [torch.half], ValueError, r"each, got \(1, 2, 4\)"),
+}
+
+
+def mistaken(communicator: DeviceCommunicatorBase, name: str) -> None:
+    shapes, dtypes, kind, words = MISTAKES[name]
+    where = f"^warmup on rank {communicator.rank} of 2 in group 'test': "
+    with pytest.raises(kind, match=where + f".*{words}"):
+        communicator.warmup(shapes, dtypes)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_named_before_anything_is_sent(ranks: Ranks, name: str):
+    ranks.run(2, mistaken, name)

@@ -18,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.diagnosis import Diagnosis, MismatchError, is_due
+from fastvideo_comm.diagnosis.board import Board
 from fastvideo_comm.errors import CommunicationTimeoutError
 
 X = torch.zeros(2, 3, 6, 4)
@@ -256,6 +257,15 @@ def never(communicator: DeviceCommunicatorBase) -> None:
         Diagnosis(communicator.cpu_group, validate="on")
     with pytest.raises(ValueError, match="timeout must be a positive number of seconds, got 0"):
         Diagnosis(communicator.cpu_group, timeout=0)
+    for timeout in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="timeout must be a positive number of seconds"):
+            Diagnosis(communicator.cpu_group, timeout=timeout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Board, "of", lambda _: None)
+        words = "validate must not be 'always' for a group without a store"
+        with pytest.raises(ValueError, match=words):
+            Diagnosis(communicator.cpu_group, validate="always")
+        Diagnosis(communicator.cpu_group).before("alone", X)
     group = dist.new_group(timeout=datetime.timedelta(seconds=7))
     assert Diagnosis(group, validate="off").timeout == 7
 

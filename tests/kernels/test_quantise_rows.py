@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from fastvideo_comm.kernels import dequantise_, quantise_
 from fastvideo_comm.kernels.quantise import FORMATS
 
-pytest.importorskip("triton", reason="the kernels need triton")
+triton = pytest.importorskip("triton", reason="the kernels need triton")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,3 +109,31 @@ def test_any_strides_and_addresses(offset):
         torch.arange(35, dtype=torch.int32).view(5, 7, 1),
     )
     assert_as_twin(rows, has_seeds=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (3, 0, 32), (2, 0)])
+def test_no_rows_and_no_columns_launch_nothing(shape):
+    assert_as_twin(
+        Rows(
+            torch.empty(shape, dtype=torch.float8_e4m3fn),
+            torch.empty(*shape[:-1], 1),
+            torch.empty(shape),
+            torch.empty(*shape[:-1], 1, dtype=torch.int32),
+        ),
+        has_seeds=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "converts"),
+    [("cuda", 80, False), ("cuda", 89, True), ("cuda", 90, True), ("hip", 942, False)],
+)
+def test_instructions_for_fp8_are_those_of_nvidia_from_8_9_on(backend, arch, converts):
+    module = importlib.import_module("fastvideo_comm.kernels.quantise_rows")
+    target = SimpleNamespace(backend=backend, arch=arch)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
+    with pytest.MonkeyPatch.context() as patch, triton.knobs.runtime.scope():
+        patch.setattr(triton.runtime, "driver", driver)
+        assert not module._converts(), "interpreted"
+        triton.knobs.runtime.interpret = False
+        assert module._converts() is converts
