@@ -41,7 +41,7 @@ def test_a_piece_that_was_sent_twice_counts_once(pair, twice):
     here, there = pair
     pieces = line.with_text(FAILURE, TEXT)
     assert len(pieces) == 3
-    here.send_all(pieces[:twice + 1] + pieces[twice:])
+    here.send_all(pieces[: twice + 1] + pieces[twice:])
     (message,) = heard(there)
     assert message.text == TEXT
 
