@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import device_ranks
 import pytest
 import torch
 import torch.distributed as dist
-from device_ranks import Segments, Twins, twin_kernels
+from device_ranks import Segments, Twins, present, twin_kernels
 from rank_threads import run_ranks
 from test_device import by_messages, integers
 from torch import Tensor
@@ -34,10 +35,16 @@ def twins() -> Iterator[Twins]:
         yield twins
 
 
-def memory_alone(num_bytes: int = 1 << 12, staging_bytes: int = 1 << 10) -> DeviceMemory:
+@contextlib.contextmanager
+def memory_alone(num_bytes: int = 1 << 12, staging_bytes: int = 1 << 10) -> Iterator[DeviceMemory]:
     """The memory of the only rank of a group."""
-    shared = Segments(1, num_bytes, "cpu").shared(0)
-    return DeviceMemory(0, shared, staging_bytes=staging_bytes, timeout=20.0, name="gpus")
+    segments = Segments(1, num_bytes, "cpu")
+    with present(segments):
+        memory = DeviceMemory(
+            *(0, segments.shared(0)), staging_bytes=staging_bytes, timeout=20.0, name="gpus"
+        )
+        yield memory
+        memory.close()
 
 
 def start(memory: DeviceMemory, x: Tensor) -> Any:
@@ -109,38 +116,37 @@ def test_a_rank_that_gives_a_call_up_while_a_graph_is_captured_leaves_nothing_in
     twins, monkeypatch
 ):
     """Every replay would fail the others' calls."""
-    memory = memory_alone()
-    with monkeypatch.context() as patch:
-        patch.setattr(DeviceMemory, "is_capturing", lambda memory: True)
-        memory.give_up("bad arguments")
-    assert twins.num_posts == 0
-    memory.check()
-    memory.close()
+    with memory_alone() as memory:
+        with monkeypatch.context() as patch:
+            patch.setattr(DeviceMemory, "is_capturing", lambda memory: True)
+            memory.give_up("bad arguments")
+        assert twins.num_posts == 0
+        memory.check()
 
 
 def test_a_tensor_on_another_device_is_refused_before_anything_is_launched(twins):
-    memory = memory_alone()
-    with pytest.raises(ValueError, match="must be on cpu, where the first call was, got meta"):
-        start(memory, torch.empty(2, device="meta"))
-    assert twins.num_posts == 0
-    assert start(memory, torch.empty(2)).outputs[0].is_cpu
-    memory.close()
+    with memory_alone() as memory:
+        with pytest.raises(ValueError, match="must be on cpu, where the first call was, got meta"):
+            start(memory, torch.empty(2, device="meta"))
+        assert twins.num_posts == 0
+        assert start(memory, torch.empty(2)).outputs[0].is_cpu
 
 
 def test_outputs_that_neither_the_pool_nor_the_staging_holds_are_refused(twins):
-    memory = memory_alone(num_bytes=64 + 128, staging_bytes=128)
-    for length in (16, 32):
-        assert start(memory, torch.arange(length)[::2]).outputs[0].shape == (length // 2,)
-    with pytest.raises(ValueError, match=r"must fit into 128 bytes, got \[136\]"):
-        start(memory, torch.arange(17))
-    assert (twins.num_posts, memory.num_staged) == (2, 2)
-    memory.close()
+    with memory_alone(num_bytes=64 + 128, staging_bytes=128) as memory:
+        for length in (8, 16):
+            assert start(memory, torch.arange(length)).outputs[0].shape == (length,)
+        with pytest.raises(ValueError, match=r"must fit into 128 bytes, got \[136\]"):
+            start(memory, torch.arange(17))
+        assert (twins.num_posts, memory.num_staged) == (2, 2)
 
 
-@pytest.mark.parametrize(("num_bytes", "fits"), [(64 + 127, False), (64 + 128, True)])
-def test_a_segment_has_room_for_the_words_and_the_staging(num_bytes, fits):
-    if fits:
-        memory_alone(num_bytes, staging_bytes=100).close()
+@pytest.mark.parametrize("num_bytes", [64 + 127, 64 + 128])
+def test_a_segment_has_room_for_the_words_and_the_staging(num_bytes):
+    if num_bytes == 64 + 128:
+        with memory_alone(num_bytes, staging_bytes=100) as memory:
+            assert memory.staging_bytes == 128
     else:
-        with pytest.raises(ValueError, match="must have 192 bytes for words and staging, got 191"):
-            memory_alone(num_bytes, staging_bytes=100)
+        error = pytest.raises(ValueError, match="must have 192 bytes for words and staging, got 19")
+        with error, memory_alone(num_bytes, staging_bytes=100):
+            pass
