@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from fastvideo_comm.memory import symmetric
+from fastvideo_comm.memory.device import DeviceFlight
+from fastvideo_comm.memory.shared import Region, Shared
 
 GPU = torch.device("cuda", 0)
 
@@ -125,3 +127,54 @@ def test_a_segment_of_another_rank_that_was_not_opened_is_an_error(monkeypatch, 
         shared = symmetric.share(group, segment)
         assert shared.addresses == pointers
         assert shared.segment is segment
+
+
+def test_a_segment_begins_with_zeros(monkeypatch):
+    """The words of the ranks are there, and are counted up."""
+    given = torch.full((256,), 7, dtype=torch.uint8)
+    order: list[object] = []
+
+    def empty_strided_p2p(*arguments: object) -> torch.Tensor:
+        order.append(arguments)
+        return given
+
+    fake = SimpleNamespace(empty_strided_p2p=empty_strided_p2p)
+    monkeypatch.setattr("torch._C._distributed_c10d._SymmetricMemory", fake)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append(given.sum().item()))
+    assert symmetric.allocate(256, GPU) is given
+    assert order == [((256,), (1,), torch.uint8, GPU), 0], "zero before another rank writes"
+
+
+def test_a_block_is_described_by_its_own_bytes():
+    segment = torch.zeros(1024, dtype=torch.uint8)
+    region = Region(Shared(segment, [segment.data_ptr()]), 256)
+    assert (region.start, region.num_bytes) == (256, 768)
+    described = region.view[64:192].__cuda_array_interface__
+    assert described == {
+        "data": (segment.data_ptr() + 256 + 64, False),
+        "shape": (128,),
+        "typestr": "|u1",
+        "version": 2,
+    }
+
+
+def test_a_region_is_handed_out_once_and_whole():
+    region = Region(Shared(torch.zeros(1024, dtype=torch.uint8), [0]), 256)
+    with pytest.raises(OSError, match="the segment has no room"):
+        region.take(769)
+    assert region.take(768) is region
+    with pytest.raises(OSError, match="the segment has no room"):
+        region.take(64)
+
+
+@pytest.mark.parametrize(
+    ("is_capturing", "event", "is_completed"),
+    [(False, None, True), (False, False, False), (False, True, True), (True, False, True)],
+)
+def test_a_call_is_completed_when_the_device_has_reached_its_end(is_capturing, event, is_completed):
+    """An event of a captured stream must not be asked."""
+    memory: Any = SimpleNamespace(is_capturing=lambda: is_capturing)
+    flight = DeviceFlight(memory, [], [])
+    if event is not None:
+        flight.launched(SimpleNamespace(query=lambda: event), [])
+    assert flight.is_completed() is is_completed
