@@ -1,4 +1,4 @@
-"""Tensors whose memory does not hold their values, and calls that differ in nothing but a split."""
+"""Exchanges of tensors that are special: lazy values, no elements, heads that ranks share."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ def test_what_travels_are_the_values(memory: MemoryMode, batch: int, lazily: str
         x = torch.randint(1, 9, (batch, 4, 2, 3, 2), generator=generator).double()
         number = torch.view_as_complex(x)
         lazy = number.conj() if lazily == "conjugated" else torch._neg_view(x[..., 0].contiguous())
+        resolved = lazy.resolve_conj().resolve_neg()
         assert lazy.is_contiguous()
         for name, call in CALLS.items():
-            got, expected = call(communicator, lazy), call(communicator, lazy.clone())
+            got, expected = call(communicator, lazy), call(communicator, resolved)
             assert (got is None) == (expected is None), name
             assert got is None or torch.equal(got, expected), name
         communicator.destroy()
@@ -77,3 +78,27 @@ def test_gradients_of_one_shape_go_to_as_many_ranks_as_hold_the_head(memory: Mem
         communicator.destroy()
 
     run_ranks(4, job)
+
+
+@pytest.mark.parametrize("memory", ["off", "on"])
+@pytest.mark.parametrize("async_op", [False, True])
+@pytest.mark.parametrize("shape", [(0, 4, 2, 16), (2, 0, 2, 16), (1, 4, 0, 16)])
+def test_what_has_no_elements_travels_rounded_too(memory: MemoryMode, async_op: bool, shape):
+    """A rank may have no sequence, and nobody waits for its scales."""
+
+    def job(group: dist.ProcessGroup) -> None:
+        communicator = DeviceCommunicatorBase(group, unique_name="nothing", memory=memory)
+        x = torch.zeros(shape, requires_grad=True)
+        y = communicator.all_to_all_4D(
+            (x, torch.ones(1, 4, 2, 16)), 1, 2, wire_dtype=torch.float8_e4m3fn, async_op=async_op
+        )
+        y, ones = y.wait() if async_op else y
+        batch, sequence, heads, _ = shape
+        assert y.shape == (batch, sequence // 2, heads * 2, 16)
+        assert torch.equal(ones, torch.ones(1, 2, 4, 16))
+        y.sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == shape
+        communicator.destroy()
+
+    run_ranks(2, job)

@@ -40,7 +40,20 @@ def test_free_pages_up_to_the_reserve_are_kept_for_ever():
     pool.close()
 
 
-@pytest.mark.parametrize("keep", [0, 1, 4, 9])
+def test_the_reserve_of_a_memory_is_the_one_that_was_asked_for():
+    memory, _ = HostMemory.connect(
+        *(0, 1, lambda payload: [payload]), timeout=10, name="alone", reserve_bytes=2 * GRANULE
+    )
+    assert memory is not None
+    memory.allocate([((7 * GRANULE,), torch.uint8)])
+    for _ in range(3):
+        memory.pool._period_ends = 0.0
+        assert memory.pool.bytes_in_use == 0
+    assert memory.pool.backed_bytes == 2 * GRANULE
+    memory.close()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4, 5, 9])
 def test_no_more_pages_are_given_back_than_have_to_be(keep):
     pool = Pool(new_segment, segment_bytes=16 * GRANULE)
     held = [pool.allocate([size * GRANULE]) for size in (2, 1, 3, 1, 3)]

@@ -96,6 +96,23 @@ def test_a_wait_ends_with_the_shorter_of_two_timeouts(ends, of_the_group, of_the
     engine.close()
 
 
+def test_a_call_that_nobody_waits_for_moves_on_when_it_is_asked_whether_it_is_completed(ends):
+    copied: list[int] = []
+    engine = engine_of(ends)
+    flight = engine.start(ask(lambda rank, place: copied.append(rank)), background=False)
+    assert not flight.is_completed()
+    for rank in (1, 2):
+        ends[1][rank].send(line.pack_post(0, 0, engine._digest(QUESTION), (0, 0)))
+        ends[1][rank].send(line.pack_done(0, 0))
+    deadline = time.monotonic() + 20
+    while not flight.is_completed() and time.monotonic() < deadline:
+        pass
+    assert flight.is_over
+    assert sorted(copied) == [0, 1, 2]
+    assert [records(end) for end in ends[1].values()] == [[line.POST, line.DONE]] * 2
+    engine.close()
+
+
 class TestFullSockets:
     """What they do not take is sent though no thread of this rank waits any more."""
 
