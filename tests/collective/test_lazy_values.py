@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from rank_threads import run_ranks
+from rank_threads import ThreadGroup, run_ranks
 from torch import Tensor
 
 from fastvideo_comm import DeviceCommunicatorBase
@@ -38,10 +38,33 @@ CALLS: dict[str, Call] = {
 }
 
 
+def send_memory(patch: pytest.MonkeyPatch) -> None:
+    """A backend sends the memory of a tensor; the threads copy its values, which are the same."""
+
+    def checked(brings: Tensor) -> Tensor:
+        is_lazy = brings.is_neg() or brings.is_conj()
+        assert not is_lazy, "its memory does not hold its values"
+        return brings
+
+    exchange = ThreadGroup._exchange
+
+    def sent(group: ThreadGroup, brings: Any, receive: Any) -> None:
+        for each in [brings] if isinstance(brings, Tensor) else brings or ():
+            checked(each)
+        exchange(group, brings, receive)
+
+    send = ThreadGroup.send
+    patch.setattr(ThreadGroup, "_exchange", sent)
+    patch.setattr(
+        *(ThreadGroup, "send"),
+        lambda group, tensors, *rest: send(group, [checked(each) for each in tensors], *rest),
+    )
+
+
 @pytest.mark.parametrize("memory", ["off", "on"])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("lazily", ["conjugated", "negated"])
-def test_what_travels_are_the_values(memory: MemoryMode, batch: int, lazily: str):
+def test_what_travels_are_the_values(monkeypatch, memory: MemoryMode, batch: int, lazily: str):
     """Contiguous ones, which may travel as they are."""
 
     def job(group: dist.ProcessGroup) -> None:
@@ -58,6 +81,7 @@ def test_what_travels_are_the_values(memory: MemoryMode, batch: int, lazily: str
             assert got is None or torch.equal(got, expected), name
         communicator.destroy()
 
+    send_memory(monkeypatch)
     run_ranks(2, job)
 
 
