@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastvideo_comm.errors import CommunicationTimeoutError, PeerLostError
+from fastvideo_comm.errors import CollectiveError, CommunicationTimeoutError, PeerLostError
 from fastvideo_comm.memory import line
 from fastvideo_comm.memory.flight import COPIED, Ask, Flight, Mismatch, Place, Posted, error_of
 from fastvideo_comm.memory.ledger import Ledger
@@ -240,6 +240,45 @@ class TestMismatch:
         first.ledger.expire(flight, ends + 60, 1.0)
         assert isinstance(flight.failure, Mismatch)
         assert sorted(flight.failure.details) == [0, 1]
+
+
+class TestFailedBefore:
+    """Rank 1 has given the call up before this rank started it."""
+
+    def test_its_outputs_come_back_at_once(self, first):
+        first.hear(1, fail(line.MEMORY, 1), b"no memory")
+        flight = first.start(sources=[1, 2], targets=[1, 2])
+        assert str(flight.failure) == "rank 1 gave the call up: no memory"
+        assert first.ledger.flights == {}, "nobody has been told where they are"
+        assert [heard.record.kind for heard in first.told(2)] == [line.FAIL]
+
+    def test_its_outputs_come_back_after_a_mismatch_though_nobody_writes_there(self, first):
+        first.hear(1, fail(line.ARGUMENTS, 1), b"of rank 1")
+        flight = first.start(sources=[1, 2], targets=[1, 2])
+        assert [heard.record.kind for heard in first.told(2)] == [line.DETAIL]
+        assert not flight.is_over
+        first.hear(2, detail(), b"of rank 2")
+        assert isinstance(flight.failure, Mismatch)
+        assert first.ledger.flights == {}
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "text"),
+    [
+        (line.LOST, PeerLostError, "why"),
+        (line.CLOSED, PeerLostError, "rank 3 closed its communicator during the call"),
+        (line.TIMED_OUT, CommunicationTimeoutError, "why"),
+        *[
+            (failure, CollectiveError, "rank 3 gave the call up: why")
+            for failure in (line.INTERRUPTED, line.MEMORY, line.DELIVERY)
+        ],
+    ],
+)
+def test_the_reason_of_another_rank_decides_on_the_error_and_its_rank_is_named(failure, kind, text):
+    error = error_of(failure, 3, "why")
+    assert type(error) is kind
+    assert str(error) == text
+    assert vars(error)["peers"] == (3,)
 
 
 class TestGone:
