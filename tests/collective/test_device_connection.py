@@ -18,6 +18,7 @@ from ranks import Ranks
 
 from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.collective import device_connection
+from fastvideo_comm.collective import group as group_module
 from fastvideo_comm.collective.group import Group, MemoryMode
 from fastvideo_comm.collective.route import MEMORY_VARIABLE, memory_mode
 from fastvideo_comm.errors import CollectiveError, CommunicationTimeoutError, MismatchError
@@ -103,6 +104,81 @@ def test_one_that_cannot_is_named_on_all_ranks(gpus, said, refusal):
         assert twins.num_posts == 0
 
 
+def test_each_rank_looks_at_the_gpus_of_the_others(gpus, monkeypatch):
+    """Its own is not one that it shares with another rank."""
+    seen: dict[int, dict[int, str]] = {}
+
+    def unreachable(device: torch.device, others: dict[int, str]) -> str:
+        seen[dist.get_rank()] = others
+        return ""
+
+    monkeypatch.setattr(symmetric, "unreachable", unreachable)
+    with twin_kernels():
+        assert run_ranks(WORLD, connected) == [""] * WORLD
+    for rank in range(WORLD):
+        assert seen[rank] == {other: f"GPU {other}" for other in range(WORLD) if other != rank}
+
+
+def test_a_quarter_of_the_segment_is_staging_and_errors_have_the_groups_name_and_time(gpus):
+    def job(group: dist.ProcessGroup) -> None:
+        own = Group(group, "gpus")
+        memory, _ = device_connection.connect_device(group, own._everyone, HERE, NUM_BYTES, "sp")
+        assert memory is not None
+        assert memory.staging_bytes == NUM_BYTES // 4
+        assert (memory._watch._name, memory._watch._timeout) == ("sp", 7.5)
+        memory.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_connection, "group_timeout", lambda group: 7.5)
+        run_ranks(WORLD, job)
+
+
+FACTS = device_connection.Candidate("", "one", "GPU 0", "torch 2.15.0, triton 3.9.0", NUM_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({}, ""),
+        ({"gpu": "GPU 7"}, ""),
+        ({"host": "two"}, "rank 2: it is not on the host of rank 0"),
+        (
+            {"versions": "torch 2.14.0, triton 3.9.0"},
+            "rank 2: it has torch 2.14.0, triton 3.9.0, and rank 0 has torch 2.15.0, triton 3.9.0",
+        ),
+        (
+            {"refusal": "torch sees no GPU", "host": "two", "num_bytes": 1},
+            "rank 2: torch sees no GPU",
+        ),
+    ],
+)
+def test_what_a_rank_has_and_the_first_has_not_is_the_reason(other, reason):
+    candidates = [FACTS, FACTS, FACTS._replace(**other)]
+    assert device_connection.difference(candidates) == reason
+
+
+def test_a_rank_says_which_versions_it_has(gpus, monkeypatch):
+    """Kernels of other versions may put their words elsewhere."""
+    versions = {"triton": "3.9.0", "fastvideo-comm": "1.2.0"}
+
+    def version(package: str) -> str:
+        if package not in versions:
+            raise device_connection.importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(device_connection.importlib.metadata, "version", version)
+    monkeypatch.setattr(torch, "__version__", "2.15.0")
+    monkeypatch.setattr(symmetric, "refusal", lambda device: "")
+    monkeypatch.setattr(symmetric, "uuid_of", lambda device: "GPU 5")
+    monkeypatch.setattr(device_connection, "_host", lambda: "one")
+    said = device_connection.own_facts(HERE, NUM_BYTES)
+    expected = "torch 2.15.0, triton 3.9.0, fastvideo-comm 1.2.0"
+    assert said == ("", "one", "GPU 5", expected, NUM_BYTES)
+    del versions["fastvideo-comm"]
+    said = device_connection.own_facts(HERE, NUM_BYTES)
+    assert said.versions == "torch 2.15.0, triton 3.9.0, fastvideo-comm from a folder"
+
+
 def test_different_sizes_are_named_on_all_ranks(gpus):
     refusals = run_ranks(WORLD, lambda group: connected(group, NUM_BYTES << (group.rank() == 2)))
     text = f"rank 2: memory_bytes is {2 * NUM_BYTES} there and {NUM_BYTES} on rank 0"
@@ -173,6 +249,39 @@ def test_addresses_must_be_those_of_the_segments(monkeypatch, offset):
     else:
         with pytest.raises(RuntimeError, match=rf"offset 0 for a segment at {own} of rank 1"):
             symmetric.share(group, segment)
+
+
+def test_the_first_call_may_not_be_captured(monkeypatch):
+    monkeypatch.setattr(group_module, "is_capturing", lambda device: True)
+
+    def job(group: dist.ProcessGroup) -> None:
+        own = Group(group, "gpus", memory="on", device=torch.device("cuda", 0))
+        with pytest.raises(CollectiveError, match=r"must come before a capture: call `warmup`"):
+            own.connects_memory()
+
+    run_ranks(2, job)
+
+
+@pytest.mark.parametrize(("given", "index"), [("cuda", 3), ("cuda:1", 1)])
+def test_a_device_without_an_index_is_the_current_one(monkeypatch, given, index):
+    """torch asks for the device of a segment with its index."""
+    seen = []
+
+    def connect(group: Any, everyone: Any, device: torch.device, *_: Any) -> tuple[None, str]:
+        seen.append((device, *_))
+        return None, ""
+
+    monkeypatch.setattr(group_module, "is_capturing", lambda device: False)
+    monkeypatch.setattr(group_module, "connect_device", connect)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+
+    def job(group: dist.ProcessGroup) -> None:
+        own = Group(group, "sp", memory="on", device=torch.device(given), memory_bytes=1 << 21)
+        assert not own.connects_memory()
+        assert not own.connects_memory(), "it is decided once"
+
+    run_ranks(2, job)
+    assert seen == [(torch.device("cuda", index), 1 << 21, "sp")] * 2
 
 
 def test_on_is_an_error_on_all_ranks_where_there_is_no_gpu():

@@ -71,6 +71,16 @@ def test_the_error_names_those_that_a_kernel_waits_for(host, watch, steps, messa
         assert caught.value.peers == peers
 
 
+@pytest.mark.parametrize("steps", [[0, 41, -12, -11], [0, -11, 43, -12]])
+def test_a_mismatch_is_of_the_first_call_that_differs_and_goes_before_a_wait(host, watch, steps):
+    """The rank that is waited for may wait for one that asks for something else."""
+    host[1:] = torch.tensor(steps)
+    until_stopped(host)
+    with pytest.raises(MismatchError, match="thing in call 11 of group 'sp'") as caught:
+        watch.check()
+    assert caught.value.peers == tuple(rank for rank, step in enumerate(steps) if step < 0)
+
+
 def test_a_device_that_waits_for_nothing_may_take_any_time(host, watch):
     host[1:] = torch.tensor([0, 42, 44, 2])
     time.sleep(4 * TIMEOUT)
