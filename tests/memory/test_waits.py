@@ -150,7 +150,7 @@ class TestInterruptedCopy:
         other = Waiter()
         engine._foreground[-5] = other
         with pytest.raises(KeyboardInterrupt):
-            engine._turn(Waiter(), [])
+            engine._turn([])
         assert flight.parts[0] is READY
         assert other._alone.poll(0), "it would sleep until another rank says something"
         engine._foreground.clear()
@@ -168,7 +168,7 @@ class TestInterruptedCopy:
         engine: Any = engine_of(ends)
         flight = engine.start(ask(fails_meanwhile), background=False)
         with pytest.raises(KeyboardInterrupt):
-            engine._turn(Waiter(), [])
+            engine._turn([])
         assert flight.is_told
         assert records(ends[1][1]) == [line.POST, line.FAIL]
         engine.close()
@@ -183,7 +183,7 @@ def test_nothing_is_copied_once_the_ranks_are_found_to_disagree(ends):
     assert flight.parts[1] is READY
     post(ends, engine, 2, b"another question")
     assert flight.details is not None
-    engine._turn(Waiter(), [])
+    engine._turn([])
     assert copied == []
     engine.close()
 
