@@ -183,6 +183,8 @@ class StoreServer:
                 self._make_room(error)
             return  # another error means that the caller went away
         sock.setblocking(False)
+        # Without this, the second of two short answers waits 40 ms for the rank's kernel.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = _Connection(sock, ServerHandshake(self._settings.secret, self.session))
         self._connections.add(connection)
         self._selector.register(

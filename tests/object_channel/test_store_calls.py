@@ -1,6 +1,7 @@
 """Calls on the own store that run out of time, and what of them is left; ranks that only wait."""
 
 import contextlib
+import socket
 import time
 from datetime import timedelta
 
@@ -175,6 +176,23 @@ def test_all_old_messages_of_a_channel_expire_and_those_that_were_read_do_not():
                 group.recv_obj(0)
 
     run_own(1, program)
+
+
+# Time
+
+
+def test_no_answer_of_the_store_waits_for_an_earlier_one_to_arrive():
+    """A rank in an all_gather has asked for several messages, and gets several short answers."""
+
+    def program(group):
+        group.barrier()
+        connections = group.store._server._connections if group.rank == 0 else ()
+        return [
+            connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for connection in connections
+        ]
+
+    assert run_own(3, program)[0] == [1] * 6
 
 
 # Waiting costs no processor time
