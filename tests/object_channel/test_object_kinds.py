@@ -23,7 +23,7 @@ def round_trip(obj, codec=None):
     "name",
     """bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 float16 bfloat16 float32 float64
     complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz
-    float8_e8m0fnu""".split(),
+    float8_e8m0fnu""".split(),  # noqa: SIM905 - a list of literals would be one per line
 )
 def test_tensors_of_every_plain_dtype_come_back(name):
     dtype = getattr(torch, name)
@@ -37,6 +37,10 @@ def test_tensors_of_every_plain_dtype_come_back(name):
 def test_the_values_of_a_view_travel():
     numbers = torch.tensor([1 + 2j, 3 - 4j])
     assert round_trip(numbers.conj().imag).tolist() == [-2.0, 4.0]
+    negated = numbers[:1].conj().imag
+    assert negated.is_neg()
+    assert negated.is_contiguous()
+    assert round_trip(negated).tolist() == [-2.0]
     assert round_trip(numbers.conj()).tolist() == [1 - 2j, 3 + 4j]
     weights = torch.arange(6.0, requires_grad=True)
     received = round_trip(weights[1::2])
@@ -74,10 +78,12 @@ def test_bytes_around_the_size_from_which_they_are_attached_come_back(kind, size
     [
         (datetime(2026, 1, 1, tzinfo=ZoneInfo("UTC")), "obj must have a fixed offset, got"),
         ([np.zeros(1, "V4")], r"obj\[0\] must be sendable: an array must have a dtype of plain"),
-        ([np.matrix([[1]])], r"obj\[0\] must be of a supported or registered type, got matrix"),
+        (
+            [np.ma.array([1])],
+            r"obj\[0\] must be of a supported or registered type, got MaskedArray",
+        ),
         ([(1, {2, 1j})], r"obj\[0\]\[1\]\[\d\] must be of a supported .* got complex"),
         ({"k": {1j: 1}}, r'obj\["k"\]\[1j\] must be of a supported .* got complex'),
-        (torch.quantize_per_tensor(torch.ones(1), 1.0, 0, torch.qint8), "a dtype of plain bytes"),
     ],
 )
 def test_what_has_no_plain_form_is_refused_with_its_path(obj, text):
@@ -108,16 +114,13 @@ def codec_with(cls):
     return codec
 
 
-@pytest.mark.parametrize("cls", [Swapped, Single])
-def test_a_dataclass_has_the_same_fields_on_both_sides(cls):
+@pytest.mark.parametrize("other", [Swapped("b", "a"), Single("a")], ids=["order", "number"])
+def test_a_dataclass_has_the_same_fields_on_both_sides(other):
     pair = Pair(1, [datetime(2026, 1, 1, tzinfo=timezone.utc)])
     assert round_trip(pair, codec_with(Pair)) == pair
-    for sender, receiver, obj in (
-        (Pair, cls, pair),
-        (cls, Pair, cls(*"ab"[: cls is Swapped or 1])),
-    ):
+    for obj, receiver in ((pair, type(other)), (other, Pair)):
         with pytest.raises(DecodeError, match="the fields of pair must be"):
-            codec_with(receiver).decode(codec_with(sender).encode(obj))
+            codec_with(receiver).decode(codec_with(type(obj)).encode(obj))
 
 
 def test_a_field_that_cannot_be_sent_is_named():
