@@ -200,7 +200,6 @@ class StatelessProcessGroup:
         heartbeat = Heartbeat.checked(heartbeat_interval, heartbeat_limit)
         seconds = to_seconds("store_timeout", timeout if store_timeout is None else store_timeout)
         store = ObjectStore.join(host, port, settings, heartbeat, listen_socket, seconds)
-        options["codec"] = settings.codec
         created = cls(rank, world_size, store, data_expiration_seconds, **options)
         created._owns_store = True
         return created

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from fastvideo_comm.errors import ClosedError, MessageExpiredError
+from fastvideo_comm.errors import ClosedError, DecodeError, MessageExpiredError
 from fastvideo_comm.object_channel.call import GroupCall
 from fastvideo_comm.object_channel.message_seal import Address
 from fastvideo_comm.object_channel.outbox import Outbox
@@ -89,8 +89,9 @@ class Messenger:
         """
         try:
             bodies = self.transport.receive(addresses, deadline)
-        except MessageExpiredError:
+        except (DecodeError, MessageExpiredError):  # a DecodeError of what is no message at all
             counters[key] += 1
+            self.transport.discard(addresses)
             raise
         try:
             objects = [self.codec.decode(body) for body in bodies]

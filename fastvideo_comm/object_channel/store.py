@@ -274,18 +274,25 @@ class ObjectStore:
             deadline = time.monotonic() + seconds
         with self.client.turn(deadline):
             waits = kind in (Kind.GET, Kind.WAIT)
-            ident = (
-                self.client.ask_once(kind, meta) if waits else self.client.ask(kind, meta, parts)
-            )
-            if self.client.wait([ident], deadline):
-                if not waits:
-                    self.client.forget(ident)
-                raise CommunicationTimeoutError(
-                    f"store.{kind.name.lower()} timed out after {seconds:g} s"
+            while True:
+                num_requests = self.client.num_requests
+                ident = (
+                    self.client.ask_once(kind, meta)
+                    if waits
+                    else self.client.ask(kind, meta, parts)
                 )
-            return self.client.read(
-                ident, lambda frame: (parse(frame.meta), memoryview(frame.body))
-            )
+                if self.client.wait([ident], deadline):
+                    if not waits:
+                        self.client.forget(ident)
+                    raise CommunicationTimeoutError(
+                        f"store.{kind.name.lower()} timed out after {seconds:g} s"
+                    )
+                answer = self.client.read(
+                    ident, lambda frame: (parse(frame.meta), memoryview(frame.body))
+                )
+                # An earlier call, which gave up, may have asked: its answer can be out of date.
+                if self.client.num_requests != num_requests:
+                    return answer
 
 
 def _key(key: str) -> bytes:

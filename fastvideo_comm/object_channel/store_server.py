@@ -145,10 +145,9 @@ class StoreServer:
 
     def _close_all(self) -> None:
         self._selector.close()
-        for sock in (self._listener, self._alarm, self._alarm_end):
+        connected = [connection.sock for connection in self._connections]
+        for sock in (self._listener, self._alarm, self._alarm_end, *connected):
             sock.close()
-        for connection in self._connections:
-            connection.sock.close()
 
     # The loop
 
@@ -183,6 +182,7 @@ class StoreServer:
                 self._make_room(error)
             return  # another error means that the caller went away
         sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a second answer must not wait
         connection = _Connection(sock, ServerHandshake(self._settings.secret, self.session))
         self._connections.add(connection)
         self._selector.register(

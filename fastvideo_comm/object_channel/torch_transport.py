@@ -90,12 +90,14 @@ class TorchTransport:
                 self.num_begun += 1
                 self._store.set(key, value)  # type: ignore[arg-type] # the stub knows of str only
                 return
-            self.num_begun += 1
             for index, start in enumerate(range(0, len(data), _CHUNK_BYTES)):
                 if not seconds_left(deadline):
                     raise CommunicationTimeoutError("timed out before the store had it")
                 self._set(f"{key}/{index}", data[start : start + _CHUNK_BYTES])
-            self._set(key, _IN_CHUNKS + _TOTAL.pack(len(data)))
+            value = _IN_CHUNKS + _TOTAL.pack(len(data))
+            # Nobody reads the chunks before this: until then the number can be used again.
+            self.num_begun += 1
+            self._store.set(key, value)  # type: ignore[arg-type] # see above
 
     def receive(self, addresses: Sequence[Address], deadline: float) -> list[Buffer]:
         """See `Transport`."""
@@ -104,10 +106,8 @@ class TorchTransport:
                 try:
                     self._inbox[address] = self._fetch(address, deadline)
                 except CommunicationTimeoutError as error:
-                    peers = [a.src for a in addresses[index:] if a not in self._inbox]
-                    if isinstance(error, MessageExpiredError):
-                        for other in addresses:  # nobody asks for these again
-                            self._inbox.pop(other, None)
+                    rest = [a for a in addresses[index:] if a not in self._inbox]
+                    peers = [other.src for other in rest if self.is_read(other)]
                     raise type(error)(str(error), peers=peers) from None
                 with self._guard():
                     self._discard(address)
@@ -122,8 +122,12 @@ class TorchTransport:
         """See `Transport`; every rank tells every other one."""
         own = Address(Op.BARRIER, self._rank, EVERYONE, number)
         if number > self._told:
-            self._told = number
-            self.send(own, [b""], deadline)
+            num_begun = self.num_begun
+            try:
+                self.send(own, [b""], deadline)
+            finally:
+                if self.num_begun != num_begun:  # else an interrupt came first
+                    self._told = number
         ranks = [rank for rank in range(self._world_size) if rank != self._rank]
         addresses = [own._replace(src=rank) for rank in ranks]
         self.receive(addresses, deadline)
@@ -233,8 +237,6 @@ class TorchTransport:
         """Turn a failure of the store into an error that every later call raises too."""
         try:
             yield
-        except (AuthenticationError, CommunicationTimeoutError):
-            raise
         except RuntimeError as error:
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._lost = f"the store failed: {first_line}"

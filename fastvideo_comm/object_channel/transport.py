@@ -9,7 +9,6 @@ from typing import Protocol
 from fastvideo_comm.errors import (
     AuthenticationError,
     CommunicationTimeoutError,
-    MessageExpiredError,
 )
 from fastvideo_comm.object_channel.message_seal import EVERYONE, Address, Op
 from fastvideo_comm.object_channel.settings import GroupSettings
@@ -25,8 +24,7 @@ class Transport(Protocol):
 
     A timeout raises CommunicationTimeoutError with the missing ranks as `peers`. No message is lost
     then: what has arrived is kept for the next `receive` of the same addresses, until `discard`.
-    The same holds after an interrupt, and after PeerLostError for a rank that has left. After
-    MessageExpiredError these addresses must not be used again.
+    The same holds after an interrupt, and after PeerLostError for a rank that has left.
     """
 
     @property
@@ -109,12 +107,7 @@ class StoreTransport:
             self._client.ask_once(Kind.RECV, pack_address(address, self._group))
             for address in addresses
         ]
-        try:
-            waiting = self._client.wait(idents, deadline)
-        except MessageExpiredError:
-            for ident in idents:  # nobody asks for these messages again
-                self._client.forget(ident)
-            raise
+        waiting = self._client.wait(idents, deadline)
         if waiting:
             peers = [a.src for a, ident in zip(addresses, idents, strict=True) if ident in waiting]
             raise CommunicationTimeoutError("timed out", peers=peers)

@@ -134,6 +134,19 @@ def test_pad_keeps_dtype_and_unpad_refuses_more_than_there_is():
         unpad_sequence_tensor(padded, 4)
 
 
+def test_padding_is_zeros_at_the_end_of_dim_1_unless_told_otherwise():
+    tensor = torch.ones(2, 1, 3)
+    padded = pad_sequence_tensor(tensor, 2)
+    assert padded.tolist() == [[[1.0] * 3, [0.0] * 3]] * 2
+    assert pad_sequence_tensor(tensor, 4, -1).tolist() == [[[1.0, 1.0, 1.0, 0.0]]] * 2
+    restored = unpad_sequence_tensor(padded, 1)
+    assert restored.shape == tensor.shape
+    assert restored.data_ptr() == padded.data_ptr()
+    assert unpad_sequence_tensor(padded, 0, 2).shape == (2, 2, 0)
+    with pytest.raises(ValueError, match=r"original_seq_len must be in \[0, 2\] .*, got -1"):
+        unpad_sequence_tensor(padded, -1)
+
+
 def test_logger_is_this_packages_and_quiet_by_default():
     assert utils.logger.name == "fastvideo_comm"
     assert utils.logger.level == logging.NOTSET
