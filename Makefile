@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Processes that test; each has four ranks of its own.
-WORKERS ?= 2
+WORKERS ?= 3
 READY := $(VENV)/.ready
 
 .PHONY: demo test versions check format lint types mutants gpu bench wheels docs build clean
