@@ -47,7 +47,9 @@ class AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(group: AnyGroup, splits: Splits, *inputs: Tensor) -> tuple[Tensor, ...]:
         way, routed = route(group)
-        return tuple(quantised.all_to_all(way, routed, inputs, splits))
+        if splits.wire is None:
+            return tuple(way.all_to_all(routed, inputs, splits))
+        return tuple(quantised.all_to_all(way, routed, inputs, splits, splits.wire))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

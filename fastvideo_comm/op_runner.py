@@ -35,6 +35,7 @@ class OpRunner:
 
     Attributes:
         group: the group whose ranks call.
+        is_alone: whether the group has one rank.
         device: where tensors must be.
         stats: the counters.
         is_open: whether the communicator was not destroyed.
@@ -43,6 +44,7 @@ class OpRunner:
     def __init__(self, group: Group, device: torch.device, cpu_group: ProcessGroup) -> None:
         """Starts open. `cpu_group` has the same ranks and moves tensors of the CPU."""
         self.group = group
+        self.is_alone = group.size() == 1
         self.device = device
         self._cpu_group: ProcessGroup | None = cpu_group
         self.stats = Stats()
@@ -184,7 +186,7 @@ class OpCall:
     def bring_no_gradients(self) -> None:
         """Tells the others that this rank's parameters are bad, where no comparison tells them."""
         group = self._runner.group
-        if group.size() > 1 and not group.compares_next():
+        if not (self._runner.is_alone or group.compares_next()):
             with contextlib.suppress(CommunicationError):
                 self._runner.numbers_of_all_ranks(gradient_buckets.NO_GRADIENTS)
 
@@ -201,9 +203,9 @@ class OpCall:
             arguments: the arguments of the Function after the group.
             alone: the output at world size 1.
         """
-        group = self._runner.group
-        if group.size() == 1:
+        if self._runner.is_alone:
             return alone
+        group = self._runner.group
         if self._is_traced:
             if torch.compiler.is_compiling():
                 check_tangents(arguments)
@@ -217,7 +219,7 @@ class OpCall:
             return tuple(outputs) if packed else outputs[0]
 
         group = self._runner.group
-        if self._is_traced or group.size() == 1:
+        if self._is_traced or self._runner.is_alone:
             outputs = self.run(functions.AllToAll, splits, *inputs, alone=inputs)
             return AsyncHandle.done(result(outputs))
         duals = EagerDuals.of((splits, *inputs))

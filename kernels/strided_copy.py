@@ -71,8 +71,12 @@ def copy_valid_(dst: Tensor, src: Tensor, *, impl: Implementation = "auto") -> T
     """
     if impl != "torch" and triton_runs(impl, (dst,)):
         _launch([(dst, src)])
+        return dst
+    is_watched = dst.requires_grad or src.requires_grad or forward_ad._current_level >= 0
+    if is_watched or _functorch_is_active():  # autograd must not record the copy
+        dst.detach().copy_(src.detach())
     else:
-        _copy(dst, src)
+        dst.copy_(src)
     return dst
 
 
@@ -112,14 +116,7 @@ def copy_all_valid_(
         _launch(pairs)
     else:
         for dst, src in pairs:
-            _copy(dst, src)
-
-
-def _copy(dst: Tensor, src: Tensor) -> None:
-    is_watched = dst.requires_grad or src.requires_grad or forward_ad._current_level >= 0
-    if is_watched or _functorch_is_active():  # autograd must not record the copy
-        dst, src = dst.detach(), src.detach()
-    dst.copy_(src)
+            copy_valid_(dst, src, impl="torch")
 
 
 def implementation_on_cpu() -> Implementation:

@@ -78,14 +78,10 @@ class _Exchanges:
 
 
 def all_to_all(
-    way: ModuleType, group: AnyGroup, inputs: Sequence[Tensor], splits: Splits
+    way: ModuleType, group: AnyGroup, inputs: Sequence[Tensor], splits: Splits, wire: WireFormat
 ) -> list[Tensor]:
-    """As `way.all_to_all`, with what `splits.wire` says rounded while it travels."""
-    outputs: list[Tensor]
-    if splits.wire is None:
-        outputs = way.all_to_all(group, inputs, splits)
-        return outputs
-    parts, *pieces = batches = _batches(way, group, inputs, splits, splits.wire)
+    """As `way.all_to_all`, with what `wire` says rounded while it travels."""
+    parts, *pieces = batches = _batches(way, group, inputs, splits, wire)
     if pieces:
         return _start(way, group, batches).wait()
     outputs = way.all_to_all(group, *_exchanged(parts))
