@@ -5,7 +5,7 @@ that it starts from its own steady state (allocator, pages, branch predictors), 
 calls; the order rotates from round to round, so that machine noise hits all alike. On a GPU a
 sample is the device time between two events around a few calls that were queued behind a sleeping
 kernel, so the host's launch time is not in it; on the CPU a sample is one call on a monotonic
-clock. Input is random, never zeros, and rotates over sets that together are larger than the cache.
+clock, also where several calls follow each other without a barrier. Input is random, never zeros, and rotates over sets that together are larger than the cache.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def time_in_turn(
         device: decides the clock.
         seconds: time to spend on all systems together.
         num_sets: input sets that calls rotate over.
-        calls: back-to-back calls in one CPU sample; above 1 for calls near the clock's overhead.
+        calls: CPU calls behind each barrier, each of which is a sample; above 1 for tiny calls, which
+            would otherwise begin with what the barrier leaves in the caches.
         barrier: runs before each sample; with real ranks, lets them start together.
         agree: one rank's number of rounds for all ranks.
     """
@@ -86,23 +87,25 @@ def time_in_turn(
             barrier()
             systems[name](next(turn) % num_sets)
             for _ in range(per_system):
-                samples[name].append(sample(systems[name], turn, num_sets, calls, barrier))
+                samples[name] += sample(systems[name], turn, num_sets, calls, barrier)
     return samples
 
 
 def _cpu_sample(
     system: System, turn: Iterator[int], num_sets: int, calls: int, barrier: Callable[[], object]
-) -> float:
+) -> list[float]:
     barrier()
-    start = time.perf_counter()
+    samples = []
     for _ in range(calls):
+        start = time.perf_counter()
         system(next(turn) % num_sets)
-    return (time.perf_counter() - start) / calls
+        samples.append(time.perf_counter() - start)
+    return samples
 
 
 def _gpu_sample(
     system: System, turn: Iterator[int], num_sets: int, calls: int, barrier: Callable[[], object]
-) -> float:
+) -> list[float]:
     calls = max(calls, GPU_CALLS_PER_SAMPLE)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
@@ -118,7 +121,7 @@ def _gpu_sample(
         system(next(turn) % num_sets)
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) * 1e-3 / calls
+    return [begin.elapsed_time(end) * 1e-3 / calls]
 
 
 def num_input_sets(bytes_per_set: int, device: torch.device) -> int:
