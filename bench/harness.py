@@ -5,7 +5,8 @@ that it starts from its own steady state (allocator, pages, branch predictors), 
 calls; the order rotates from round to round, so that machine noise hits all alike. On a GPU a
 sample is the device time between two events around a few calls that were queued behind a sleeping
 kernel, so the host's launch time is not in it; on the CPU a sample is one call on a monotonic
-clock, also where several calls follow each other without a barrier. Input is random, never zeros, and rotates over sets that together are larger than the cache.
+clock, also where several calls follow each other without a barrier. Input is random, never zeros,
+and rotates over sets that together are larger than the cache.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def time_in_turn(
         device: decides the clock.
         seconds: time to spend on all systems together.
         num_sets: input sets that calls rotate over.
-        calls: CPU calls behind each barrier, each of which is a sample; above 1 for tiny calls, which
-            would otherwise begin with what the barrier leaves in the caches.
+        calls: CPU calls behind each barrier, each of which is a sample; above 1 for tiny calls,
+            which would otherwise begin with what the barrier leaves in the caches.
         barrier: runs before each sample; with real ranks, lets them start together.
         agree: one rank's number of rounds for all ranks.
     """
