@@ -65,6 +65,8 @@ def test_the_number_of_dims_from_the_end_is_the_one_from_the_front():
     assert table({0: record, 1: record}, strict=True) is None
     leaf = X.clone().requires_grad_()
     assert describe("op", leaf, ()).requires_grad
+    assert describe("op", (X, leaf), ()).requires_grad  # the backward is one for all tensors
+    assert not describe("op", (X, X), ()).requires_grad
     with torch.no_grad():  # there will be no backward
         assert not describe("op", leaf, ()).requires_grad
     sizes = describe("op", X, (1,), gather_sizes=((1, 2), None), grad=None)
