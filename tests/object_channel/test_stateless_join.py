@@ -13,6 +13,7 @@ from stateless_ranks import SECRET, listener, own_groups
 from stateless_strangers import connect, forming_group
 
 from fastvideo_comm.errors import JoinError, JoinTimeoutError
+from fastvideo_comm.object_channel import store
 from fastvideo_comm.object_channel.store_handshake import (
     MAGIC,
     PROOF_BYTES,
@@ -343,3 +344,16 @@ def test_a_wildcard_address_needs_a_secret(host):
 
 def test_a_wildcard_address_works_with_a_secret():
     check_addresses_while_forming("0.0.0.0", "127.0.0.1", secret=SECRET)
+
+
+def test_an_interrupted_join_leaves_the_port_free(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "StoreClient", interrupt)
+    with listener() as server:
+        address = server.getsockname()
+        with pytest.raises(KeyboardInterrupt):
+            StatelessProcessGroup.create(*address, 0, 2, listen_socket=server, timeout=5)
+        assert server.fileno() == -1
+        socket.create_server(address).close()
