@@ -167,12 +167,13 @@ def test_ctrl_c_ends_a_join_within_a_second(rank):
     ours.close()
 
 
-def test_a_dead_rank_is_known_while_its_forked_child_lives():
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_dead_rank_is_known_while_its_forked_child_lives(dead):
     with rank_processes(2, fork_and_wait) as ranks:
         ranks[1].expect("forked")
         ranks[0].expect("forked")
-        ranks[1].signal(signal.SIGKILL)
-        assert ranks[0].outcome(KNOWN_WITHIN)[0] == "PeerLostError"
+        ranks[dead].signal(signal.SIGKILL)
+        assert ranks[1 - dead].outcome(KNOWN_WITHIN)[0] == "PeerLostError"
 
 
 # From Python 3.12 on, every fork of a process with threads warns; that is the case meant here.
