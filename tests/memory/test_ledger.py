@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+from line_ends import heard
 
 from fastvideo_comm.errors import CollectiveError, CommunicationTimeoutError, PeerLostError
 from fastvideo_comm.memory import line
@@ -56,13 +57,7 @@ class FirstOfThree:
 
     def told(self, rank: int) -> list[Heard]:
         """What this rank has told another since the last time."""
-        end, messages = self.there[rank], []
-        for _ in range(20):
-            end.receive()
-            while (heard := end.first()) is not None:
-                messages.append(heard)
-                end.handled(heard)
-        return messages
+        return heard(self.there[rank])
 
     def dies(self, rank: int) -> None:
         self.there[rank].close()

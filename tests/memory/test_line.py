@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from line_ends import heard, linked
 from memory_worlds import ask_all, exchange, in_processes, in_threads, num_descriptors
 
 from fastvideo_comm.errors import CollectiveError
@@ -27,22 +28,8 @@ from fastvideo_comm.memory.line import Line, Record
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Line, Line]]:
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    first, second = Line(ends[0]), Line(ends[1])
-    yield first, second
-    first.close()
-    second.close()
-
-
-def heard(end: Line) -> list[tuple[Record, bytes, int]]:
-    """Everything that has come, until nothing comes any more."""
-    messages = []
-    for _ in range(2000):
-        end.receive()
-        while (message := end.first()) is not None:
-            messages.append(tuple(message))
-            end.handled(message)
-    return messages
+    with linked() as lines:
+        yield lines
 
 
 RECORDS = st.builds(
@@ -62,14 +49,11 @@ RECORDS = st.builds(
 
 @given(st.lists(st.tuples(RECORDS, st.integers(0, 20_000)), max_size=12))
 def test_records_and_texts_arrive_whole_and_in_order(messages):
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    here, there = Line(ends[0]), Line(ends[1])
     texts = [bytes([index]) * length for index, (_, length) in enumerate(messages)]
-    for (record, _), text in zip(messages, texts, strict=True):
-        here.send_all(line.with_text(record, text)) if text else here.send(record.pack())
-    got = heard(there)
-    here.close()
-    there.close()
+    with linked() as (here, there):
+        for (record, _), text in zip(messages, texts, strict=True):
+            here.send_all(line.with_text(record, text)) if text else here.send(record.pack())
+        got = heard(there)
     assert [text for _, text, _ in got] == texts
     for (record, _), (same, _, _) in zip(messages, got, strict=True):
         assert same._replace(flag=0, piece=0) == record

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterator
 
 import pytest
+from line_ends import heard, linked
 
 from fastvideo_comm.memory import line
-from fastvideo_comm.memory.line import Heard, Line, Record
+from fastvideo_comm.memory.line import Line, Record
 
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Line, Line]]:
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    first, second = Line(ends[0]), Line(ends[1])
-    yield first, second
-    first.close()
-    second.close()
-
-
-def heard(end: Line) -> list[Heard]:
-    messages = []
-    for _ in range(20):
-        end.receive()
-        while (message := end.first()) is not None:
-            messages.append(message)
-            end.handled(message)
-    return messages
+    with linked() as lines:
+        yield lines
 
 
 FAILURE = Record(line.FAIL, failure=line.ARGUMENTS, number=3)
