@@ -229,3 +229,11 @@ def test_strides_and_the_number_of_rows_change_nothing(format_):
     dequantise_(dst, payload, scales)
     assert torch.equal(dst[0], expected)
     assert torch.equal(dst, there_and_back(src, format_, seeds))
+
+
+def test_rows_as_long_as_a_chunk_are_rounded_one_by_one():
+    src = torch.randn(2, 2, CHUNK_ELEMENTS, generator=torch.Generator().manual_seed(0))
+    arrived = there_and_back(src, torch.float8_e4m3fn)
+    for index in range(4):
+        row = src.view(4, 1, -1)[index]
+        assert torch.equal(arrived.view(4, 1, -1)[index], there_and_back(row, torch.float8_e4m3fn))
