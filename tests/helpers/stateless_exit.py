@@ -6,6 +6,7 @@ The imports happen once; every rank is forked from here, before any thread exist
 the interpreter's normal end: exit functions, threads, finalisation.
 """
 
+import gc
 import os
 import socket
 import sys
@@ -31,6 +32,7 @@ def run_rank(rank, world_size, server, order):
 
 
 def main(world_size, rounds):
+    gc.freeze()  # an exit does not look at all of torch for garbage
     for number in range(rounds):
         server = socket.create_server(("127.0.0.1", 0), backlog=64)
         children = []

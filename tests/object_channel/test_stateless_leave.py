@@ -91,9 +91,8 @@ def test_a_group_that_is_dropped_says_goodbye():
             program(group)
 
 
-@pytest.mark.parametrize(("world_size", "rounds"), [(2, 4), (4, 2)])
-def test_normal_exit_without_close_is_clean(world_size, rounds):
-    run_exits(world_size, rounds)
+def test_normal_exit_without_close_is_clean():
+    run_exits(world_size=3, rounds=3)  # another rank is the last in each round
 
 
 @pytest.mark.slow
