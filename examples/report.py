@@ -6,14 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
-import matplotlib
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-
-matplotlib.use("Agg")  # writes files; needs no display
-from matplotlib import pyplot as plt
 
 
 @dataclass
@@ -118,11 +114,12 @@ def scientific(difference: float) -> str:
 
 def save_figure(reference: Run, run: Run, tolerance: float, path: Path) -> None:
     """Both loss curves, their difference, and what the model has learnt, as a PNG."""
-    figure, axes = plt.subplot_mosaic(
+    from matplotlib.figure import Figure  # the ranks draw nothing
+
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    axes = figure.subplot_mosaic(
         [["losses", "differences"], *([name, name] for name in run.pictures)],
-        figsize=(9, 9),
         height_ratios=[2.6, *[1] * len(run.pictures)],
-        layout="constrained",
     )
     steps = range(1, len(run.losses) + 1)
     axes["losses"].plot(steps, reference.losses, color="0.75", linewidth=5, label=reference.name)
@@ -142,4 +139,3 @@ def save_figure(reference: Run, run: Run, tolerance: float, path: Path) -> None:
         axes[name].set_title(name, fontsize="medium")
         axes[name].axis("off")
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -69,7 +69,7 @@ def checked(communicator: DeviceCommunicatorBase, name: str) -> None:
     numbers = torch.randperm(ranks**3, dtype=torch.float64) / 7 - 1
     inputs = numbers.view(ranks, 1, ranks, ranks, 1).requires_grad_()
     function = one_function(communicator, lambda x: OPS[name](communicator, x))
-    # Along random directions: every entry of a Jacobian counts, for two exchanges and not for 2*P**3.
+    # Along random directions, to which every entry of the Jacobian adds.
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
