@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 Spec: TypeAlias = "tuple[Sequence[int], torch.dtype]"
 SpecsOf: TypeAlias = Callable[[int], "list[Spec]"]
 CopiesOf: TypeAlias = Callable[[int, Sequence[Tensor]], "list[tuple[Tensor, Tensor]]"]
+Planned = TypeVar("Planned")
+
+# So many plans are kept: a model makes the same few calls again and again.
+_MAX_PLANS = 256
 
 
 class Part(NamedTuple):
@@ -49,6 +53,14 @@ class Plan(NamedTuple):
 
     specs: list[Spec]
     parts: list[tuple[int, Part]]
+
+
+def keep(plans: dict[Hashable, Planned], key: Hashable, plan: Planned) -> Planned:
+    """Keeps a plan for the next call of its layout; returns it."""
+    if len(plans) >= _MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
+    return plan
 
 
 def layout_of(inputs: Sequence[Tensor]) -> Hashable:

@@ -44,14 +44,11 @@ from torch import Tensor
 
 from ..errors import ClosedError, CollectiveError
 from ..kernels import copy_valid_
-from .deliveries import CopiesOf, Plan, Spec, SpecsOf, deliveries_of, layout_of, plan_of
+from .deliveries import CopiesOf, Plan, Spec, SpecsOf, deliveries_of, keep, layout_of, plan_of
 from .memfd import aligned
 from .segment import Pool
 from .shared import Region, Shared
 from .watch import Watch
-
-# Calls of so many layouts keep their plans. A model has few.
-_MAX_PLANS = 256
 
 
 class DeviceFlight:
@@ -250,10 +247,8 @@ class DeviceMemory:
             layout = asked, layout_of(inputs)
             planned = self._plans.get(layout)
             if planned is None:
-                if len(self._plans) >= _MAX_PLANS:
-                    self._plans.clear()
                 plan = plan_of(inputs, specs_of, copies_of, targets, self.rank, self.world)
-                planned = self._plans[layout] = plan, digest_of(question())
+                planned = keep(self._plans, layout, (plan, digest_of(question())))
             plan, digest = planned
             deliveries = deliveries_of(plan, inputs, self.rank, self.world)
             flight, offset, staged = self._allocated(plan.specs)

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from ..errors import CollectiveError
 from . import line, memfd
-from .deliveries import CopiesOf, Part, Spec, SpecsOf, layout_of, parts_of
+from .deliveries import CopiesOf, Part, Spec, SpecsOf, keep, layout_of, parts_of
 from .engine import Engine
 from .flight import Ask, Flight, Mismatch, Place, Posted
 from .introduction import Everyone, introduce
@@ -48,8 +48,6 @@ from .segment import RESERVE_BYTES, Pool
 
 __all__ = ["Ask", "Flight", "HostMemory", "Mismatch", "Place", "Posted", "Spec"]
 
-# So many plans are kept: a model makes the same few calls again and again.
-_MAX_PLANS = 256
 # What `fail_next` may give as the reason.
 _FAILURES = {
     "arguments": line.ARGUMENTS,
@@ -217,9 +215,7 @@ class HostMemory:
                 )
                 for target, parts in parts_of(inputs, specs_of, copies_of, targets).items()
             }
-            if len(self._plans) >= _MAX_PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = Plan(specs_of(self.rank), parts)
+            plan = keep(self._plans, key, Plan(specs_of(self.rank), parts))
         return plan
 
     def pairs(

@@ -116,7 +116,7 @@ class TestPlans:
         assert sorted(planned) == [0] * 5 + [1] * 5, "there and back, other strides, other sizes"
 
     def test_that_are_too_many_are_made_again(self, twins, monkeypatch):
-        monkeypatch.setattr(device, "_MAX_PLANS", 2)
+        monkeypatch.setattr(deliveries, "_MAX_PLANS", 2)
 
         def job(communicator: DeviceCommunicatorBase) -> None:
             for length in (1, 2, 3, 1, 2, 3):
