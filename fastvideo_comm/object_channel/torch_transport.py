@@ -86,18 +86,16 @@ class TorchTransport:
         with self._guard():
             if len(data) <= _CHUNK_BYTES:
                 value = _WHOLE + data
-                # No signal handler runs between these two: Python looks for signals after calls.
-                self.num_begun += 1
-                self._store.set(key, value)  # type: ignore[arg-type] # the stub knows of str only
-                return
-            for index, start in enumerate(range(0, len(data), _CHUNK_BYTES)):
-                if not seconds_left(deadline):
-                    raise CommunicationTimeoutError("timed out before the store had it")
-                self._set(f"{key}/{index}", data[start : start + _CHUNK_BYTES])
-            value = _IN_CHUNKS + _TOTAL.pack(len(data))
-            # Nobody reads the chunks before this: until then the number can be used again.
+            else:
+                for index, start in enumerate(range(0, len(data), _CHUNK_BYTES)):
+                    if not seconds_left(deadline):
+                        raise CommunicationTimeoutError("timed out before the store had it")
+                    self._set(f"{key}/{index}", data[start : start + _CHUNK_BYTES])
+                value = _IN_CHUNKS + _TOTAL.pack(len(data))
+            # Nobody reads the chunks before this: until then the number can be used again. No
+            # signal handler runs between these two: Python looks for signals after calls.
             self.num_begun += 1
-            self._store.set(key, value)  # type: ignore[arg-type] # see above
+            self._store.set(key, value)  # type: ignore[arg-type] # the stub knows of str only
 
     def receive(self, addresses: Sequence[Address], deadline: float) -> list[Buffer]:
         """See `Transport`."""
