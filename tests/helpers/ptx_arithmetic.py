@@ -20,12 +20,18 @@ def number(value: int) -> Array:
     return np.array([[value % 2**64]], dtype=np.uint64)
 
 
+# As many bits of a number, the number, and the number 64 bits wide.
+_DTYPES = {
+    f"{sign}{bits}": tuple(map(np.dtype, (f"u{bits // 8}", f"{letter}{bits // 8}", f"{letter}8")))
+    for sign, letter in (("s", "i"), ("u", "u"))
+    for bits in (8, 16, 32, 64)
+}
+
+
 def _typed(kind: str, value: Array) -> Array:
     """The number that these bits are as `s32`, `u64`, ..: 64 bits wide."""
-    narrow = value.astype(f"u{int(kind[1:]) // 8}")
-    if kind[0] == "s":
-        return narrow.view(narrow.dtype.str.replace("u", "i")).astype(np.int64)
-    return narrow.astype(np.uint64)
+    narrow, typed, wide = _DTYPES[kind]
+    return value.astype(narrow, copy=False).view(typed).astype(wide, copy=False)
 
 
 def _product(kinds: list[str], a: Array, b: Array) -> Array:

@@ -12,6 +12,7 @@ Source: PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -25,6 +26,10 @@ from ptx_arithmetic import OPERATIONS, Array, number
 Memory: TypeAlias = Sequence[tuple[int, Array]]
 
 WARP = 32
+# `label:` or `@guard opcode operands;`, and no directive, which begins with a dot.
+_STATEMENT = re.compile(
+    r"(?<=[;\n])[ \t]*(?:(\$\w+):|(?:@(!?%p\d+)\s+)?([a-z][\w.]*)\s*([^;\n]*);)"
+)
 
 
 class Instruction(NamedTuple):
@@ -52,16 +57,13 @@ class Program:
         }
         self.instructions: list[Instruction] = []
         self.labels: dict[str, int] = {}
-        for line in body.splitlines():
-            if label := re.fullmatch(r"(\$\w+):\s*", line):
-                self.labels[label[1]] = len(self.instructions)
-            for statement in re.findall(r"([^;]+);", line):
-                match = re.fullmatch(r"\s*(?:@(!?%p\d+)\s+)?([a-z][\w.]*)\s*(.*?)\s*", statement)
-                if match:  # else a directive
-                    guard, opcode, operands = match.groups()
-                    name, *kinds = opcode.split(".")
-                    split = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^\s,]+", operands)
-                    self.instructions.append(Instruction(guard or "", name, kinds, split))
+        for label, guard, opcode, operands in _STATEMENT.findall(body):
+            if label:
+                self.labels[label] = len(self.instructions)
+            else:
+                name, *kinds = opcode.split(".")
+                split = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^\s,]+", operands)
+                self.instructions.append(Instruction(guard, name, kinds, split))
 
 
 class Blocks:
@@ -196,23 +198,25 @@ class Blocks:
         return ~value if guard.startswith("!") else value
 
     def _width(self, register: str) -> int:
-        return self.program.widths[register.rstrip("0123456789")]
+        return self.program.widths[_prefix(register)]
 
     def _read(self, operand: str) -> Array:
-        value, shift = number(0), 0
-        for name in _names(operand):  # the first of several is the lowest
-            part = self.registers[name] if name in self.registers else _immediate(name)
-            value = value | part << np.uint64(shift)
-            shift += self._width(name) if operand.startswith("{") else 0
+        first, *others = _names(operand)  # the first of several is the lowest
+        value = self.registers[first] if first in self.registers else _immediate(first)
+        shift = self._width(first) if others else 0
+        for name in others:
+            value = value | self.registers[name] << np.uint64(shift)
+            shift += self._width(name)
         return value
 
     def _write(self, operand: str, value: Array) -> None:
-        value = value.astype(np.uint64)
+        value = value.astype(np.uint64, copy=False)
         names = _names(operand)
         for name in names:  # "_" is for what is not wanted, and as wide as the others
             width = self._width(name if name != "_" else next(n for n in names if n != "_"))
-            self.registers[name] = value & np.uint64(2**width - 1)
-            value = value >> np.uint64(width % 64)
+            self.registers[name] = value & np.uint64(2**width - 1) if width < 64 else value
+            if len(names) > 1:
+                value = value >> np.uint64(width)
 
     def _address(self, operand: str) -> Array:
         base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")
@@ -232,7 +236,8 @@ class Blocks:
             block, thread = np.nonzero(active)
             warp = (block * self.shape[1] + thread) // WARP
             sector = (first >> np.uint64(5)).astype(np.int64)  # 16 aligned bytes lie in one
-            self.sectors += np.unique(sector + (warp << 43)).size  # addresses have 48 bits
+            sectors = np.sort(sector + (warp << 43))  # addresses have 48 bits
+            self.sectors += np.count_nonzero(np.diff(sectors, prepend=-1))
         for i, register in enumerate(_names(registers)):
             at = first + np.uint64(i * itemsize)
             if name == "ld":
@@ -303,13 +308,20 @@ class Blocks:
                 self.registers[register] = value
 
 
+@functools.cache
 def _immediate(text: str) -> Array:
     """A number; one that begins with 0f is the bits of a float."""
     return number(int(text[2:], 16) if text.startswith("0f") else int(text.rstrip("U"), 0))
 
 
-def _names(operand: str) -> list[str]:
-    return [name.strip() for name in operand.strip("{}[] ").split(",")]
+@functools.cache
+def _names(operand: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in operand.strip("{}[] ").split(","))
+
+
+@functools.cache
+def _prefix(register: str) -> str:
+    return register.rstrip("0123456789")
 
 
 def _places(memory: Memory, at: Array, itemsize: int) -> list[tuple[int, Array, Array, Array]]:
