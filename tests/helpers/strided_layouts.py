@@ -168,7 +168,8 @@ def assert_copies_like_torch(
     dst_layout.of(expected).copy_(src)
     dst = dst_layout.of(buffer)
     assert copy(dst, src) is dst
-    assert torch.equal(buffer.view(torch.uint8), expected.view(torch.uint8))
+    same = torch.equal(buffer.view(torch.uint8), expected.view(torch.uint8))
+    assert same, f"{dst_layout} from {src_layout}, {dtype}"
 
 
 def assert_all_copied_like_torch(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -90,15 +90,28 @@ class Compiler:
         dst_strides: tuple[int, ...],
         src_strides: tuple[int, ...],
         dtype: torch.dtype,
-        address: int = 0,
     ) -> Code:
-        layout = (shape, dst_strides, src_strides, dtype.itemsize, address, address)
+        layout = (shape, dst_strides, src_strides, dtype.itemsize, 0, 0)
         return self.compile_all(name, [layout])
+
+    def compile_share(self, launches: Iterable[tuple[str, list[Any]]]) -> list[Code]:
+        """Each code that these launches need, once. The GPUs of a backend take turns with them."""
+        needed: dict[Any, tuple[str, list[Any]]] = {}
+        for name, layouts in launches:
+            key = self.key_of(self.module._plan_launch(*layouts))
+            needed.setdefault(key, (name, layouts))
+        alike = [each for each in TARGETS.values() if each.backend == self.target.backend]
+        mine = list(needed.values())[alike.index(self.target) :: len(alike)]
+        return [self.compile_all(*each) for each in mine]
+
+    def key_of(self, launch: Any) -> Any:
+        """Equal for launches of one specialisation."""
+        widths = tuple(tuple(number >= 2**31 for number in each) for each in launch.numbers)
+        return launch.elements, widths, launch.tiles
 
     def compile_all(self, name: str, layouts: list[Any]) -> Code:
         launch = self.module._plan_launch(*layouts)
-        widths = tuple(tuple(number >= 2**31 for number in each) for each in launch.numbers)
-        key = (launch.elements, widths, launch.tiles)
+        key = self.key_of(launch)
         if key not in self.codes:
             pointers = tuple(
                 triton.reinterpret(torch.empty(16), element) for element in launch.elements
@@ -142,28 +155,21 @@ def compiler(
 
 @pytest.fixture(scope="module")
 def production(compiler: Compiler) -> list[Code]:
-    codes = []
-    for copy in production_copies():
-        code = compiler.compile_all(copy.name, [_layout(copy)])
-        if code not in codes:
-            codes.append(code)
-    return codes
+    return compiler.compile_share((copy.name, [_layout(copy)]) for copy in production_copies())
 
 
 @pytest.fixture(scope="module")
 def packs(compiler: Compiler) -> list[Code]:
     """q, k and v of every production shape in one launch; k and v also with fewer heads than q."""
     copies = {copy.name: copy for copy in production_copies()}
-    codes = []
+    launches = []
     for name, copy in copies.items():
         if not (name.startswith(("scatter", "gather heads")) and "B=2" in name and "P=2" in name):
             continue
         fewer = copies.get(name.replace("H=24", "H=12").replace("H=40", "H=24"), copy)
         for others in (copy, fewer):
-            code = compiler.compile_all(f"3 x {name}", list(map(_layout, (copy, others, others))))
-            if code not in codes:
-                codes.append(code)
-    return codes
+            launches.append((f"3 x {name}", list(map(_layout, (copy, others, others)))))
+    return compiler.compile_share(launches)
 
 
 def _layout(copy: ProductionCopy) -> tuple[Any, ...]:
@@ -184,17 +190,17 @@ def transposes(compiler: Compiler) -> list[Code]:
 @pytest.fixture(scope="module")
 def narrow(compiler: Compiler) -> list[Code]:
     """Copies in which odd sizes, strides or addresses leave one element per access."""
-    codes = []
-    for dtype in (torch.int8, torch.bfloat16):  # the smaller the element, the more of them
+    launches = []
+    for size in (1, 2):  # bytes of an element: the smaller, the more of them
         odd = {
             "odd address": ((1_000_000,), (1,), (1,)),
             "odd rows": ((100, 1001), (1001, 1), (1003, 1)),
             "odd transpose": ((1001, 1003), (1003, 1), (1, 1001)),
             "every third": ((1001, 1003), (4001, 3), (4003, 3)),
         }
-        for name, layouts in odd.items():
-            codes.append(compiler.compile(f"{name} {dtype}", *layouts, dtype, dtype.itemsize))
-    return codes
+        for name, layout in odd.items():
+            launches.append((f"{name} of {size} bytes", [(*layout, size, size, size)]))
+    return compiler.compile_share(launches)
 
 
 def test_every_access_of_a_production_copy_is_16_bytes_wide(production, packs):
