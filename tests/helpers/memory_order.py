@@ -22,7 +22,7 @@ import numpy as np
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 # How long a rank lets the others run when it looks at a word.
-_PAUSE_SECONDS = 0.0002
+_PAUSE_SECONDS = 0.001
 
 
 class RaceError(Exception):
