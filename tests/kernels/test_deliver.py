@@ -19,7 +19,7 @@ from strided_layouts import (
     pairs_of_layouts,
     random_buffer,
 )
-from test_native_kernel import CAPABILITIES
+from test_native_kernel import CAPABILITIES, share
 
 from fastvideo_comm.kernels import plan
 
@@ -121,21 +121,20 @@ def test_parts_of_any_layout_go_to_their_ranks_and_nothing_else(gpu, kernels, da
 
 
 def test_every_kind_of_layout_beside_every_other(request, gpu, kernels):
-    """Each capability gets its share of the 22 kinds, in one launch."""
-    first = list(CAPABILITIES).index(request.node.callspec.params["gpu"])
+    """In one launch."""
     dtypes = (torch.bfloat16, torch.int8, torch.float32)
     parts = [
         parts_of(pair, dtypes[index % 3], 2, first=1, begin=1)
-        for index, pair in enumerate(list(NAMED_PAIRS.values())[first :: len(CAPABILITIES)])
+        for index, pair in enumerate(share(request, NAMED_PAIRS.values()))
     ]
     before = gpu.num_launches
     assert_delivered_like_torch(gpu, kernels, parts, world=3)
     assert gpu.num_launches == before + 1
 
 
-def test_parts_at_an_odd_distance_are_copied_by_narrow_accesses(gpu, kernels):
+def test_parts_at_an_odd_distance_are_copied_by_narrow_accesses(request, gpu, kernels):
     contiguous = StridedLayout((3, 64), (64, 1), 0)
-    for gap in (0, 1, 2, 4, 8):
+    for gap in share(request, (0, 1, 2, 4, 8)):
         parts = parts_of((contiguous, contiguous), torch.int8, 3, gap=gap)
         assert_delivered_like_torch(gpu, kernels, [parts], world=3)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,10 @@ def device(gpu: EmulatedGPU | None) -> str:
     return GPU if gpu is None else "cpu"
 
 
-@pytest.fixture
-def share(
-    request: pytest.FixtureRequest, gpu: EmulatedGPU | None
-) -> Callable[[Iterable[Any]], list[Any]]:
-    """`share(cases)`: the capabilities take turns with the cases; a GPU gets all of them."""
-    if gpu is None:
-        return list
-    first = list(CAPABILITIES).index(request.node.callspec.params["gpu"])
-    return lambda cases: list(cases)[first :: len(CAPABILITIES)]
+def share(request: pytest.FixtureRequest, cases: Iterable[Any]) -> list[Any]:
+    """The capabilities take turns with the cases of a test; a GPU gets all of them."""
+    gpu, cases = request.node.callspec.params["gpu"], list(cases)
+    return cases if gpu == GPU else cases[list(CAPABILITIES).index(gpu) :: len(CAPABILITIES)]
 
 
 class TestCopies:
@@ -73,9 +68,9 @@ class TestCopies:
     def test_every_layout_and_dtype_and_nothing_else(self, device, layouts, dtype, seed):
         assert_copies_like_torch(_triton_copy, *layouts, dtype, seed, device)
 
-    def test_every_kind_of_layout(self, share, device):
+    def test_every_kind_of_layout(self, request, device):
         """Every capability copies each of them, in other widths."""
-        for layouts, dtype in share(itertools.product(NAMED_PAIRS.values(), WIDTHS)):
+        for layouts, dtype in share(request, itertools.product(NAMED_PAIRS.values(), WIDTHS)):
             assert_copies_like_torch(_triton_copy, *layouts, dtype, 0, device)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,10 +85,10 @@ class TestCopies:
         dst, src = StridedLayout((20_001,), (1,), offset), StridedLayout((20_001,), (1,), 3)
         assert_copies_like_torch(_triton_copy, dst, src, torch.int8, offset, device)
 
-    def test_one_layout_at_other_addresses_and_alignments(self, share, device):
+    def test_one_layout_at_other_addresses_and_alignments(self, request, device):
         """Which kernel serves a layout is remembered; which side of it is aligned belongs to it."""
         offsets = [(0, 1), (1, 0), (1, 1), (0, 0), (3, 2), (2, 3), (0, 1)]
-        for dtype, (dst_offset, src_offset) in itertools.product(share(WIDTHS), offsets):
+        for dtype, (dst_offset, src_offset) in itertools.product(share(request, WIDTHS), offsets):
             buffer = (torch.arange(4096, device=device) % 121).to(dtype)
             src = buffer[src_offset:][:1500]
             dst = torch.zeros_like(buffer)
@@ -102,9 +97,9 @@ class TestCopies:
             assert not dst[:dst_offset].any()
             assert not dst[dst_offset + 1500 :].any()
 
-    def test_every_production_layout_moving_each_byte_once(self, gpu, share, device):
+    def test_every_production_layout_moving_each_byte_once(self, request, gpu, device):
         """And wherever a warp touches 32 bytes of memory it wants all of them."""
-        for name, dst_view, src_view in share(production_copies([104])):  # 13 a rank for 8
+        for name, dst_view, src_view in share(request, production_copies([104])):  # 13 a rank for 8
             dst, src = (_memory_for(view, device) for view in (dst_view, src_view))
             src.copy_(torch.randn(src.shape))
             before = _moved(gpu)
@@ -128,9 +123,9 @@ class TestCopies:
     def test_pairs_of_any_layouts_beside_each_other(self, device, cases, seed):
         assert_all_copied_like_torch(cases, seed, device=device)
 
-    def test_every_kind_of_layout_beside_every_other(self, share, device):
+    def test_every_kind_of_layout_beside_every_other(self, request, device):
         dtypes = itertools.cycle((torch.bfloat16, torch.int8, torch.float32, torch.int64))
-        cases = share(zip(NAMED_PAIRS.values(), dtypes, strict=False))
+        cases = share(request, zip(NAMED_PAIRS.values(), dtypes, strict=False))
         assert_all_copied_like_torch(cases, 0, device=device)
 
     def test_a_layout_that_was_launched_before_is_launched_as_it_was(self, device):

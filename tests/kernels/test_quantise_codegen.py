@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from types import ModuleType
@@ -77,11 +78,12 @@ def codes(target: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[lis
         triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton_cache"))
         # Not set_active: its inverse asks for a GPU.
         patch.setattr(triton.runtime.driver, "_active", Driver(NVIDIA[target]))
+        cases = itertools.product(KERNELS, (torch.bfloat16, torch.float32), FORMATS)
+        left_out = list(NVIDIA).index(target)  # each case is compiled for two of the three
         yield [
-            compiled(module, what, dtype, format_)
-            for what in KERNELS
-            for dtype in (torch.bfloat16, torch.float32)
-            for format_ in FORMATS
+            compiled(module, *case)
+            for index, case in enumerate(cases)
+            if index % len(NVIDIA) != left_out
         ]
 
 
