@@ -43,7 +43,8 @@ def _heads_for_rank(
     return torch.zeros(view.shape, dtype=dtype), view
 
 
-@settings(max_examples=20)  # a second each in Triton's interpreter
+# Half a second each in Triton's interpreter; the compiled kernel copies many more.
+@settings(max_examples=settings().max_examples // 5)
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 @given(st.lists(copies(), max_size=5), st.integers(0, 2**32))
 def test_pairs_of_any_layouts_and_dtypes_are_copied_and_nothing_else(impl, cases, seed):
@@ -195,8 +196,8 @@ def test_a_kernel_is_launched_on_the_device_that_it_was_compiled_on(interpreted,
 
 def test_a_pair_of_too_many_dims_is_copied_beside_another():
     """Padded in every dim on both sides, differently: nothing merges."""
-    src = torch.arange(4**6).reshape([4] * 6)[:3, :3, :3, :3, :3, :2]
-    dst = torch.zeros([4] * 6, dtype=src.dtype).permute(5, 4, 3, 2, 1, 0)[:3, :3, :3, :3, :3, :2]
+    src = torch.arange(4**6).reshape([4] * 6)[:2, :2, :2, :2, :2, :3]
+    dst = torch.zeros([4] * 6, dtype=src.dtype).permute(5, 4, 3, 2, 1, 0)[:2, :2, :2, :2, :2, :3]
     pack = _heads_for_rank(4)
     copy_all_valid_([pack, (dst, src), _heads_for_rank(6)], impl="triton")
     assert torch.equal(dst, src)

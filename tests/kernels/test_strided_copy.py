@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strided_layouts import (
     DTYPES,
@@ -47,6 +47,7 @@ def _triton_copy(dst: Tensor, src: Tensor) -> Tensor:
     return strided_copy_(dst, src, impl="triton")
 
 
+@settings(max_examples=settings().max_examples // 2)  # the compiled kernel copies as many
 @given(pairs_of_layouts(), st.sampled_from(DTYPES), st.integers(0, 2**32))
 def test_the_kernel_copies_every_layout_and_dtype_and_nothing_else(layouts, dtype, seed):
     assert_copies_like_torch(_triton_copy, *layouts, dtype, seed)
@@ -119,9 +120,9 @@ def test_channels_last_is_copied_both_ways():
 
 def test_more_outer_dims_than_the_kernel_takes_are_copied_in_several_launches(launches):
     # Padded in every dim on both sides, differently: nothing merges.
-    x = torch.arange(3 * 4**7).reshape(3, 4, 4, 4, 4, 4, 4, 4)[..., :3, :3, :3, :3, :3, :3, :2]
+    x = torch.arange(3 * 4**7).reshape(3, 4, 4, 4, 4, 4, 4, 4)[..., :2, :2, :2, :2, :2, :2, :3]
     y = torch.empty(3, 4, 4, 4, 4, 4, 4, 4, dtype=x.dtype).permute(0, 7, 6, 5, 4, 3, 2, 1)
-    y = y[..., :3, :3, :3, :3, :3, :3, :2]
+    y = y[..., :2, :2, :2, :2, :2, :2, :3]
     x, y = x[:, 0], y[:, 0]
     assert torch.equal(_triton_copy(y, x), x)
     assert len(launches) > 1
