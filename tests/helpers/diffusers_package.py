@@ -39,6 +39,8 @@ def module(name: str) -> Any:
     finder = _Finder()
     sys.meta_path.append(finder)  # last: what is installed is found before
     try:
+        # Some of its schedulers import all of scipy.
+        importlib.import_module("diffusers.utils.import_utils")._scipy_available = False
         return importlib.import_module(name)
     finally:
         sys.meta_path.remove(finder)

@@ -23,6 +23,8 @@ from fastvideo_comm.integrations import diffusers
 pytestmark = pytest.mark.skipif(
     not peer_wheels.is_there("diffusers"), reason=peer_wheels.how_to_install("diffusers")
 )
+# The integration makes its own communicator of a group, whichever runs the job.
+WAY = {"ways": ("messages",)}
 # The configuration, the heads of the model, whether 4 ranks share its sequences evenly.
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], int, bool]] = {
     "ulysses 2": ({"ulysses_degree": 2}, 4, True),
@@ -93,8 +95,11 @@ def differences(
         with diffusers.install():
             model.enable_parallelism(config=parallel.ContextParallelConfig(**options, mesh=mesh))
             got = trained_step(model, inputs)
-    for gradient in got[1:]:  # each rank has that of its part of the sequence
-        dist.all_reduce(gradient, group=mesh["ring", "ulysses"]._flatten().get_group())
+    # Each rank has the gradients of its part of the sequence.
+    gradients = torch.cat([gradient.flatten() for gradient in got[1:]])
+    dist.all_reduce(gradients, group=mesh["ring", "ulysses"]._flatten().get_group())
+    sizes = [gradient.numel() for gradient in got[1:]]
+    got[1:] = map(torch.Tensor.view_as, gradients.split(sizes), got[1:])
     return {
         "exchanges": len(exchanges),
         "tensors": (len(got), len(expected)),
@@ -112,7 +117,7 @@ def test_a_parallel_model_is_the_model_of_one_process(
 ):
     # 2 attentions; unified attention exchanges q, k, v and the output one by one.
     exchanges = 2 * (4 if "ring" in configuration else 2)
-    for result in ranks.run(4, differences, family, configuration):
+    for result in ranks.run(4, differences, family, configuration, **WAY):
         assert result["exchanges"] == exchanges
         # float32, summed in another order in each of a few layers.
         assert result["differ"] < 1e-4, result
@@ -186,7 +191,7 @@ def same_bits(communicator: DeviceCommunicatorBase, masked: bool) -> list[bool]:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
 def test_ulysses_attention_gives_the_bits_of_diffusers(ranks: Ranks, size: int, masked: bool):
-    assert ranks.run(size, same_bits, masked) == [[True] * 5] * size
+    assert ranks.run(size, same_bits, masked, **WAY) == [[True] * 5] * size
 
 
 def uneven(communicator: DeviceCommunicatorBase, masked: str) -> list[float]:
@@ -219,7 +224,7 @@ def uneven(communicator: DeviceCommunicatorBase, masked: str) -> list[float]:
 def test_any_sequences_and_heads_are_those_of_one_process_with_gradients(
     ranks: Ranks, size: int, masked: str
 ):
-    for differences in ranks.run(size, uneven, masked):
+    for differences in ranks.run(size, uneven, masked, **WAY):
         # float32 sums over 30 keys.
         assert max(differences) < 1e-5
 
@@ -239,7 +244,7 @@ def without_a_remedy(communicator: DeviceCommunicatorBase) -> None:
 
 
 def test_the_error_names_what_a_user_of_diffusers_can_do(ranks: Ranks):
-    ranks.run(2, without_a_remedy)
+    ranks.run(2, without_a_remedy, **WAY)
 
 
 def rings(communicator: DeviceCommunicatorBase) -> bool:
@@ -252,7 +257,7 @@ def rings(communicator: DeviceCommunicatorBase) -> bool:
 
 
 def test_a_ring_alone_stays_diffusers(ranks: Ranks):
-    assert ranks.run(2, rings) == [True, True]
+    assert ranks.run(2, rings, **WAY) == [True, True]
 
 
 def compiled(communicator: DeviceCommunicatorBase, options: dict[str, Any], whole: bool) -> bool:
@@ -271,4 +276,4 @@ def compiled(communicator: DeviceCommunicatorBase, options: dict[str, Any], whol
 )
 def test_a_compiled_attention_is_the_eager_one(ranks: Ranks, options: dict[str, Any], whole: bool):
     """In one graph, but for "anything": its sizes are known only when the ranks have been asked."""
-    assert ranks.run(2, compiled, options, whole) == [True, True]
+    assert ranks.run(2, compiled, options, whole, **WAY) == [True, True]
