@@ -188,7 +188,10 @@ OF_KIND = {
     "exchanges": [op for op in OF_SHAPE if op.startswith("all_to_all") and op not in STRIDED],
     "gathers": [op for op in OF_SHAPE if op.startswith(("all_gather", "slice", "broadcast"))],
     "reductions": [op for op in OF_SHAPE if "reduce" in op],
-    "some": ["all_to_all_4D grouped", "all_gather uneven", "all_reduce identity", "slice"],
+    "splits": [f"all_to_all_4D {name}" for name in ("packed", "grouped", "asynchronous", "uneven")],
+    "some": ["all_to_all_4D grouped", "all_gather uneven", "all_reduce product", "slice"],
+    # All their code is compiled by a C++ compiler, seconds for each loop.
+    "two": ["all_to_all_4D heads", "all_reduce identity"],
 }
 
 
@@ -209,26 +212,27 @@ def by_level(communicator: DeviceCommunicatorBase, ops: list[str]) -> Derivative
     return function
 
 
-def compiled(communicator: DeviceCommunicatorBase, kind: str, backend: str) -> None:
+def compiled(
+    communicator: DeviceCommunicatorBase, kind: str, by: str, backend: str = "aot_eager"
+) -> None:
     value, tangent = of_rank(communicator, 2)
     ops = OF_KIND[kind]
     expected = by_transform(communicator, ops)(value, tangent)
     leaf = value.clone().requires_grad_()
-    for make, given in ((by_transform, value), (by_level, leaf)):
-        if backend == "inductor" and make is by_transform:
-            continue  # the other graph has all that this one has, and a gradient
-        torch._dynamo.reset()
-        function = make(communicator, ops)
-        counter = CompileCounterWithBackend(backend)
-        traced = torch.compile(function, backend=counter, fullgraph=True)
-        for _ in range(2):
-            outputs = traced(given, tangent)
-        assert counter.frame_count == 1
-        for op, *both in zip(ops, *expected, *outputs, strict=True):
-            # The compiler reorders arithmetic in fp64.
-            torch.testing.assert_close(
-                both[2:], both[:2], rtol=1e-12, atol=1e-12, msg=lambda text, op=op: f"{op}: {text}"
-            )
+    torch._dynamo.reset()
+    function = (by_transform if by == "transform" else by_level)(communicator, ops)
+    counter = CompileCounterWithBackend(backend)
+    traced = torch.compile(function, backend=counter, fullgraph=True)
+    for _ in range(2):
+        outputs = traced(value if by == "transform" else leaf, tangent)
+    assert counter.frame_count == 1
+    for op, *both in zip(ops, *expected, *outputs, strict=True):
+        # The compiler reorders arithmetic in fp64.
+        torch.testing.assert_close(
+            both[2:], both[:2], rtol=1e-12, atol=1e-12, msg=lambda text, op=op: f"{op}: {text}"
+        )
+    if by == "transform":  # which has no gradient in compiled code
+        return
     one_loss, other_loss = (
         sum((y * along).sum() for y, along in zip(*each(leaf, tangent), strict=True))
         for each in (function, traced)
@@ -237,24 +241,35 @@ def compiled(communicator: DeviceCommunicatorBase, kind: str, backend: str) -> N
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
-# By memory the exchange alone is compiled to another operator.
+# By memory the exchange alone is compiled to another operator. Values and tangents without a
+# gradient travel in one exchange; the other ops are the same in both.
 @pytest.mark.parametrize(
-    ("size", "kind", "way"),
+    ("size", "kind", "by", "way"),
     [
-        (2, "exchanges", "messages"),
-        (2, "exchanges", "memory"),
-        (2, "gathers", "messages"),
-        (2, "reductions", "messages"),
-        (1, "some", "messages"),
-        ((0, 2, 3), "some", "memory"),
+        (2, "exchanges", "level", "messages"),
+        (2, "splits", "transform", "messages"),
+        (2, "splits", "transform", "memory"),
+        (2, "gathers", "level", "messages"),
+        (2, "reductions", "level", "messages"),
+        (1, "some", "level", "messages"),
+        (1, "some", "transform", "messages"),
+        ((0, 2, 3), "some", "level", "memory"),
+        (2, "some", "transform", "messages"),
     ],
 )
-def test_compiled_tangents_and_their_gradients_are_those_of_eager(ranks: Ranks, size, kind, way):
-    ranks.run(size, compiled, kind, "aot_eager", ways=(way,))
+def test_compiled_tangents_and_their_gradients_are_those_of_eager(
+    ranks: Ranks, size, kind, by, way
+):
+    ranks.run(size, compiled, kind, by, ways=(way,))
+
+
+def compiled_to_code(communicator: DeviceCommunicatorBase) -> None:
+    with torch._inductor.config.patch(compile_threads=1):  # no processes that import torch again
+        compiled(communicator, "two", "level", "inductor")
 
 
 def test_tangents_compiled_to_code_are_those_of_eager(ranks: Ranks):
-    ranks.run(2, compiled, "some", "inductor", ways=("messages",))
+    ranks.run(2, compiled_to_code, ways=("messages",))
 
 
 def refused(communicator: DeviceCommunicatorBase) -> None:
