@@ -23,8 +23,9 @@ def attended(
 ) -> None:
     size, rank = communicator.world_size, communicator.rank
     generator = torch.Generator().manual_seed(0)
-    whole, along = torch.rand(2, 3, 1, 2 * size, 4, 3, dtype=torch.float64, generator=generator)
-    text = torch.rand(3, 1, 2, 4, 3, dtype=torch.float64, generator=generator)
+    # Three heads, which two ranks share unevenly.
+    whole, along = torch.rand(2, 3, 1, 2 * size, 3, 3, dtype=torch.float64, generator=generator)
+    text = torch.rand(3, 1, 2, 3, 3, dtype=torch.float64, generator=generator)
 
     def mine(time: Tensor) -> Tensor:
         part = (whole + time * along).chunk(size, 2)[rank]
@@ -41,8 +42,7 @@ def attended(
     time = torch.tensor(0.7, dtype=torch.float64)
     expected = jvp(of_one_process, (time,), (torch.ones_like(time),))
     # In fp64; a rank adds in another order over fewer heads.
-    if not is_compiled:
-        torch.testing.assert_close(jacfwd(mine)(time), expected[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(jacfwd(mine)(time), expected[1], rtol=1e-12, atol=1e-12)
 
     def derivative(time: Tensor) -> Any:
         return jvp(mine, (time,), (torch.ones_like(time),))
@@ -59,11 +59,10 @@ def test_tangents_of_attention_are_those_of_one_process(ranks: Ranks, size, pipe
     ranks.run(size, attended, pipeline, is_joint, False)
 
 
-# A graph of two ranks has all that a graph of three has, but two lengths of uneven heads.
 @pytest.mark.parametrize(
-    ("size", "pipeline", "is_joint", "way"), [(2, 2, True, "messages"), (3, 1, False, "memory")]
+    ("pipeline", "is_joint", "way"), [(2, False, "messages"), (1, True, "memory")]
 )
 def test_compiled_tangents_of_attention_are_those_of_one_process(
-    ranks: Ranks, size, pipeline, is_joint, way
+    ranks: Ranks, pipeline, is_joint, way
 ):
-    ranks.run(size, attended, pipeline, is_joint, True, ways=(way,))
+    ranks.run(2, attended, pipeline, is_joint, True, ways=(way,))
