@@ -27,16 +27,23 @@ OPS: dict[str, Callable[[DeviceCommunicatorBase, torch.Tensor], torch.Tensor]] =
 }
 
 
+# By memory only the exchange is compiled to something else.
+MESSAGES = ("messages",)
 # Several in a graph: most of the time is for each graph.
 NUM_GRAPHS = 4
 
 
-def compiled(communicator: DeviceCommunicatorBase, names: Sequence[str], backend: str) -> None:
+def compiled(
+    communicator: DeviceCommunicatorBase, names: Sequence[str], backend: str = "aot_eager"
+) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
 
     def function(x: torch.Tensor) -> list[torch.Tensor]:
-        return [OPS[name](communicator, x * (2 + index)) for index, name in enumerate(names)]
+        return [
+            OPS[name](communicator, x * (1 + index) if index else x)
+            for index, name in enumerate(names)
+        ]
 
     traced = torch.compile(function, backend=counter, fullgraph=True)
     torch.manual_seed(communicator.rank)
@@ -63,7 +70,12 @@ def compiled(communicator: DeviceCommunicatorBase, names: Sequence[str], backend
 
 @pytest.mark.parametrize("first", range(NUM_GRAPHS))
 def test_every_op_traces_whole_and_its_gradient_is_that_of_eager(ranks: Ranks, first):
-    ranks.run(2, compiled, list(OPS)[first::NUM_GRAPHS], "aot_eager")
+    ranks.run(2, compiled, list(OPS)[first::NUM_GRAPHS], ways=MESSAGES)
+
+
+def test_by_memory_every_collective_traces_whole_and_its_gradient_is_that_of_eager(ranks: Ranks):
+    names = ("all_to_all_4D", "all_gather", "all_reduce sum", "reduce_scatter", "broadcast")
+    ranks.run(2, compiled, names, ways=("memory",))
 
 
 def returned_beside(communicator: DeviceCommunicatorBase) -> None:
@@ -87,11 +99,16 @@ def returned_beside(communicator: DeviceCommunicatorBase) -> None:
 
 
 def test_two_collectives_of_one_tensor_keep_their_own_gradients(ranks: Ranks):
-    ranks.run(2, returned_beside)
+    ranks.run(2, returned_beside, ways=MESSAGES)
+
+
+def compiled_to_code(communicator: DeviceCommunicatorBase) -> None:
+    with torch._inductor.config.patch(compile_threads=1):  # no processes that import torch again
+        compiled(communicator, ["all_to_all_4D"], "inductor")
 
 
 def test_exchange_compiles_to_code_that_agrees(ranks: Ranks):
-    ranks.run((1, 3), compiled, ["all_to_all_4D"], "inductor")
+    ranks.run((1, 3), compiled_to_code)
 
 
 def growing(communicator: DeviceCommunicatorBase) -> None:
@@ -166,4 +183,4 @@ def without_a_gradient(communicator: DeviceCommunicatorBase) -> None:
 
 
 def test_an_op_without_a_gradient_says_that_it_is_not_compiled(ranks: Ranks):
-    ranks.run(2, without_a_gradient)
+    ranks.run(2, without_a_gradient, ways=MESSAGES)
