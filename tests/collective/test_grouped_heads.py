@@ -212,6 +212,10 @@ def traced(communicator: DeviceCommunicatorBase, heads: tuple[int, ...]) -> None
         same(one, other)
 
 
-@pytest.mark.parametrize("heads", [(12, 4, 4), (6, 3, 1)])
-def test_grouped_heads_trace_whole(ranks: Ranks, heads):
-    ranks.run(3, traced, heads)
+# Shared by groups, one for all ranks, and each for two of them.
+@pytest.mark.parametrize(
+    ("heads", "size", "way"),
+    [((12, 4, 4), 3, "messages"), ((6, 3, 1), 3, "memory"), ((4, 2), 4, "messages")],
+)
+def test_grouped_heads_trace_whole(ranks: Ranks, heads, size, way):
+    ranks.run(size, traced, heads, ways=(way,))
