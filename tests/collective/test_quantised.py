@@ -285,7 +285,7 @@ def compiled_at_random(communicator: DeviceCommunicatorBase) -> None:
 
 
 def test_compiled_code_rounds_at_random_too(ranks: Ranks):
-    ranks.run(2, compiled_at_random)
+    ranks.run(2, compiled_at_random, ways=["messages"])
 
 
 def in_attention(communicator: DeviceCommunicatorBase, pipeline: int) -> None:
