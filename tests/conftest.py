@@ -18,6 +18,8 @@ from ranks import Ranks
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# A process that compiles makes no others for it, which would import torch again.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # What ranks are forked from. The server does not see pytest's paths, so no module of the tests.
 multiprocessing.set_forkserver_preload(
     ["torch._inductor.compile_fx", "torch.distributed", "fastvideo_comm", "hypothesis", "pytest"]

@@ -102,13 +102,8 @@ def test_two_collectives_of_one_tensor_keep_their_own_gradients(ranks: Ranks):
     ranks.run(2, returned_beside, ways=MESSAGES)
 
 
-def compiled_to_code(communicator: DeviceCommunicatorBase) -> None:
-    with torch._inductor.config.patch(compile_threads=1):  # no processes that import torch again
-        compiled(communicator, ["all_to_all_4D"], "inductor")
-
-
 def test_exchange_compiles_to_code_that_agrees(ranks: Ranks):
-    ranks.run((1, 3), compiled_to_code)
+    ranks.run((1, 3), compiled, ["all_to_all_4D"], "inductor")
 
 
 def growing(communicator: DeviceCommunicatorBase) -> None:

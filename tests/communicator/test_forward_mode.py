@@ -263,13 +263,8 @@ def test_compiled_tangents_and_their_gradients_are_those_of_eager(
     ranks.run(size, compiled, kind, by, ways=(way,))
 
 
-def compiled_to_code(communicator: DeviceCommunicatorBase) -> None:
-    with torch._inductor.config.patch(compile_threads=1):  # no processes that import torch again
-        compiled(communicator, "two", "level", "inductor")
-
-
 def test_tangents_compiled_to_code_are_those_of_eager(ranks: Ranks):
-    ranks.run(2, compiled_to_code, ways=("messages",))
+    ranks.run(2, compiled, "two", "level", "inductor", ways=("messages",))
 
 
 def refused(communicator: DeviceCommunicatorBase) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import types
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import diffusers_package
 import peer_wheels
@@ -172,7 +174,7 @@ def whole(communicator: DeviceCommunicatorBase, part: Tensor) -> Tensor:
     return communicator.all_gather(part, 1, gather_sizes="auto")
 
 
-def same_bits(communicator: DeviceCommunicatorBase, masked: bool) -> list[bool]:
+def same_bits(communicator: DeviceCommunicatorBase, masked: bool, memory: str) -> list[bool]:
     """Whether each of the results is diffusers', bit for bit."""
     dispatch = diffusers_package.attention_dispatch()
     theirs = dispatch.TemplatedUlyssesAttention
@@ -181,17 +183,20 @@ def same_bits(communicator: DeviceCommunicatorBase, masked: bool) -> list[bool]:
     q, k, v = torch.randn(3, 2, 5, 4, 8, generator=generator)
     mask = torch.rand(2, 1, 1, 5, generator=generator) < 0.9 if masked else None
     expected = with_gradients(attention, q, k, v, mask)
-    with diffusers.install():
+    with mock.patch.dict(os.environ, FASTVIDEO_COMM_MEMORY=memory), diffusers.install():
         assert dispatch.TemplatedUlyssesAttention is not theirs
         got = with_gradients(attention, q, k, v, mask)
     assert dispatch.TemplatedUlyssesAttention is theirs
     return [torch.equal(*pair) for pair in zip(got, expected, strict=True)]
 
 
+@pytest.mark.parametrize("memory", ["on", "off"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_ulysses_attention_gives_the_bits_of_diffusers(ranks: Ranks, size: int, masked: bool):
-    assert ranks.run(size, same_bits, masked, **WAY) == [[True] * 5] * size
+def test_ulysses_attention_gives_the_bits_of_diffusers(
+    ranks: Ranks, size: int, masked: bool, memory: str
+):
+    assert ranks.run(size, same_bits, masked, memory, **WAY) == [[True] * 5] * size
 
 
 def uneven(communicator: DeviceCommunicatorBase, masked: str) -> list[float]:
