@@ -38,23 +38,25 @@ hypothesis.settings.register_profile("thorough", max_examples=1000, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-# A worker takes whole files. The longest begin first, so that no worker is left with one alone.
-_LONGEST_FIRST = [
+# A worker takes whole files. The longest begin first, so that no worker is left with one alone;
+# then those that wait more than they compute, beside others that compute.
+_FIRST = [
     "test_example.py",
     "test_native_kernel.py",
     "test_forward_mode.py",
-    "test_codegen.py",
-    "test_attention.py",
-    "test_integration_diffusers.py",
-    "test_traced.py",
-    "test_every_dtype.py",
     "test_stateless_faults.py",
+    "test_flight_faults.py",
+    "test_traced.py",
+    "test_memory_tensors.py",
+    "test_stateless_join.py",
+    "test_attention.py",
+    "test_every_dtype.py",
 ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts by file; the tests of a file stay in their order."""
-    places = {name: place for place, name in enumerate(_LONGEST_FIRST)}
+    places = {name: place for place, name in enumerate(_FIRST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
