@@ -82,7 +82,7 @@ class TestCopies:
 
     @pytest.mark.parametrize("offset", [1, 2, 4, 8, 16])
     def test_at_any_address(self, device, offset):
-        dst, src = StridedLayout((20_001,), (1,), offset), StridedLayout((20_001,), (1,), 3)
+        dst, src = StridedLayout((20_000,), (1,), offset), StridedLayout((20_000,), (1,), 3)
         assert_copies_like_torch(_triton_copy, dst, src, torch.int8, offset, device)
 
     def test_one_layout_at_other_addresses_and_alignments(self, request, device):
