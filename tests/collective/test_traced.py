@@ -28,7 +28,7 @@ OPS: dict[str, Callable[[DeviceCommunicatorBase, torch.Tensor], torch.Tensor]] =
 
 
 # By memory only the exchange is compiled to something else.
-MESSAGES = ("messages",)
+MESSAGES = ["messages"]
 # Several in a graph: most of the time is for each graph.
 NUM_GRAPHS = 4
 
@@ -75,7 +75,7 @@ def test_every_op_traces_whole_and_its_gradient_is_that_of_eager(ranks: Ranks, f
 
 def test_by_memory_every_collective_traces_whole_and_its_gradient_is_that_of_eager(ranks: Ranks):
     names = ("all_to_all_4D", "all_gather", "all_reduce sum", "reduce_scatter", "broadcast")
-    ranks.run(2, compiled, names, ways=("memory",))
+    ranks.run(2, compiled, names, ways=["memory"])
 
 
 def returned_beside(communicator: DeviceCommunicatorBase) -> None:

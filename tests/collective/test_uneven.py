@@ -348,7 +348,7 @@ def compiled(communicator: DeviceCommunicatorBase, grad: str) -> None:
 
 
 # Compiled code of these is the same by memory.
-MESSAGES = ("messages",)
+MESSAGES = ["messages"]
 
 
 @pytest.mark.parametrize("grad", ["reduce_scatter", "slice"])

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     not peer_wheels.is_there("diffusers"), reason=peer_wheels.how_to_install("diffusers")
 )
 # The integration makes its own communicator of a group, whichever runs the job.
-WAY = {"ways": ("messages",)}
+ONCE = ["messages"]
 # The configuration, the heads of the model, whether 4 ranks share its sequences evenly.
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], int, bool]] = {
     "ulysses 2": ({"ulysses_degree": 2}, 4, True),
@@ -119,7 +119,7 @@ def test_a_parallel_model_is_the_model_of_one_process(
 ):
     # 2 attentions; unified attention exchanges q, k, v and the output one by one.
     exchanges = 2 * (4 if "ring" in configuration else 2)
-    for result in ranks.run(4, differences, family, configuration, **WAY):
+    for result in ranks.run(4, differences, family, configuration, ways=ONCE):
         assert result["exchanges"] == exchanges
         # float32, summed in another order in each of a few layers.
         assert result["differ"] < 1e-4, result
@@ -196,7 +196,7 @@ def same_bits(communicator: DeviceCommunicatorBase, masked: bool, memory: str) -
 def test_ulysses_attention_gives_the_bits_of_diffusers(
     ranks: Ranks, size: int, masked: bool, memory: str
 ):
-    assert ranks.run(size, same_bits, masked, memory, **WAY) == [[True] * 5] * size
+    assert ranks.run(size, same_bits, masked, memory, ways=ONCE) == [[True] * 5] * size
 
 
 def uneven(communicator: DeviceCommunicatorBase, masked: str) -> list[float]:
@@ -229,7 +229,7 @@ def uneven(communicator: DeviceCommunicatorBase, masked: str) -> list[float]:
 def test_any_sequences_and_heads_are_those_of_one_process_with_gradients(
     ranks: Ranks, size: int, masked: str
 ):
-    for differences in ranks.run(size, uneven, masked, **WAY):
+    for differences in ranks.run(size, uneven, masked, ways=ONCE):
         # float32 sums over 30 keys.
         assert max(differences) < 1e-5
 
@@ -249,7 +249,7 @@ def without_a_remedy(communicator: DeviceCommunicatorBase) -> None:
 
 
 def test_the_error_names_what_a_user_of_diffusers_can_do(ranks: Ranks):
-    ranks.run(2, without_a_remedy, **WAY)
+    ranks.run(2, without_a_remedy, ways=ONCE)
 
 
 def rings(communicator: DeviceCommunicatorBase) -> bool:
@@ -262,7 +262,7 @@ def rings(communicator: DeviceCommunicatorBase) -> bool:
 
 
 def test_a_ring_alone_stays_diffusers(ranks: Ranks):
-    assert ranks.run(2, rings, **WAY) == [True, True]
+    assert ranks.run(2, rings, ways=ONCE) == [True, True]
 
 
 def compiled(communicator: DeviceCommunicatorBase, options: dict[str, Any], whole: bool) -> bool:
@@ -281,4 +281,4 @@ def compiled(communicator: DeviceCommunicatorBase, options: dict[str, Any], whol
 )
 def test_a_compiled_attention_is_the_eager_one(ranks: Ranks, options: dict[str, Any], whole: bool):
     """In one graph, but for "anything": its sizes are known only when the ranks have been asked."""
-    assert ranks.run(2, compiled, options, whole, **WAY) == [True, True]
+    assert ranks.run(2, compiled, options, whole, ways=ONCE) == [True, True]
