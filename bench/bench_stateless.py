@@ -139,7 +139,9 @@ def time_case(index: int, upstream_file: Path | None, rounds: int) -> dict[str, 
     """Return the seconds of single calls by system, taken in turn in the same processes."""
     _name, size, systems, *_rest = CASES[index]
     has_upstream = upstream_file is not None
-    ports = {s: free_port() for s in systems if has_upstream or s in (OURS, *SECRETS)}
+    names = [s for s in systems if has_upstream or s in (OURS, *SECRETS)]
+    reserved = {name: reserve_port() for name in names}  # held until the ranks have ended
+    ports = {name: holder.getsockname()[1] for name, holder in reserved.items()}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "fastvideo_comm.stateless"])
     results = context.SimpleQueue()
@@ -152,6 +154,8 @@ def time_case(index: int, upstream_file: Path | None, rounds: int) -> dict[str, 
     samples: dict[str, list[float]] = results.get()
     for process in ranks:
         process.join()
+    for holder in reserved.values():
+        holder.close()
     return samples
 
 
@@ -207,7 +211,7 @@ def time_codec(rounds: int) -> dict[tuple[str, str], list[float]]:
 def watch_growth(count: int, advance: Callable[[float], None]) -> list[dict[str, int]]:
     """Send 1 KiB messages for long; return what the process holds at 50 points on the way."""
     points = []
-    with open_group(SECRET, None, free_port(), 0, 1) as group:
+    with open_group(SECRET, None, 0, 0, 1) as group:
         for number in range(count + 1):
             if number % (count // 50) == 0:
                 statm = Path("/proc/self/statm").read_text().split()
@@ -269,9 +273,12 @@ def row(case: str, system: str, samples: list[float], size: int) -> Row:
     }
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+def reserve_port() -> socket.socket:
+    """Bind a port, so that the kernel gives it to no other socket; a rank may listen there."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
 
 
 def machine() -> dict[str, Any]:

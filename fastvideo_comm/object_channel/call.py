@@ -74,8 +74,9 @@ class GroupCall:
             waited = time.monotonic() - self._started
             waited_for = exc.peers or self._peers
             message = "" if self.number is None else f" in message {self.number}"
+            ranks = f" for rank(s) {list(waited_for)}" if waited_for else ""
             raise type(exc)(
                 f"{self._op} in {self._settings.place}: {exc}; waited {waited:.1f} of "
-                f"{self._seconds:g} s{message} for rank(s) {list(waited_for)}",
+                f"{self._seconds:g} s{message}{ranks}",
                 peers=waited_for,
             ) from exc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import math
 import os
@@ -81,7 +82,9 @@ def listen(host: str, port: int) -> socket.socket:
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
-        raise JoinError(f"cannot listen on {host} port {port}: {error}") from error
+        in_use = error.errno == errno.EADDRINUSE
+        advice = "; choose another port, or give rank 0 a listen_socket" if in_use else ""
+        raise JoinError(f"cannot listen on {host} port {port}: {error}{advice}") from error
     return sock
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import socket
 import types
 import warnings
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 from fastvideo_package import make_groups
 from ranks import Ranks
+from reserved_port import reserved_port
 
 from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.integrations import fastvideo as integration
@@ -41,14 +41,9 @@ def same_node(communicator: DeviceCommunicatorBase, port: int) -> list[int]:
             state.destroy_model_parallel()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_fastvideo_finds_the_ranks_of_a_node_through_our_stateless_group(ranks: Ranks):
-    assert ranks.run(4, same_node, free_port()) == [[0, 1, 2, 3]] * 4
+    with reserved_port() as port:
+        assert ranks.run(4, same_node, port) == [[0, 1, 2, 3]] * 4
 
 
 class Library:
@@ -98,7 +93,8 @@ def joined(communicator: DeviceCommunicatorBase, binding: str, port: int) -> lis
 @pytest.mark.parametrize(("binding", "size"), [("pynccl", 128), ("pyhccl", 4108)])
 def test_fastvideos_own_bindings_join_over_a_stateless_group(ranks: Ranks, binding: str, size: int):
     unique_id = bytes(7 * i % 256 for i in range(size))
-    assert ranks.run(4, joined, binding, free_port()) == [[unique_id] * 2] * 4
+    with reserved_port() as port:
+        assert ranks.run(4, joined, binding, port) == [[unique_id] * 2] * 4
 
 
 def with_codecs(communicator: DeviceCommunicatorBase) -> None:

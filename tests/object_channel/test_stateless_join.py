@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from reserved_port import reserved_port
 from stateless_ranks import SECRET, listener, own_groups
 from stateless_strangers import connect, forming_group
 
@@ -215,8 +216,13 @@ def answering(says):
 def test_a_port_in_use_is_a_join_error_on_rank_0():
     with listener() as other:
         port = other.getsockname()[1]
-        with pytest.raises(JoinError, match=f"cannot listen on 127.0.0.1 port {port}"):
+        with pytest.raises(JoinError) as caught:
             StatelessProcessGroup.create("127.0.0.1", port, 0, 2, timeout=5)
+    assert str(caught.value) == (
+        "create in group 'default' on rank 0 of 2: cannot listen on 127.0.0.1 port "
+        f"{port}: [Errno 98] Address already in use; choose another port, or give rank 0 a "
+        "listen_socket; waited 0.0 of 5 s"
+    )
 
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
@@ -229,12 +235,11 @@ def test_a_port_of_something_else_is_a_join_error_in_time(says):
 
 
 def test_no_store_is_a_join_error_in_time():
-    with listener() as unused:
-        port = unused.getsockname()[1]
-    start = time.monotonic()
-    with pytest.raises(JoinError, match=f"no store answers on 127.0.0.1 port {port}"):
-        StatelessProcessGroup.create("127.0.0.1", port, 1, 2, timeout=0.5)
-    assert time.monotonic() - start < 1.5
+    with reserved_port() as port:
+        start = time.monotonic()
+        with pytest.raises(JoinError, match=f"no store answers on 127.0.0.1 port {port}"):
+            StatelessProcessGroup.create("127.0.0.1", port, 1, 2, timeout=0.5)
+        assert time.monotonic() - start < 1.5
 
 
 def test_a_store_that_hangs_up_is_asked_again():
@@ -301,14 +306,8 @@ def listening_addresses(port):
     return found
 
 
-def free_port(host):
-    with listener(host) as server:
-        return server.getsockname()[1]
-
-
 def check_addresses_while_forming(host, connect_to, **options):
     """Form a group of two on a port of its own; check where rank 0 listens before rank 1 comes."""
-    port = free_port(host)
     opened = {}
 
     def join(rank):
@@ -316,13 +315,14 @@ def check_addresses_while_forming(host, connect_to, **options):
             (host, connect_to)[rank], port, rank, 2, timeout=20, **options
         )
 
-    first = threading.Thread(target=join, args=(0,))
-    first.start()
-    while not listening_addresses(port):
-        time.sleep(0.01)
-    assert listening_addresses(port) == {host}
-    join(1)
-    first.join()
+    with reserved_port(host) as port:
+        first = threading.Thread(target=join, args=(0,))
+        first.start()
+        while not listening_addresses(port):
+            time.sleep(0.01)
+        assert listening_addresses(port) == {host}
+        join(1)
+        first.join()
     opened[0].send_obj("hello", 1)
     assert opened[1].recv_obj(0) == "hello"
     for rank in (1, 0):
@@ -336,8 +336,8 @@ def test_rank_0_listens_on_the_hosts_address_only(host):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "::ffff:0.0.0.0", "0"])
 def test_a_wildcard_address_needs_a_secret(host):
-    port = free_port("127.0.0.1")
-    with pytest.raises(ValueError, match="host must be one address while there is no secret"):
+    message = "host must be one address while there is no secret"
+    with reserved_port() as port, pytest.raises(ValueError, match=message):
         StatelessProcessGroup.create(host, port, 0, 1, timeout=5)
     assert not listening_addresses(port)
 
@@ -351,8 +351,9 @@ def test_an_interrupted_join_leaves_the_port_free(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(store, "StoreClient", interrupt)
-    with listener() as server:
-        address = server.getsockname()
+    with reserved_port() as port:
+        address = ("127.0.0.1", port)
+        server = socket.create_server(address)
         with pytest.raises(KeyboardInterrupt):
             StatelessProcessGroup.create(*address, 0, 2, listen_socket=server, timeout=5)
         assert server.fileno() == -1

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from reserved_port import reserved_port
 from stateless_proxy import Proxy
 from stateless_ranks import CONTEXT, SECRET
 from stateless_strangers import (
@@ -270,19 +271,16 @@ os._exit(0)
 """
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def run_without_files(seconds, then):
-    port = free_port()
-    with subprocess.Popen(
-        [sys.executable, "-c", WITHOUT_FILES, str(port), str(seconds)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with (
+        reserved_port() as port,
+        subprocess.Popen(
+            [sys.executable, "-c", WITHOUT_FILES, str(port), str(seconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
         try:
             assert process.stdout.readline() == "full\n"
             with connect(port) as waiting:
