@@ -133,6 +133,9 @@ class C10d:
 
     def reduce_scatter(self, output: Tensor, input_: Tensor) -> None:
         """Writes the sum of all ranks' `input_[rank]` into `output`; `input_` is `[P, *shape]`."""
+        if self._size > 1 and self._backend("reduce_scatter", input_.device) == "gloo":
+            self._add_here(output, input_)
+            return
         options = ReduceScatterOptions()
         options.asyncOp = False
         self._finish(
@@ -140,11 +143,29 @@ class C10d:
             lambda group: [group._reduce_scatter_base(reduced(output), reduced(input_), options)],
         )
 
+    def _add_here(self, output: Tensor, input_: Tensor) -> None:
+        """As `reduce_scatter`; gloo's own is an all_reduce, which sends twice the bytes.
+
+        Sums are made in rank order, as by memory.
+        """
+        parts = torch.empty_like(input_)
+        self._finish(
+            "reduce_scatter",
+            lambda group: [
+                group.alltoall_base(reduced(parts), reduced(input_), [], [], self._waiting)
+            ],
+        )
+        total, *others = parts.view(self._size, -1)
+        for part in others:
+            total = torch.add(total, part, out=output.view(-1))
+
     def all_reduce(self, tensor: Tensor, op: ReduceOp) -> None:
         """Reduces `tensor` in place."""
         options = AllreduceOptions()
         options.asyncOp = False
-        average_here = bool(op == dist.ReduceOp.AVG) and not self._averages(tensor.device)
+        average_here = bool(
+            op == dist.ReduceOp.AVG and self._backend("all_reduce", tensor.device) != "nccl"
+        )
         reduce_op: Any = dist.ReduceOp.SUM if average_here else op  # either type is taken
         options.reduceOp = reduce_op
         self._finish("all_reduce", lambda group: [group.allreduce([reduced(tensor)], options)])
@@ -197,12 +218,11 @@ class C10d:
         group = self._process_group
         return group is not None and group._get_backend(device).supports_coalescing
 
-    def _averages(self, device: torch.device) -> bool:
-        return self._named("all_reduce", lambda group: self._backend(group, device)) == "nccl"
-
-    def _backend(self, group: dist.ProcessGroup, device: torch.device) -> str:
+    def _backend(self, op: str, device: torch.device) -> str:
         if device.type not in self._backends:
-            self._backends[device.type] = group._get_backend(device).name()
+            self._backends[device.type] = self._named(
+                op, lambda group: group._get_backend(device).name()
+            )
         return self._backends[device.type]
 
     def _finish(self, op: str, start: Callable[[dist.ProcessGroup], Works]) -> None:

@@ -1,4 +1,4 @@
-"""Reductions by memory: in rank order, bit for bit, at every size and dtype."""
+"""Reductions by memory, and reduce_scatter by messages: in rank order, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from test_collectives import DTYPES, restride, same, values
 
 from fastvideo_comm import DeviceCommunicatorBase
 from fastvideo_comm.collective import memory
-from fastvideo_comm.collective.layout import Split
 from fastvideo_comm.collective.wire import REDUCED
 
 OPS = {
@@ -117,20 +116,20 @@ def test_nan_on_any_rank_is_the_minimum_and_the_maximum(ranks: Ranks, length):
     ranks.run(3, not_a_number, length, ways=["memory"])
 
 
-def scattered(communicator: DeviceCommunicatorBase, dtype: torch.dtype) -> None:
+def scattered(communicator: DeviceCommunicatorBase, dtype: torch.dtype, way: str) -> None:
     ranks, rank = communicator.world_size, communicator.rank
-    group = communicator._runner.group
     communicator.all_reduce(torch.ones(1))  # memory is connected
-    assert group.memory is not None
+    assert (communicator._runner.group.memory is not None) == (way == "memory")
     for seed, kind in enumerate(KINDS):
         for dim in range(3):
             tensors = everyones(ranks, [2 * ranks, 3 * ranks, ranks], dtype, seed)
             total = in_rank_order(tensors, dist.ReduceOp.SUM)
-            result = memory.reduce_scatter(group, restride(tensors[rank], kind), Split(dim))
+            mine = restride(tensors[rank], kind)
+            result = communicator.reduce_scatter(mine, dim)
             same(result, total.chunk(ranks, dim)[rank].contiguous())
             sizes = tuple([0, 2 * ranks][: ranks - 1] + [0] * (ranks - 3))
             sizes = (*sizes, total.shape[1] - sum(sizes))
-            result = memory.reduce_scatter(group, restride(tensors[rank], kind), Split(1, sizes))
+            result = communicator.reduce_scatter(mine, 1, scatter_sizes=sizes)
             same(result, total.split(sizes, 1)[rank].contiguous())
     # The gradient of all_gather is the same sum.
     leaf = torch.zeros(2, 3, dtype=dtype, requires_grad=True)
@@ -141,8 +140,9 @@ def scattered(communicator: DeviceCommunicatorBase, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64])
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_reduce_scatter_adds_in_rank_order_bit_for_bit(ranks: Ranks, size, dtype):
-    ranks.run(size, scattered, dtype, ways=["memory"])
+@pytest.mark.parametrize("way", ["memory", "messages"])
+def test_reduce_scatter_adds_in_rank_order_bit_for_bit(ranks: Ranks, size, dtype, way):
+    ranks.run(size, scattered, dtype, way, ways=[way])
 
 
 def moved(communicator: DeviceCommunicatorBase, dtype: torch.dtype) -> None:
